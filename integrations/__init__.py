@@ -1,0 +1,1 @@
+"""Thin adapters to RAG frameworks; importing this package imports none of them."""

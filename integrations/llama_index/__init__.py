@@ -1,0 +1,6 @@
+"""LlamaIndex: a language model and a Chroma vector store that reuse the KV caches of retrieved chunks."""
+
+from prophetkv_rag.integrations.llama_index.llm import ProphetKVLLM
+from prophetkv_rag.integrations.llama_index.vector_store import ProphetKVChromaVectorStore
+
+__all__ = ["ProphetKVChromaVectorStore", "ProphetKVLLM"]

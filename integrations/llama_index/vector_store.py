@@ -1,0 +1,133 @@
+"""`ProphetKVChromaVectorStore`: LlamaIndex's Chroma store, on a collection that computes and keeps KV caches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.schema import BaseNode
+from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryResult
+from llama_index.vector_stores.chroma import ChromaVectorStore
+from llama_index.vector_stores.chroma.base import _to_chroma_filter
+
+from prophetkv_rag.chroma import KVCachingCollection
+from prophetkv_rag.errors import InputError
+
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+    from chromadb.api.models.Collection import Collection
+
+    from prophetkv_rag.engine import ProphetKVEngine
+
+
+class ProphetKVChromaVectorStore(ChromaVectorStore):
+    """A Chroma vector store whose chunks get their KV caches computed as they are written.
+
+    Hand it to an unmodified index: `VectorStoreIndex.from_documents(documents,
+    storage_context=StorageContext.from_defaults(vector_store=store), embed_model=...)`, or to
+    `VectorStoreIndex.from_vector_store(store, embed_model=...)` for what is stored already. Deleting or replacing a
+    document drops the caches that nothing else refers to.
+
+    Async methods run in a thread: computing caches takes seconds, and Chroma's calls block. Calls that mean "nothing"
+    (`add([])`, `delete_nodes([])`, `clear()` of an empty store) do nothing.
+
+    Args:
+        chroma_collection: A chromadb collection, or a `KVCachingCollection`, which has its engine already.
+        engine: Computes and keeps the caches; the same one that `ProphetKVLLM` answers with.
+        **fields: Fields of `ChromaVectorStore`, such as `persist_dir`; for the record only.
+    """
+
+    def __init__(
+        self,
+        chroma_collection: Collection | KVCachingCollection | None = None,
+        engine: ProphetKVEngine | None = None,
+        **fields: Any,
+    ) -> None:
+        if chroma_collection is None:
+            msg = "chroma_collection is missing; pass one, or use ProphetKVChromaVectorStore.from_client(client, name)"
+            raise InputError(msg)
+        if not isinstance(chroma_collection, KVCachingCollection):
+            if engine is None:
+                msg = "engine is missing: it computes the chunk caches; pass the one that your ProphetKVLLM uses"
+                raise InputError(msg)
+            chroma_collection = KVCachingCollection(chroma_collection, engine)
+        fields.setdefault("collection_name", chroma_collection.name)
+        super().__init__(chroma_collection=chroma_collection, **fields)
+
+    @classmethod
+    def from_client(
+        cls, client: ClientAPI, name: str, engine: ProphetKVEngine, **collection_kwargs: Any
+    ) -> ProphetKVChromaVectorStore:
+        """Open or create the collection `name` (LlamaIndex computes the embeddings, so Chroma downloads no model).
+
+        Args:
+            client: An ephemeral, persistent or HTTP client of chromadb.
+            name: The collection's name.
+            engine: Computes and keeps the caches.
+            **collection_kwargs: More arguments of `get_or_create_collection`, such as `configuration`.
+        """
+        collection_kwargs.setdefault("embedding_function", None)
+        return cls(client.get_or_create_collection(name, **collection_kwargs), engine)
+
+    @classmethod
+    def from_collection(
+        cls, collection: Collection | KVCachingCollection, engine: ProphetKVEngine | None = None
+    ) -> ProphetKVChromaVectorStore:
+        """Same as the constructor, under the base class's name for it."""
+        return cls(collection, engine)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name in serialised pipelines."""
+        return "ProphetKVChromaVectorStore"
+
+    def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
+        """Return the nodes with these ids that pass the filters; `None` stands for all of them."""
+        if node_ids is not None and not node_ids:
+            return []
+        return super().get_nodes(node_ids, filters)
+
+    def delete_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
+    ) -> None:
+        """Delete the nodes with these ids that pass the filters; neither ids nor filters deletes nothing."""
+        where = _to_chroma_filter(filters) if filters is not None else None
+        if where and node_ids is None:
+            self._collection.delete(where=where)
+        elif node_ids:
+            self._collection.delete(ids=node_ids, where=where or None)
+
+    def clear(self) -> None:
+        """Delete every node."""
+        ids = self._collection.get(include=[])["ids"]
+        if ids:
+            self._collection.delete(ids=ids)
+
+    async def aget_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
+    ) -> list[BaseNode]:
+        """Async twin of `get_nodes`."""
+        return await asyncio.to_thread(self.get_nodes, node_ids, filters)
+
+    async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
+        """Async twin of `add`."""
+        return await asyncio.to_thread(self.add, nodes, **kwargs)
+
+    async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
+        """Async twin of `delete`."""
+        await asyncio.to_thread(self.delete, ref_doc_id, **delete_kwargs)
+
+    async def adelete_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
+    ) -> None:
+        """Async twin of `delete_nodes`."""
+        await asyncio.to_thread(self.delete_nodes, node_ids, filters, **delete_kwargs)
+
+    async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
+        """Async twin of `query`."""
+        return await asyncio.to_thread(self.query, query, **kwargs)
+
+    async def aclear(self) -> None:
+        """Async twin of `clear`."""
+        await asyncio.to_thread(self.clear)

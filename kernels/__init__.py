@@ -1,0 +1,1 @@
+"""Tensor operations of the reuse path; import them from `prophetkv_rag.kernels.ops`."""

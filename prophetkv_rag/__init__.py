@@ -1,0 +1,69 @@
+"""Reuse the KV caches of retrieved chunks, so that RAG with a local model answers several times sooner.
+
+Importing this package loads neither torch nor a framework; names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prophetkv_rag.config import ProphetKVConfig
+    from prophetkv_rag.engine import PrefillResult, ProphetKVEngine
+    from prophetkv_rag.errors import (
+        ContextWindowError,
+        InputError,
+        ProphetKVError,
+        StoreError,
+        UnknownModelError,
+        UnsupportedModelError,
+    )
+    from prophetkv_rag.generation import GenerationResult, StreamChunk
+    from prophetkv_rag.prompt import Prompt
+    from prophetkv_rag.report import ReuseReport
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ContextWindowError": "prophetkv_rag.errors",
+    "GenerationResult": "prophetkv_rag.generation",
+    "InputError": "prophetkv_rag.errors",
+    "PrefillResult": "prophetkv_rag.engine",
+    "Prompt": "prophetkv_rag.prompt",
+    "ProphetKVConfig": "prophetkv_rag.config",
+    "ProphetKVEngine": "prophetkv_rag.engine",
+    "ProphetKVError": "prophetkv_rag.errors",
+    "ReuseReport": "prophetkv_rag.report",
+    "StoreError": "prophetkv_rag.errors",
+    "StreamChunk": "prophetkv_rag.generation",
+    "UnknownModelError": "prophetkv_rag.errors",
+    "UnsupportedModelError": "prophetkv_rag.errors",
+}
+
+__all__ = [
+    "ContextWindowError",
+    "GenerationResult",
+    "InputError",
+    "PrefillResult",
+    "Prompt",
+    "ProphetKVConfig",
+    "ProphetKVEngine",
+    "ProphetKVError",
+    "ReuseReport",
+    "StoreError",
+    "StreamChunk",
+    "UnknownModelError",
+    "UnsupportedModelError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,57 @@
+"""Query time, first step: put the chunks' caches at their new positions, rotating every key exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from prophetkv_rag.attention import RowsLayer
+from prophetkv_rag.chunk_cache import ChunkCache
+from prophetkv_rag.model_support import ModelSupport
+from prophetkv_rag.rope import RopeTables
+
+
+def assemble(
+    support: ModelSupport,
+    caches: Sequence[ChunkCache],
+    starts: Sequence[int],
+    num_slots: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[RowsLayer]:
+    """Assemble one cache for the whole prompt from chunk caches.
+
+    Args:
+        support: The probe's findings.
+        caches: The chunks' caches, in prompt order.
+        starts: Position of each chunk's first token.
+        num_slots: Rows to make room for: the prompt's tokens (and a question's, where it asks from elsewhere).
+        dtype: Dtype of the cache.
+        device: Device of the cache.
+
+    Returns:
+        One layer per decoder layer with keys `[1, Hkv, num_slots, D]` and values alike. Rows of tokens outside the
+        chunks are not initialised: a pass writes them before it reads them.
+    """
+    spans = [
+        torch.arange(start, start + cache.num_tokens) for cache, start in zip(caches, starts, strict=True)
+    ]
+    tables = RopeTables(torch.cat(spans).to(device)) if spans else None
+    layers = []
+    for index, found in enumerate(support.layers):
+        heads = found.num_key_value_heads
+        keys = torch.empty(1, heads, num_slots, found.head_dim, dtype=dtype, device=device)
+        values = torch.empty(1, heads, num_slots, found.value_head_dim, dtype=dtype, device=device)
+        if tables is not None:
+            joined = torch.cat([cache.keys[index].to(device, dtype) for cache in caches], dim=1)
+            rotated = tables.rotate(joined, found.rotation)
+            offset = 0
+            for cache, start in zip(caches, starts, strict=True):
+                length = cache.num_tokens
+                keys[0, :, start : start + length] = rotated[:, offset : offset + length]
+                values[0, :, start : start + length] = cache.values[index]
+                offset += length
+        layers.append(RowsLayer(keys, values))
+    return layers

@@ -1,0 +1,198 @@
+"""The seam to transformers: an attention function that hands each layer's call to the running pass.
+
+Only public extension points are used (`AttentionInterface`, `AttentionMaskInterface`, a `Cache` whose layers write rows
+in place). The implementation is switched for the length of one pass and put back, so outside our
+passes the model behaves exactly as it was loaded.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION_NAME = "prophetkv"
+
+# The pass that runs in this thread. A keyword argument of the model's forward would be the tidier way, but some decoder
+# layers (StableLM, Nemotron) do not hand unknown arguments on to their attention.
+_running = threading.local()
+
+
+@dataclass(slots=True)
+class AttentionCall:
+    """One layer's attention, as the model asked for it.
+
+    `query` is `[b, H, m, D]`, `key` and `value` are `[b, Hkv, n, D]` as the cache layer returned them.
+    """
+
+    layer_idx: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+    attention_mask: torch.Tensor | None
+    extra: dict[str, Any]
+
+
+class AttentionPass(ABC):
+    """What happens in the attention of every layer during one forward pass."""
+
+    @abstractmethod
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Return the attention output, `[b, m, H, Dv]`."""
+
+
+def _prophetkv_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    running: AttentionPass | None = getattr(_running, "attention_pass", None)
+    if running is None:  # somebody else's call on the same model while a pass runs in another thread
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return output, None
+    call = AttentionCall(
+        layer_idx=int(module.layer_idx),  # type: ignore[arg-type]
+        query=query,
+        key=key,
+        value=value,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        attention_mask=attention_mask,
+        extra=kwargs,
+    )
+    return running.attend(call), None
+
+
+@contextmanager
+def attention_implementation(
+    model: Any, attention_pass: AttentionPass, *, name: str = ATTENTION_NAME, mask_function: Any = sdpa_mask
+) -> Iterator[None]:
+    """Hand the model's attention calls to `attention_pass`, and put the old attention back, also after an error."""
+    AttentionInterface.register(name, _prophetkv_attention)
+    AttentionMaskInterface.register(name, mask_function)
+    previous = model.config._attn_implementation
+    model.config._attn_implementation = name
+    _running.attention_pass = attention_pass
+    try:
+        yield
+    finally:
+        _running.attention_pass = None
+        model.config._attn_implementation = previous
+
+
+class RowsLayer(DynamicLayer):
+    """A cache layer with room for the whole prompt, into which a pass writes its rows in place.
+
+    `keys` `[1, Hkv, n, D]` and `values` `[1, Hkv, n, Dv]` are filled with stale rows before the pass. `rows` is the
+    position of each computed row; the rows of the last `update` are also kept for strategies that look at deviations.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+        self.rows: torch.Tensor | None = None
+        self.keep_stale = False
+        self.stale: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.fresh: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the rows and return all keys and values."""
+        if self.rows is None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if self.keep_stale:
+            self.stale = (self.keys[:, :, self.rows], self.values[:, :, self.rows])
+            self.fresh = (key_states, value_states)
+        self.keys.index_copy_(2, self.rows, key_states)
+        self.values.index_copy_(2, self.rows, value_states)
+        return self.keys, self.values
+
+
+def plain_cache(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> DynamicCache:
+    """Return a standard cache of transformers over per-layer `[1, Hkv, n, D]` tensors, which are not copied."""
+    cache = DynamicCache()
+    for layer_keys, layer_values in zip(keys, values, strict=True):
+        layer = DynamicLayer()
+        layer.dtype, layer.device = layer_keys.dtype, layer_keys.device
+        layer.keys, layer.values = layer_keys, layer_values
+        layer.is_initialized = True
+        cache.layers.append(layer)
+    return cache
+
+
+def cache_of(layers: Sequence[CacheLayerMixin]) -> Cache:
+    """Return a transformers cache made of our own layers."""
+    return Cache(layers=list(layers))
+
+
+class LayerStop(Exception):  # noqa: N818 -- not an error: leaves a pass early
+    """Raised inside a pass to leave the model's forward once the remaining layers are not needed."""
+
+
+@torch.no_grad()
+def run_pass(
+    model: Any,
+    attention_pass: AttentionPass,
+    *,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    cache: Cache,
+    logits: bool = False,
+) -> torch.Tensor | None:
+    """Run the model's own forward over the given rows with our attention.
+
+    Args:
+        model: A transformers causal language model.
+        attention_pass: Gets every layer's attention call.
+        input_ids: `[b, m]` tokens of the rows.
+        position_ids: `[b, m]` positions that the model rotates by.
+        cache: Its layers receive the rows' keys and values.
+        logits: Whether to run the language-model head on the last row.
+
+    Returns:
+        `[b, vocab]` logits of the last row in fp32, or `None`.
+    """
+    # A ready 4-D mask makes transformers skip building one; the pass masks by position itself.
+    no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    arguments = {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "past_key_values": cache,
+        "attention_mask": no_mask,
+        "use_cache": True,
+    }
+    with attention_implementation(model, attention_pass):
+        if not logits:
+            try:
+                model.base_model(**arguments)
+            except LayerStop:
+                pass
+            return None
+        output = model(**arguments, logits_to_keep=1)
+    last: torch.Tensor = output.logits[:, -1].float()
+    return last

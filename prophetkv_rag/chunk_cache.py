@@ -1,0 +1,67 @@
+"""A chunk's KV cache and its identity: what is computed once at index time and found again at query time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+LAYOUT_VERSION = 1
+"""Bumped whenever the meaning of a stored tensor changes; part of every key, so old blobs are simply not found."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkCache:
+    """KV cache of one chunk, encoded alone behind the encoding prefix (the prefix's own rows are not included).
+
+    Attributes:
+        input_ids: `[num_tokens]`, int32, on the CPU.
+        keys: One `[num_key_value_heads, num_tokens, head_dim]` per layer, **un-rotated**: as the model makes them at
+            position 0 (after k-norm, and with the RoPE's attention scaling), to be rotated once at query time.
+        values: One `[num_key_value_heads, num_tokens, value_head_dim]` per layer.
+    """
+
+    input_ids: torch.Tensor
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the chunk."""
+        return int(self.input_ids.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+
+@dataclass(frozen=True)
+class CacheIdentity:
+    """Everything that a chunk's K/V depend on besides its own tokens.
+
+    Attributes:
+        model: Hex fingerprint of weights and configuration (`model.model_fingerprint`).
+        tokenizer: Hex fingerprint of the vocabulary, or "" without a tokenizer.
+        prefix_ids: The encoding prefix.
+        dtype: Dtype that the model computes in and the caches are stored in, for example `"float32"`.
+    """
+
+    model: str
+    tokenizer: str
+    prefix_ids: tuple[int, ...]
+    dtype: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits; equal for two engines exactly if their chunk caches are interchangeable."""
+        parts = (f"layout={LAYOUT_VERSION}", self.model, self.tokenizer, self.dtype, repr(self.prefix_ids))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def key(self, input_ids: Sequence[int]) -> str:
+        """Cache key of the chunk with these token ids: 64 hex digits."""
+        ids = torch.tensor(list(input_ids), dtype=torch.int32).numpy().tobytes()
+        return hashlib.sha256(bytes.fromhex(self.fingerprint) + ids).hexdigest()

@@ -1,0 +1,69 @@
+"""The settings of the engine: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+ScoreSoftmax = Literal["context", "full_row"]
+QueryScope = Literal["suffix", "question"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProphetKVConfig:
+    """Settings of a `ProphetKVEngine`.
+
+    The three settings marked *open* are questions that the paper (arXiv 2602.02579) leaves to the reader; each default
+    is the paper's literal reading.
+
+    Attributes:
+        strategy: Name of the selection strategy (`prophetkv_rag.selection.available_strategies()`).
+        recompute_ratio: Fraction of the chunk tokens that is recomputed at query time, in [0, 1]; the paper's p.
+            0.0 is plain reuse, 1.0 is full prefill.
+        score_softmax: *Open (a).* Softmax of stage I over the `"context"` keys only (Algorithm 1, the paper's reading),
+            or over the `"full_row"`, the attention the model really pays, of which the context part is kept.
+        query_scope: *Open (b).* Which tokens ask in stage I: the whole `"suffix"` after the last chunk (the paper's
+            Algorithm 1 returns K/V of exactly the context and Q_s, so Q_s is everything after the context), or only
+            the `"question"`, where the caller or the prompt tells which tokens that is.
+        first_chunk_eligible: *Open (c).* Whether tokens of a first chunk that is exact already (it follows the very
+            prefix it was encoded behind) may be selected. True is the paper's reading (T_p is over all t <= C).
+        encoding_prefix: What every chunk is encoded behind: `None` for BOS and the chat template's opening, a text, or
+            a tuple of token ids. It is part of every cache key.
+        index_batch_tokens: Upper bound of tokens in one index-time forward pass; bounds memory while indexing.
+        max_prompt_tokens: Own limit on a prompt's length, in tokens; `None` for the model's context window.
+
+    Raises:
+        ValueError: If a value is outside what is allowed.
+    """
+
+    strategy: str = "prophetkv"
+    recompute_ratio: float = 0.2
+    score_softmax: ScoreSoftmax = "context"
+    query_scope: QueryScope = "suffix"
+    first_chunk_eligible: bool = True
+    encoding_prefix: str | tuple[int, ...] | None = None
+    index_batch_tokens: int = 2048
+    max_prompt_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_recompute_ratio(self.recompute_ratio)
+        if self.score_softmax not in get_args(ScoreSoftmax):
+            msg = f"score_softmax is {self.score_softmax!r}; allowed: {', '.join(get_args(ScoreSoftmax))}"
+            raise ValueError(msg)
+        if self.query_scope not in get_args(QueryScope):
+            msg = f"query_scope is {self.query_scope!r}; allowed: {', '.join(get_args(QueryScope))}"
+            raise ValueError(msg)
+        if self.index_batch_tokens < 1:
+            msg = f"index_batch_tokens is {self.index_batch_tokens}; it must be at least 1"
+            raise ValueError(msg)
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+            msg = f"max_prompt_tokens is {self.max_prompt_tokens}; it must be at least 1, or None for the model's own"
+            raise ValueError(msg)
+
+
+def check_recompute_ratio(ratio: float) -> float:
+    """Return `ratio`, or raise `ValueError` if it is not a number in [0, 1]."""
+    if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0.0 <= ratio <= 1.0:
+        msg = f"recompute_ratio is {ratio!r}; it must be a number from 0 (plain reuse) to 1 (full prefill)"
+        raise ValueError(msg)
+    return float(ratio)

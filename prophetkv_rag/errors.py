@@ -1,0 +1,31 @@
+"""Every error this package raises on purpose. User mistakes are `ValueError`s too, so plain `except ValueError` works."""
+
+from __future__ import annotations
+
+
+class ProphetKVError(Exception):
+    """Base of the package's own errors."""
+
+
+class InputError(ProphetKVError, ValueError):
+    """The caller gave something that cannot be used; the message says what is allowed and what to do."""
+
+
+class ContextWindowError(InputError):
+    """A prompt or chunk is longer than the model's context window; the message has the numbers."""
+
+
+class UnknownModelError(InputError):
+    """A model name or path that cannot be loaded."""
+
+
+class UnsupportedModelError(ProphetKVError):
+    """The model's caches cannot be re-positioned exactly; the message names the reason."""
+
+
+class StoreError(ProphetKVError):
+    """The blob directory or the catalog cannot be used (not writable, made by a newer version)."""
+
+
+class BlobError(ProphetKVError):
+    """A stored chunk cache is truncated, corrupt or another model's. Never leaves the store: the chunk is recomputed."""

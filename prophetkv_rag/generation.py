@@ -1,0 +1,180 @@
+"""Generation from a filled cache: a plain decode loop over the model's own forward, as an iterator.
+
+One loop serves `generate` and `stream`. It is a generator, so closing it stops at once and frees the cache; there is no
+background thread. Sampling uses transformers' own logits processors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from prophetkv_rag.errors import InputError
+from prophetkv_rag.report import ReuseReport
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """An answer: its text, its tokens (without the end token), why it ended, and what the prefill reused."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    report: ReuseReport
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChunk:
+    """A piece of an answer. `text` is the answer so far; `finish_reason` is `None` until the last piece."""
+
+    delta: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    report: ReuseReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSettings:
+    """How tokens are chosen; `temperature` 0 is greedy.
+
+    Raises:
+        InputError: If a value is outside what is allowed.
+    """
+
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            msg = f"max_new_tokens is {self.max_new_tokens}; it must be at least 1"
+            raise InputError(msg)
+        if self.temperature < 0:
+            msg = f"temperature is {self.temperature}; it must be 0 (greedy) or more"
+            raise InputError(msg)
+        if not 0 < self.top_p <= 1:
+            msg = f"top_p is {self.top_p}; it must be above 0 and at most 1"
+            raise InputError(msg)
+        if any(not stop for stop in self.stop):
+            msg = "a stop string is empty; leave it out"
+            raise InputError(msg)
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end an answer: the generation config's, and the tokenizer's own."""
+    found: set[int] = set()
+    for holder in (getattr(model, "generation_config", None), tokenizer):
+        value = getattr(holder, "eos_token_id", None)
+        if isinstance(value, int):
+            found.add(value)
+        elif value is not None:
+            found.update(int(token) for token in value)
+    return frozenset(found)
+
+
+class _Sampler:
+    def __init__(self, settings: SamplingSettings, device: torch.device) -> None:
+        self.greedy = settings.temperature == 0
+        self.warpers = LogitsProcessorList()
+        if not self.greedy:
+            self.warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
+            if settings.top_p < 1:
+                self.warpers.append(TopPLogitsWarper(settings.top_p))
+        self.generator = torch.Generator(device=device)
+        if settings.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(settings.seed)
+
+    def __call__(self, input_ids: torch.Tensor, logits: torch.Tensor) -> int:
+        if self.greedy:
+            return int(logits.argmax(dim=-1))
+        weights = torch.softmax(self.warpers(input_ids, logits), dim=-1)
+        return int(torch.multinomial(weights, 1, generator=self.generator))
+
+
+class _TextBuffer:
+    """Decides how much of the text so far may be shown: no half characters, nothing that may become a stop string."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.stop = stop
+        self.shown = 0
+
+    def update(self, text: str, *, is_last: bool) -> tuple[str, bool]:
+        """Return (text that may be shown so far, whether a stop string was reached)."""
+        found = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
+        if found:
+            return text[: min(found)], True
+        if is_last:
+            return text, False
+        safe = len(text) - (1 if text.endswith("\ufffd") else 0)
+        for stop in self.stop:
+            for size in range(min(len(stop) - 1, safe), 0, -1):
+                if text[:safe].endswith(stop[:size]):
+                    safe -= size
+                    break
+        return text[: max(safe, self.shown)], False
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    cache: Any,
+    input_ids: torch.Tensor,
+    logits: torch.Tensor,
+    settings: SamplingSettings,
+    *,
+    end_tokens: frozenset[int],
+    to_text: Callable[[Sequence[int]], str],
+    model_lock: AbstractContextManager[Any],
+    report: ReuseReport,
+) -> Iterator[StreamChunk]:
+    """Generate from a filled cache.
+
+    Args:
+        model: The language model; each step takes `model_lock` for its forward only.
+        cache: KV cache of the whole prompt; grows by one row a step.
+        input_ids: `[1, N]`, the prompt.
+        logits: `[1, vocab]` of the prompt's last token.
+        settings: How tokens are chosen and when to stop.
+        end_tokens: Tokens that end the answer.
+        to_text: Turns generated tokens into text.
+        model_lock: Held while the model runs.
+        report: Passed through to every piece.
+
+    Yields:
+        Pieces with new text; the last one carries the finish reason (its delta may be empty).
+    """
+    sampler, buffer, generated = _Sampler(settings, logits.device), _TextBuffer(settings.stop), list[int]()
+    finish_reason: FinishReason | None = None
+    while finish_reason is None:
+        token = sampler(input_ids, logits)
+        if token in end_tokens:
+            finish_reason = "stop"
+        else:
+            generated.append(token)
+            if len(generated) >= settings.max_new_tokens:
+                finish_reason = "length"
+        text, stopped = buffer.update(to_text(generated), is_last=finish_reason is not None)
+        if stopped:
+            finish_reason = "stop"
+        delta = text[buffer.shown :]
+        buffer.shown = max(buffer.shown, len(text))
+        if delta or finish_reason is not None:
+            yield StreamChunk(delta, text, tuple(generated), finish_reason, report)
+        if finish_reason is None:
+            step = torch.tensor([[token]], device=input_ids.device)
+            input_ids = torch.cat([input_ids, step], dim=1)
+            with model_lock, torch.no_grad():
+                output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits = output.logits[:, -1].float()

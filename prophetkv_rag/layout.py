@@ -1,0 +1,233 @@
+"""A prompt laid out: which token stands where, which of them come from chunk caches, and which ask.
+
+Every segment is tokenised alone and the ids are joined; full prefill, the baseline everywhere, uses the same ids.
+Special-token parsing is off inside chunks: a chunk that holds `<|im_end|>` stays text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from prophetkv_rag.chunk_cache import CacheIdentity
+from prophetkv_rag.chunk_index import ChunkIndex
+from prophetkv_rag.errors import InputError
+from prophetkv_rag.prompt import Prompt, TextOrIds
+from prophetkv_rag.tokens import Tokens
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSpan:
+    """One chunk in the prompt: its cache key, its first position and its token ids."""
+
+    key: str
+    start: int
+    input_ids: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        """Position after the chunk's last token."""
+        return self.start + len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """Token ids and roles of a whole prompt of N tokens.
+
+    Attributes:
+        input_ids: `[N]`, int64, on the CPU.
+        chunks: The chunks in order of position.
+        question_rows: Positions of the question inside the suffix, where they are known; else empty.
+        probe_ids: Tokens of a question that stands elsewhere in the prompt; they ask in stage I from behind the
+            prompt's end. Empty when the suffix itself asks.
+        exact_first_chunk: Whether the first chunk follows exactly the prefix that chunks are encoded behind.
+    """
+
+    input_ids: torch.Tensor
+    chunks: tuple[ChunkSpan, ...]
+    question_rows: tuple[int, ...] = ()
+    probe_ids: tuple[int, ...] = ()
+    exact_first_chunk: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return int(self.input_ids.shape[0])
+
+    @cached_property
+    def is_chunk(self) -> torch.Tensor:
+        """`[N]` bool: tokens whose rows come from a chunk cache.
+
+        A prompt that ends with a chunk still needs its last token computed; that token does not count.
+        """
+        mask = torch.zeros(self.num_tokens, dtype=torch.bool)
+        for chunk in self.chunks:
+            mask[chunk.start : chunk.stop] = True
+        mask[-1] = False
+        return mask
+
+    @property
+    def context_start(self) -> int:
+        """Position of the first chunk token; everything before is the prefix, computed exactly."""
+        return self.chunks[0].start if self.chunks else self.num_tokens
+
+    @property
+    def suffix_start(self) -> int:
+        """First position after the last chunk (at most N - 1)."""
+        return min(self.chunks[-1].stop, self.num_tokens - 1) if self.chunks else 0
+
+    @property
+    def num_chunk_tokens(self) -> int:
+        """Tokens inside chunks."""
+        return sum(len(chunk.input_ids) for chunk in self.chunks)
+
+
+@dataclass(slots=True)
+class _Pieces:
+    """Collects segments in order."""
+
+    ids: list[int] = field(default_factory=list)
+    chunks: list[ChunkSpan] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], key: str | None = None) -> None:
+        if key is not None:
+            self.chunks.append(ChunkSpan(key, len(self.ids), tuple(ids)))
+        self.ids.extend(ids)
+
+
+class PromptReader:
+    """Turns what callers pass (a string, chat messages or a `Prompt`) into a `PromptLayout`."""
+
+    def __init__(self, tokens: Tokens, identity: CacheIdentity, chunk_index: ChunkIndex) -> None:
+        """Read prompts with this tokenizer, for caches of this identity, finding chunks by this index."""
+        self.tokens = tokens
+        self.identity = identity
+        self.chunk_index = chunk_index
+
+    def read(self, prompt: str | Sequence[Message] | Prompt, *, query: str | None = None) -> PromptLayout:
+        """Lay a prompt out.
+
+        Args:
+            prompt: Text used as it is, chat messages (rendered by the chat template), or an explicit `Prompt`.
+            query: The question, where the caller knows it; overrides what the prompt suggests.
+
+        Returns:
+            The layout; without any known chunk it has no chunks.
+
+        Raises:
+            InputError: For an empty prompt or chunk, or text without a tokenizer.
+        """
+        if isinstance(prompt, Prompt):
+            return self._read_parts(prompt, query)
+        if isinstance(prompt, str):
+            return self._read_text(prompt, query)
+        messages = list(prompt)
+        text = self.tokens.render(messages)
+        return self._read_text(text, query if query is not None else self._question_of(messages))
+
+    def _read_parts(self, prompt: Prompt, query: str | None) -> PromptLayout:
+        pieces = _Pieces()
+        fresh = self.tokens.fresh(prompt.prefix, first=True)
+        glue = self.tokens.fresh(prompt.glue)
+        for number, chunk in enumerate(prompt.chunks):
+            if isinstance(chunk, str):
+                text = chunk.strip()
+                lead, tail = chunk[: len(chunk) - len(chunk.lstrip())], chunk[len(chunk.rstrip()) :]
+                if not text:
+                    msg = f"chunk {number} of the prompt is empty; leave it out"
+                    raise InputError(msg)
+                fresh = [*fresh, *self.tokens.fresh(lead)]
+                chunk_ids, after = self.tokens.chunk(text), self.tokens.fresh(tail)
+            else:
+                chunk_ids, after = [int(token) for token in chunk], []
+                if not chunk_ids:
+                    msg = f"chunk {number} of the prompt is empty; leave it out"
+                    raise InputError(msg)
+            pieces.add(fresh)
+            pieces.add(chunk_ids, self.identity.key(chunk_ids))
+            fresh = after if number == len(prompt.chunks) - 1 else [*after, *glue]
+        pieces.add(fresh)
+        suffix_start = len(pieces.ids)
+        pieces.add(self.tokens.fresh(prompt.suffix))
+        question: TextOrIds | None = query if query is not None else prompt.query
+        if isinstance(question, str) and isinstance(prompt.suffix, str):
+            return self._finish(pieces, suffix_start, prompt.suffix, question)
+        if question is None:
+            return self._finish(pieces, suffix_start, "", None)
+        question_ids = self.tokens.fresh(question)
+        rows = _find_ids(pieces.ids[suffix_start:], question_ids)
+        if rows is None:
+            return self._layout(pieces, probe_ids=tuple(question_ids))
+        return self._layout(pieces, question_rows=tuple(suffix_start + row for row in rows))
+
+    def _read_text(self, text: str, query: str | None) -> PromptLayout:
+        if not text.strip():
+            msg = "the prompt is empty; give at least one character of text"
+            raise InputError(msg)
+        pieces, cursor = _Pieces(), 0
+        for match in self.chunk_index.find(text):
+            pieces.add(self.tokens.fresh(text[cursor : match.start], first=cursor == 0))
+            ids = self.tokens.chunk(text[match.start : match.end])
+            pieces.add(ids, self.identity.key(ids))
+            cursor = match.end
+        suffix_start = len(pieces.ids)
+        suffix = text[cursor:]
+        pieces.add(self.tokens.fresh(suffix, first=cursor == 0))
+        return self._finish(pieces, suffix_start, suffix, query)
+
+    def _finish(self, pieces: _Pieces, suffix_start: int, suffix: str, query: str | None) -> PromptLayout:
+        if not pieces.chunks or query is None or not query.strip():
+            return self._layout(pieces)
+        query = query.strip()
+        at = suffix.rfind(query)
+        if at < 0:
+            return self._layout(pieces, probe_ids=tuple(self.tokens.fresh(query)))
+        rows = self.tokens.rows_of_span(suffix, at, at + len(query))
+        return self._layout(pieces, question_rows=tuple(suffix_start + row for row in rows))
+
+    def _layout(
+        self, pieces: _Pieces, *, question_rows: tuple[int, ...] = (), probe_ids: tuple[int, ...] = ()
+    ) -> PromptLayout:
+        if not pieces.ids:
+            msg = "the prompt is empty; give at least one token"
+            raise InputError(msg)
+        prefix = tuple(pieces.ids[: pieces.chunks[0].start]) if pieces.chunks else ()
+        return PromptLayout(
+            input_ids=torch.tensor(pieces.ids, dtype=torch.int64),
+            chunks=tuple(pieces.chunks),
+            question_rows=question_rows,
+            probe_ids=probe_ids,
+            exact_first_chunk=bool(pieces.chunks) and prefix == self.identity.prefix_ids,
+        )
+
+    def _question_of(self, messages: Sequence[Message]) -> str | None:
+        """Return the last user message's own words: what follows its last chunk, or all of it if it holds none.
+
+        In agents the retrieved chunks come after the question, as a tool's answer; then the suffix holds no question
+        at all and this one asks in its place.
+        """
+        for message in reversed(messages):
+            if message.get("role") != "user" or not isinstance(message.get("content"), str):
+                continue
+            content = message["content"]
+            matches = self.chunk_index.find(content)
+            words = content[matches[-1].end :].strip() if matches else content.strip()
+            if words:
+                return str(words)
+        return None
+
+
+def _find_ids(haystack: Sequence[int], needle: Sequence[int]) -> range | None:
+    """Return the last occurrence of `needle` in `haystack` as a range of indices."""
+    if not needle:
+        return None
+    for start in range(len(haystack) - len(needle), -1, -1):
+        if list(haystack[start : start + len(needle)]) == list(needle):
+            return range(start, start + len(needle))
+    return None

@@ -1,0 +1,184 @@
+"""The two kinds of forward pass: encoding chunks at index time, and computing rows over assembled caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from prophetkv_rag.attention import AttentionCall, AttentionPass
+from prophetkv_rag.kernels import ops
+from prophetkv_rag.model_support import LayerSupport
+from prophetkv_rag.rope import RopeTables
+
+
+class EncodePass(AttentionPass):
+    """Encodes sequences behind an optional prefix, capturing keys **un-rotated**.
+
+    The model runs with every position id at 0, so the keys and queries that reach us are un-rotated; they are rotated
+    here, from float64 tables, for the attention only. That gives un-rotated keys without touching the model's code and
+    without rounding them twice.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSupport],
+        *,
+        seq_len: int,
+        prefix: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        device: torch.device,
+    ) -> None:
+        """Prepare the pass.
+
+        Args:
+            layers: The probe's findings.
+            seq_len: Tokens per sequence (padding on the right does no harm: attention is causal).
+            prefix: Rotated keys and values `[Hkv, prefix_len, D]` per layer of what comes before, or `None`.
+            device: Where the tables live.
+        """
+        self.layers = layers
+        self.prefix = prefix
+        prefix_len = 0 if prefix is None else prefix[0][0].shape[-2]
+        self.positions = torch.arange(prefix_len, prefix_len + seq_len, device=device)
+        self.tables = RopeTables(self.positions)
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    def _mask(self, window: int | None) -> torch.Tensor:
+        if window not in self._masks:
+            rows = self.positions[:, None]
+            keys = torch.arange(int(self.positions[-1]) + 1, device=rows.device)[None, :]
+            visible = keys <= rows
+            if window is not None:
+                visible &= keys > rows - window
+            self._masks[window] = visible
+        return self._masks[window]
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Rotate, put the prefix in front, attend causally."""
+        layer = self.layers[call.layer_idx]
+        query = self.tables.rotate(call.query, layer.rotation)
+        key = self.tables.rotate(call.key, layer.rotation)
+        value = call.value
+        if self.prefix is not None:
+            prefix_key, prefix_value = self.prefix[call.layer_idx]
+            batch = key.shape[0]
+            key = torch.cat([prefix_key.expand(batch, -1, -1, -1), key], dim=2)
+            value = torch.cat([prefix_value.expand(batch, -1, -1, -1), value], dim=2)
+        mask = self._mask(layer.sliding_window)
+        softcap = call.softcap if layer.softcap is not None else None
+        if softcap is None and call.sinks is None:
+            if self.prefix is None and layer.sliding_window is None:
+                output = F.scaled_dot_product_attention(
+                    query, key, value, is_causal=True, scale=call.scaling, enable_gqa=True
+                )
+            else:
+                output = F.scaled_dot_product_attention(
+                    query, key, value, attn_mask=mask, scale=call.scaling, enable_gqa=True
+                )
+            return output.transpose(1, 2).contiguous()
+        blocks = ops.RowBlocks(
+            self.positions, num_groups=query.shape[1] // key.shape[1], sliding_window=layer.sliding_window
+        )
+        outputs = [
+            ops.selected_rows_attention(
+                query[i], key[i], value[i], blocks, scaling=call.scaling, softcap=softcap, sinks=call.sinks
+            )
+            for i in range(query.shape[0])
+        ]
+        return torch.stack(outputs)
+
+
+class RowsPass(AttentionPass):
+    """Computes rows at their true positions over a cache that holds a row for every position of the prompt.
+
+    Used by stage II and by plain reuse; stage I adds scoring (`ScoringPass`).
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSupport],
+        rows: torch.Tensor,
+        *,
+        hidden_keys: torch.Tensor | None = None,
+    ) -> None:
+        """Prepare the pass for `rows` (`[m]`, ascending positions); `hidden_keys` (`[n]`, bool) are seen by no row."""
+        self.layers = layers
+        self.rows = rows
+        self.hidden_keys = hidden_keys
+        self._blocks: dict[tuple[int, int | None], ops.RowBlocks] = {}
+
+    def set_rows(self, rows: torch.Tensor) -> None:
+        """Go on with fewer rows (strategies that prune between layers)."""
+        self.rows = rows
+        self._blocks = {}
+
+    def blocks(self, call: AttentionCall) -> ops.RowBlocks:
+        """Return the row blocks for this call's group size and window; layers share them."""
+        groups = call.query.shape[1] // call.key.shape[1]
+        window = self.layers[call.layer_idx].sliding_window
+        if (groups, window) not in self._blocks:
+            self._blocks[groups, window] = ops.RowBlocks(
+                self.rows, num_groups=groups, sliding_window=window, hidden_keys=self.hidden_keys
+            )
+        return self._blocks[groups, window]
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Attend over the cache, causally by position."""
+        output = ops.selected_rows_attention(
+            call.query[0],
+            call.key[0],
+            call.value[0],
+            self.blocks(call),
+            scaling=call.scaling,
+            softcap=call.softcap if self.layers[call.layer_idx].softcap is not None else None,
+            sinks=call.sinks,
+        )
+        return output[None]
+
+
+class ScoringPass(RowsPass):
+    """A `RowsPass` that also sums, over layers, the attention mass each context token gets from the scoring rows."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSupport],
+        rows: torch.Tensor,
+        *,
+        context: torch.Tensor,
+        scoring_rows: torch.Tensor,
+        context_softmax: bool,
+        hidden_keys: torch.Tensor | None = None,
+    ) -> None:
+        """Prepare the pass; `context` is `[n]` bool, `scoring_rows` `[m]` bool (see `ops.attend_and_score`)."""
+        super().__init__(layers, rows, hidden_keys=hidden_keys)
+        self.context = context
+        # Rows before the first scoring row (the prompt's prefix) need no explicit weights.
+        self._num_plain = int(scoring_rows.nonzero()[0])
+        self._plain = RowsPass(layers, rows[: self._num_plain], hidden_keys=hidden_keys)
+        self._asking = RowsPass(layers, rows[self._num_plain :], hidden_keys=hidden_keys)
+        self.scoring_rows = scoring_rows[self._num_plain :]
+        self.context_softmax = context_softmax
+        self.scores = torch.zeros(context.shape[0], dtype=torch.float32, device=rows.device)
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Attend and add this layer's mass to `scores` (Algorithm 1's plain sum over layers)."""
+        asking = replace(call, query=call.query[:, :, self._num_plain :])
+        output, mass = ops.attend_and_score(
+            asking.query[0],
+            call.key[0],
+            call.value[0],
+            self._asking.blocks(asking),
+            context=self.context,
+            scoring_rows=self.scoring_rows,
+            context_softmax=self.context_softmax,
+            scaling=call.scaling,
+            softcap=call.softcap if self.layers[call.layer_idx].softcap is not None else None,
+            sinks=call.sinks,
+        )
+        self.scores += mass
+        if self._num_plain == 0:
+            return output[None]
+        plain = self._plain.attend(replace(call, query=call.query[:, :, : self._num_plain]))
+        return torch.cat([plain, output[None]], dim=1)

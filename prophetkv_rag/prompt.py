@@ -1,0 +1,32 @@
+"""The prompt as the engine sees it: token ids segment by segment, some of which are chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+TextOrIds: TypeAlias = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """An explicit prompt: `prefix`, the chunks in order, then `suffix` with the question.
+
+    Each part is text or a list of token ids, and is tokenised alone, so the prompt's ids are the parts' ids joined.
+    Between two chunks nothing is inserted; put separators into `glue`.
+
+    Attributes:
+        prefix: Everything before the first chunk; always computed exactly.
+        chunks: The retrieved chunks, in prompt order.
+        suffix: Everything after the last chunk; holds the question, unless `query` says otherwise.
+        query: The question, where it is known apart from the suffix. Its tokens then ask in stage I if the suffix
+            does not contain them, or if `ProphetKVConfig.query_scope` is `"question"`.
+        glue: Put between two neighbouring chunks.
+    """
+
+    prefix: TextOrIds
+    chunks: Sequence[TextOrIds]
+    suffix: TextOrIds
+    query: TextOrIds | None = None
+    glue: TextOrIds = ""

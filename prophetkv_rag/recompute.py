@@ -1,0 +1,159 @@
+"""Stage II: only the given rows run through the model again, writing fresh keys and values in place.
+
+Right after the embedding the hidden states are those of the given rows alone (arXiv 2602.02579, section 4.3 and
+Algorithm 1): at every layer their keys and values replace the stale ones, then each row attends causally, by its true
+position, to the merged cache. Tokens outside the chunks ride in the same pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prophetkv_rag.attention import RowsLayer, cache_of, run_pass
+from prophetkv_rag.model import decoder_layers
+from prophetkv_rag.model_support import ModelSupport
+from prophetkv_rag.passes import RowsPass
+
+
+@dataclass(frozen=True, slots=True)
+class LayerView:
+    """What a strategy that prunes between layers may look at after a layer: stale against fresh rows.
+
+    All tensors are in the order of `rows`: keys `[Hkv, m, D]` (rotated), values `[Hkv, m, Dv]`.
+    """
+
+    layer_idx: int
+    rows: torch.Tensor
+    stale_keys: torch.Tensor
+    stale_values: torch.Tensor
+    fresh_keys: torch.Tensor
+    fresh_values: torch.Tensor
+
+
+Pruner = Callable[[LayerView], "torch.Tensor | None"]
+"""Returns the positions (ascending) that go on after this layer, or `None` for all; fresh tokens always go on."""
+
+
+def recompute(
+    model: Any,
+    support: ModelSupport,
+    layers: Sequence[RowsLayer],
+    input_ids: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    always: torch.Tensor | None = None,
+    prune: Pruner | None = None,
+) -> tuple[torch.Tensor, int]:
+    """Run `rows` through all layers over the assembled cache.
+
+    Args:
+        model: The language model.
+        support: The probe's findings.
+        layers: The assembled cache; its rows are overwritten in place, all others are left untouched bit by bit.
+        input_ids: `[N]` token ids of the prompt.
+        rows: `[m]` ascending positions to compute; the last one must be the prompt's last token.
+        always: Positions that pruning never drops (the tokens outside the chunks).
+        prune: Called after each layer; what it drops keeps the fresh keys and values of the layers so far.
+
+    Returns:
+        `[1, vocab]` logits of the prompt's last token, and the rows x layers that were run.
+    """
+    rows_pass = RowsPass(support.layers, rows)
+    num_layers = len(support.layers)
+    if prune is None:
+        for layer in layers:
+            layer.rows = rows
+        logits = run_pass(
+            model,
+            rows_pass,
+            input_ids=input_ids[None, rows],
+            position_ids=rows[None],
+            cache=cache_of(layers),
+            logits=True,
+        )
+        assert logits is not None
+        return logits, rows.shape[0] * num_layers
+
+    pruning = _Pruning(rows_pass, layers, prune, always)
+    with ExitStack() as hooks:
+        for index, module in enumerate(decoder_layers(model, num_layers)):
+            handle = module.register_forward_pre_hook(pruning.before_layer(index), with_kwargs=True)
+            hooks.callback(handle.remove)
+        logits = run_pass(
+            model,
+            rows_pass,
+            input_ids=input_ids[None, rows],
+            position_ids=rows[None],
+            cache=cache_of(layers),
+            logits=True,
+        )
+    assert logits is not None
+    return logits, pruning.row_layers
+
+
+class _Pruning:
+    """Slices hidden states and rotary tables between layers, by hooks that are removed after the pass."""
+
+    def __init__(
+        self, rows_pass: RowsPass, layers: Sequence[RowsLayer], prune: Pruner, always: torch.Tensor | None
+    ) -> None:
+        self.rows_pass = rows_pass
+        self.layers = layers
+        self.prune = prune
+        self.always = always
+        self.row_layers = 0
+        self.num_initial = rows_pass.rows.shape[0]
+        self.kept = torch.arange(self.num_initial, device=rows_pass.rows.device)  # indices into the initial rows
+
+    def before_layer(self, index: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+        def hook(
+            module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            local = self._choose(index - 1) if index > 0 else None
+            if local is not None:
+                self.kept = self.kept[local]
+                self.rows_pass.set_rows(self.rows_pass.rows[local])
+                if "hidden_states" in kwargs:
+                    kwargs["hidden_states"] = kwargs["hidden_states"][:, local]
+                else:
+                    args = (args[0][:, local], *args[1:])
+            if self.kept.shape[0] < self.num_initial:
+                # The model hands every layer the tables of all initial rows.
+                kwargs = {name: self._slice(name, value) for name, value in kwargs.items()}
+            layer = self.layers[index]
+            layer.rows, layer.keep_stale = self.rows_pass.rows, True
+            self.row_layers += self.rows_pass.rows.shape[0]
+            return args, kwargs
+
+        return hook
+
+    def _choose(self, index: int) -> torch.Tensor | None:
+        """Return the indices into the current rows that go on after layer `index`."""
+        layer = self.layers[index]
+        assert layer.stale is not None and layer.fresh is not None
+        rows = self.rows_pass.rows
+        view = LayerView(
+            index, rows, layer.stale[0][0], layer.stale[1][0], layer.fresh[0][0], layer.fresh[1][0]
+        )
+        layer.stale = layer.fresh = None
+        kept = self.prune(view)
+        if kept is None:
+            return None
+        mask = torch.isin(rows, kept.to(rows.device))
+        if self.always is not None:
+            mask |= torch.isin(rows, self.always)
+        return mask.nonzero()[:, 0]
+
+    def _slice(self, name: str, value: Any) -> Any:
+        if name == "position_ids" and isinstance(value, torch.Tensor):
+            return value[..., self.kept]
+        if name == "position_embeddings" and isinstance(value, (tuple, list)):
+            return tuple(table[:, self.kept] for table in value)
+        if name == "position_embeddings" and isinstance(value, torch.Tensor):
+            return value[:, self.kept]
+        return value

@@ -1,0 +1,71 @@
+"""What one prefill did: plain numbers only, so that it can travel through events, logs and JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+ChunkStatus = Literal["hit", "miss", "corrupt", "unused"]
+
+
+@dataclass(slots=True)
+class ChunkReport:
+    """One chunk of the prompt.
+
+    `status`: `"hit"` (cache loaded), `"miss"` (no cache was stored: encoded now and stored), `"corrupt"` (a blob failed
+    its checks: encoded again) or `"unused"` (the strategy, such as full prefill, needs no caches).
+    """
+
+    key: str
+    tokens: int
+    status: ChunkStatus
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds on the wall clock, by stage. `ttft` is the whole prefill: from the prompt to the first token's logits.
+
+    `suffix` is the pass over the fresh tokens where it runs on its own (nothing is selected); when tokens are
+    recomputed, the fresh tokens ride in the same pass and their time is in `recompute`.
+    """
+
+    match: float = 0.0
+    load: float = 0.0
+    assemble: float = 0.0
+    score: float = 0.0
+    recompute: float = 0.0
+    suffix: float = 0.0
+    ttft: float = 0.0
+
+
+@dataclass(slots=True)
+class ReuseReport:
+    """What was reused, what was computed, and how long it took.
+
+    `prompt_tokens == reused_tokens + recomputed_tokens + fresh_tokens` and
+    `chunk_tokens == reused_tokens + recomputed_tokens`; fresh tokens are those outside every chunk.
+    `row_layers` is the budget really spent: rows x layers run at query time, stage I included.
+    """
+
+    strategy: str
+    recompute_ratio: float
+    prompt_tokens: int
+    chunk_tokens: int
+    reused_tokens: int
+    recomputed_tokens: int
+    fresh_tokens: int
+    row_layers: int = 0
+    chunks: list[ChunkReport] = field(default_factory=list)
+    timings_s: Timings = field(default_factory=Timings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers; the shape that `prophetkv-rag ask --json` prints."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        hits = sum(chunk.status == "hit" for chunk in self.chunks)
+        return (
+            f"{self.strategy} at {self.recompute_ratio:.0%}: {self.prompt_tokens} prompt tokens = "
+            f"{self.reused_tokens} reused + {self.recomputed_tokens} recomputed + {self.fresh_tokens} fresh; "
+            f"{hits}/{len(self.chunks)} chunks from cache; first token after {self.timings_s.ttft:.2f} s"
+        )

@@ -1,0 +1,64 @@
+"""The contract of a strategy, and what it may look at."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from prophetkv_rag.recompute import Pruner
+from prophetkv_rag.stage_one import QueryContext
+
+__all__ = ["QueryContext", "Selection", "Strategy", "token_budget", "top_positions"]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a strategy chose.
+
+    Attributes:
+        positions: `[k]` ascending positions of the chunk tokens that are recomputed from the embedding on.
+        prune: For strategies that decide between layers (CacheBlend, hybrids that run the first layers in full):
+            called after each layer with stale and fresh rows, returns the positions that go on. `None` keeps all.
+    """
+
+    positions: torch.Tensor
+    prune: Pruner | None = None
+
+
+class Strategy(ABC):
+    """Chooses tokens for stage II.
+
+    A strategy sees the assembled stale cache, the prompt's layout and the budget, and may run stage I through the
+    context. It holds no state of a query: one instance serves many threads.
+    """
+
+    name: ClassVar[str]
+    uses_caches: ClassVar[bool] = True
+
+    @abstractmethod
+    def select(self, context: QueryContext) -> Selection:
+        """Choose at most `context.budget` chunk tokens."""
+
+
+def token_budget(recompute_ratio: float, num_chunk_tokens: int) -> int:
+    """Return floor(p * C), the number of chunk tokens to recompute, safe from the float noise of an exact product."""
+    return min(num_chunk_tokens, math.floor(recompute_ratio * num_chunk_tokens + 1e-9))
+
+
+def top_positions(scores: torch.Tensor, eligible: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the `count` eligible positions of highest score, ascending; ties go to the lower position.
+
+    The order is total, so the sets of two budgets are nested.
+
+    Args:
+        scores: `[n]`.
+        eligible: `[n]`, bool.
+        count: How many, capped at the number of eligible positions.
+    """
+    candidates = eligible.nonzero()[:, 0]
+    order = torch.sort(scores[candidates], descending=True, stable=True).indices[:count]
+    return candidates[order].sort().values

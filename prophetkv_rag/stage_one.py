@@ -1,0 +1,113 @@
+"""Stage I: the question attends to the stale caches, and its attention says which tokens matter.
+
+Run on the assembled cache before anything is recomputed. Rows: the prompt's prefix (exact, and kept) and the suffix;
+tokens between the chunks are left out of this pass, neither computed nor seen, as the paper's context is the chunks
+alone. A question that stands before the chunks asks from extra rows behind the prompt's end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from prophetkv_rag.attention import RowsLayer, cache_of, run_pass
+from prophetkv_rag.config import ProphetKVConfig
+from prophetkv_rag.layout import PromptLayout
+from prophetkv_rag.model_support import ModelSupport
+from prophetkv_rag.passes import ScoringPass
+
+
+@dataclass
+class QueryContext:
+    """What a strategy sees of one query.
+
+    Attributes:
+        model: The language model.
+        support: The probe's findings.
+        layers: The assembled stale cache, one `RowsLayer` per decoder layer.
+        layout: The prompt.
+        input_ids: `[N]` on the model's device.
+        is_chunk: `[N]` bool on the model's device: tokens whose rows come from a chunk cache.
+        eligible: `[N]` bool: tokens that may be selected.
+        budget: Number of chunk tokens to recompute.
+        config: The engine's settings.
+        seconds: Time spent in stage I so far.
+        row_layers: Rows x layers run in stage I so far.
+        prefix_done: Whether the prefix's rows have been computed (they need not be again).
+    """
+
+    model: Any
+    support: ModelSupport
+    layers: Sequence[RowsLayer]
+    layout: PromptLayout
+    input_ids: torch.Tensor
+    is_chunk: torch.Tensor
+    eligible: torch.Tensor
+    budget: int
+    config: ProphetKVConfig
+    seconds: float = 0.0
+    row_layers: int = 0
+    prefix_done: bool = False
+    _scores: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+
+    def attention_scores(
+        self, *, score_softmax: str | None = None, query_scope: str | None = None
+    ) -> torch.Tensor:
+        """Run stage I and return the score of every token, `[N]` in fp32 (0 outside the chunks).
+
+        Args:
+            score_softmax: Overrides `config.score_softmax`.
+            query_scope: Overrides `config.query_scope`.
+        """
+        score_softmax = score_softmax or self.config.score_softmax
+        query_scope = query_scope or self.config.query_scope
+        if (score_softmax, query_scope) not in self._scores:
+            started = time.perf_counter()
+            self._scores[score_softmax, query_scope] = self._run(score_softmax == "context", query_scope)
+            self.seconds += time.perf_counter() - started
+        return self._scores[score_softmax, query_scope]
+
+    def _run(self, context_softmax: bool, query_scope: str) -> torch.Tensor:
+        layout, device = self.layout, self.input_ids.device
+        num_tokens, num_probe = layout.num_tokens, len(layout.probe_ids)
+        probe_ids = torch.tensor(layout.probe_ids, dtype=torch.int64, device=device)
+        token_ids = torch.cat([self.input_ids, probe_ids])
+
+        prefix = torch.arange(layout.context_start, device=device)
+        suffix = torch.arange(layout.suffix_start, num_tokens + num_probe, device=device)
+        rows = torch.cat([prefix, suffix])
+        asking = torch.zeros(num_tokens + num_probe, dtype=torch.bool, device=device)
+        if num_probe:
+            asking[num_tokens:] = True
+        elif query_scope == "question" and layout.question_rows:
+            asking[torch.tensor(layout.question_rows, device=device)] = True
+        else:
+            asking[layout.suffix_start :] = True
+
+        hidden = torch.ones(num_tokens + num_probe, dtype=torch.bool, device=device)
+        hidden[rows] = False
+        hidden[:num_tokens] &= ~self.is_chunk
+        scoring = ScoringPass(
+            self.support.layers,
+            rows,
+            context=torch.cat([self.is_chunk, self.is_chunk.new_zeros(num_probe)]),
+            scoring_rows=asking[rows],
+            context_softmax=context_softmax,
+            hidden_keys=hidden if bool(hidden.any()) else None,
+        )
+        for layer in self.layers:
+            layer.rows = rows
+        run_pass(
+            self.model,
+            scoring,
+            input_ids=token_ids[None, rows],
+            position_ids=rows[None],
+            cache=cache_of(self.layers),
+        )
+        self.prefix_done = True
+        self.row_layers += rows.shape[0] * len(self.support.layers)
+        return scoring.scores[:num_tokens]

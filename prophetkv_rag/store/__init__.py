@@ -1,0 +1,1 @@
+"""Where chunk caches are kept: in RAM (`memory`), or on disk with a RAM tier in front (`disk`)."""

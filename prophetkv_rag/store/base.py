@@ -1,0 +1,102 @@
+"""The contract between the engine and whatever keeps chunk caches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from prophetkv_rag.chunk_cache import ChunkCache
+
+
+@dataclass(frozen=True, slots=True)
+class TextEntry:
+    """How a chunk's text is recognised in a prompt, without keeping the text (see `chunk_index`).
+
+    Attributes:
+        anchor: 64-bit hash of the first characters, as a signed integer (SQLite's range).
+        length: Length of the stripped text in characters.
+        digest: sha256 of the stripped text in UTF-8, hex.
+    """
+
+    anchor: int
+    length: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Counts since the store was opened, and what it holds now."""
+
+    chunks: int
+    tokens: int
+    nbytes: int
+    hits: int = 0
+    misses: int = 0
+    corrupt: int = 0
+    location: str = "memory"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """Result of checking every blob. Only `bad` would ever matter to an answer, and such blobs are never used."""
+
+    checked: int
+    bad: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    orphans: tuple[str, ...] = ()
+    repaired: bool = False
+
+
+class ChunkStore(ABC):
+    """Keeps chunk caches by key, and who refers to them. Every method is safe to call from several threads.
+
+    A key belongs to one identity (`CacheIdentity.fingerprint`); one store may hold caches of several models.
+    """
+
+    @abstractmethod
+    def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> tuple[ChunkCache | None, bool]:
+        """Return the verified cache, or `None`, and whether a blob was there but failed its checks.
+
+        Never raises for a bad blob: it is logged once, counted and dropped, so that the caller computes it again.
+        """
+
+    @abstractmethod
+    def put(self, key: str, cache: ChunkCache, *, fingerprint: str, entry: TextEntry | None = None) -> None:
+        """Store a cache (idempotent). After it returns the cache survives a crash, where the store is persistent."""
+
+    @abstractmethod
+    def __contains__(self, key: str) -> bool:
+        """Whether a cache is stored under `key` (its content is checked by `get`, not here)."""
+
+    @abstractmethod
+    def delete(self, keys: Iterable[str]) -> None:
+        """Drop caches, their catalog rows and their references."""
+
+    @abstractmethod
+    def add_references(self, owner: str, keys: Iterable[str]) -> None:
+        """Note that `owner` (a collection's id, or `"engine"`) refers to these keys."""
+
+    @abstractmethod
+    def drop_references(self, owner: str, keys: Iterable[str]) -> list[str]:
+        """Drop `owner`'s references and delete the caches that no owner refers to any more; returns those keys."""
+
+    @abstractmethod
+    def entries(self, fingerprint: str) -> Iterator[tuple[str, TextEntry]]:
+        """All (key, entry) of one identity that were stored with a text entry."""
+
+    def new_entries(self, fingerprint: str) -> Iterator[tuple[str, TextEntry]]:
+        """Entries that another process may have added since the last call; empty for stores of one process."""
+        return iter(())
+
+    @abstractmethod
+    def stats(self) -> StoreStats:
+        """What is stored and how it was used."""
+
+    @abstractmethod
+    def verify(self, *, repair: bool = False) -> VerifyReport:
+        """Check every stored cache; with `repair` drop what is bad, missing or orphaned."""
+
+    def close(self) -> None:
+        """Release files and connections; the store cannot be used afterwards."""
+        return None

@@ -1,0 +1,104 @@
+"""Files of a cache directory: private, written completely or not at all, and guarded across processes."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+if sys.platform != "win32":
+    import fcntl
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def make_private_directory(path: Path) -> None:
+    """Make a directory that only its owner may read, where there is none, and check that files can be made in it.
+
+    Raises:
+        OSError: If it cannot be made or written to.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+        pass
+
+
+def read_file(path: Path) -> memoryview:
+    """Read a whole file into one fresh, writable buffer: a single copy, with nothing zeroed before."""
+    with path.open("rb", buffering=0) as file:
+        view = memoryview(np.empty(os.fstat(file.fileno()).st_size, dtype=np.uint8))  # type: ignore[arg-type]
+        filled = 0
+        while filled < len(view):
+            count = file.readinto(view[filled:])  # at most 2 GiB a call
+            if not count:
+                break
+            filled += count
+        return view[:filled]
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file so that, after any crash, it is there completely or not at all (temporary file, fsync, rename)."""
+    if not path.parent.exists():
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        _sync_directory(path.parent.parent)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "wb", buffering=0) as file:
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
+            os.fsync(descriptor)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+class DirectoryLock:
+    """Shared by every write, exclusive for deleting and repairing, so that repair never mistakes a write under way.
+
+    A kill releases it. On Windows it does nothing: there, repair only while no other process writes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Held while a blob and its catalog row are written; several may hold it at once."""
+        with self._held(is_exclusive=False):
+            yield
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Held alone. Not re-entrant."""
+        with self._held(is_exclusive=True):
+            yield
+
+    @contextmanager
+    def _held(self, *, is_exclusive: bool) -> Iterator[None]:
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)  # a lock belongs to one opening of the file
+        try:
+            if sys.platform != "win32":
+                fcntl.flock(descriptor, fcntl.LOCK_EX if is_exclusive else fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _sync_directory(path: Path) -> None:
+    if sys.platform == "win32":  # directories cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

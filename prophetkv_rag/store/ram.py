@@ -1,0 +1,84 @@
+"""The RAM tier: the most recently used chunk caches, up to a number of bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from prophetkv_rag.chunk_cache import ChunkCache
+
+
+def owned(cache: ChunkCache) -> ChunkCache:
+    """Copy to contiguous CPU tensors that own their memory, where they do not yet.
+
+    The engine cuts chunks out of whole batches; keeping such a view would keep the whole padded batch alive.
+    """
+    return ChunkCache(
+        _owned(cache.input_ids),
+        tuple(_owned(tensor) for tensor in cache.keys),
+        tuple(_owned(tensor) for tensor in cache.values),
+    )
+
+
+def has_ids(cache: ChunkCache, input_ids: Sequence[int]) -> bool:
+    """Whether the cache is of exactly these tokens."""
+    return bool(cache.input_ids.tolist() == list(input_ids))
+
+
+class RamTier:
+    """Least recently used caches are dropped first. Safe to use from several threads; callers must not write to them.
+
+    Args:
+        max_bytes: Upper bound of the K/V bytes held; 0 keeps nothing. A cache larger than that is not kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._caches: OrderedDict[str, tuple[str, ChunkCache]] = OrderedDict()
+        self._nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """K/V bytes held now."""
+        return self._nbytes
+
+    def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> ChunkCache | None:
+        """Return the cache if it is held and is the one that is meant."""
+        with self._lock:
+            found = self._caches.get(key)
+            if found is None:
+                return None
+            self._caches.move_to_end(key)
+        cache_fingerprint, cache = found
+        return cache if cache_fingerprint == fingerprint and has_ids(cache, input_ids) else None
+
+    def put(self, key: str, cache: ChunkCache, *, fingerprint: str) -> None:
+        """Hold a cache, and drop the least recently used ones that no longer fit."""
+        self.drop([key])
+        if cache.nbytes > self._max_bytes:
+            return
+        with self._lock:
+            if key in self._caches:  # another thread was faster
+                return
+            self._caches[key] = (fingerprint, cache)
+            self._nbytes += cache.nbytes
+            while self._nbytes > self._max_bytes:
+                _, (_, oldest) = self._caches.popitem(last=False)
+                self._nbytes -= oldest.nbytes
+
+    def drop(self, keys: Iterable[str]) -> None:
+        """Forget these caches, where they are held."""
+        with self._lock:
+            for key in keys:
+                found = self._caches.pop(key, None)
+                if found is not None:
+                    self._nbytes -= found[1].nbytes
+
+
+def _owned(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach().to("cpu").contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

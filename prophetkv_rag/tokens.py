@@ -1,0 +1,107 @@
+"""Text to token ids, the same way at index time and at query time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from prophetkv_rag.errors import InputError
+from prophetkv_rag.prompt import TextOrIds
+
+_SENTINEL = "\u2063prophetkv\u2063"
+
+
+class Tokens:
+    """The engine's view of a tokenizer; works without one as long as everything is given as token ids."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Wrap a transformers tokenizer, or `None`."""
+        self.tokenizer = tokenizer
+        # Special-token parsing is a switch on the tokenizer's shared backend, flipped per call.
+        self._lock = threading.Lock()
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chat messages can be rendered."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def _require(self, what: str) -> Any:
+        if self.tokenizer is None:
+            msg = f"{what} was given as text, but the engine has no tokenizer; give token ids, or make it with one"
+            raise InputError(msg)
+        return self.tokenizer
+
+    def fresh(self, part: TextOrIds, *, first: bool = False) -> list[int]:
+        """Tokenise what stands outside chunks; special tokens in it (a chat template's) are parsed.
+
+        `first` marks the start of the prompt: it gets the tokenizer's BOS unless it begins with it.
+        """
+        if not isinstance(part, str):
+            return [int(token) for token in part]
+        if not part and not first:
+            return []
+        tokenizer = self._require("a part of the prompt")
+        with self._lock:
+            ids = list(tokenizer(part, add_special_tokens=False)["input_ids"]) if part else []
+            if first:
+                start = self._start_ids()
+                if start and ids[: len(start)] != start:
+                    ids = [*start, *ids]
+        return ids
+
+    def _start_ids(self) -> list[int]:
+        """Return what the tokenizer itself puts in front of a text: BOS, or nothing."""
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        ids = list(self.tokenizer("")["input_ids"])
+        return ids[:1] if bos is not None and ids[:1] == [bos] else []
+
+    def chunk(self, text: str) -> list[int]:
+        """Tokenise a chunk; special-token strings in it stay text."""
+        tokenizer = self._require("a chunk")
+        with self._lock:
+            return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def rows_of_span(self, text: str, start: int, stop: int) -> list[int]:
+        """Return the indices of the tokens of `text` (tokenised as fresh text) that overlap `text[start:stop]`.
+
+        Empty for tokenizers that keep no offsets; the whole suffix then asks.
+        """
+        tokenizer = self._require("the question")
+        if not getattr(tokenizer, "is_fast", False):
+            return []
+        with self._lock:
+            offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return [row for row, (left, right) in enumerate(offsets) if left < stop and right > start and right > left]
+
+    def render(self, messages: Sequence[Any]) -> str:
+        """Render chat messages with the model's own template, up to the open assistant turn."""
+        if not messages:
+            msg = "the prompt is empty; give at least one message"
+            raise InputError(msg)
+        tokenizer = self._require("a chat")
+        if not self.has_chat_template:
+            msg = "the tokenizer has no chat template; give the prompt as one string, or set tokenizer.chat_template"
+            raise InputError(msg)
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                )
+            )
+        except Exception as error:  # templates raise their own errors for roles they do not know
+            msg = f"the model's chat template rejects these messages: {error}"
+            raise InputError(msg) from error
+
+    def default_encoding_prefix(self) -> tuple[int, ...]:
+        """Return what chunks are encoded behind by default: BOS and the chat template's opening of a user message."""
+        if self.tokenizer is None:
+            return ()
+        text = ""
+        if self.has_chat_template:
+            text = self.render([{"role": "user", "content": _SENTINEL}]).split(_SENTINEL)[0]
+        return tuple(self.fresh(text, first=True))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of generated tokens, without special tokens."""
+        return str(self._require("the answer").decode(list(token_ids), skip_special_tokens=True))

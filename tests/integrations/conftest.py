@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import chromadb
+import pytest
+from llama_index.core.instrumentation import get_dispatcher
+
+from prophetkv_rag.config import ProphetKVConfig
+from prophetkv_rag.engine import ProphetKVEngine
+from prophetkv_rag.integrations.llama_index import ProphetKVChromaVectorStore, ProphetKVLLM
+from tests.integrations.rag import CallLog, build_index
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+MODEL = tiny_llama(max_position_embeddings=4096)
+
+
+def make_engine(*, chat: bool = True) -> ProphetKVEngine:
+    """An engine of its own store on the shared tiny model; it scores by the question, so a lost question shows."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 4096
+    if not chat:
+        tokenizer.chat_template = None
+    config = ProphetKVConfig(query_scope="question", recompute_ratio=0.3)
+    return ProphetKVEngine(MODEL, tokenizer, config=config)
+
+
+@pytest.fixture(scope="session")
+def chat_engine() -> ProphetKVEngine:
+    return make_engine()
+
+
+@pytest.fixture(scope="session")
+def completion_engine() -> ProphetKVEngine:
+    return make_engine(chat=False)
+
+
+@pytest.fixture
+def fresh_engine() -> ProphetKVEngine:
+    """An engine whose store holds nothing yet."""
+    return make_engine()
+
+
+@pytest.fixture
+def llm(chat_engine: ProphetKVEngine) -> ProphetKVLLM:
+    return ProphetKVLLM(engine=chat_engine, max_new_tokens=8)
+
+
+@pytest.fixture
+def call_log() -> Iterator[CallLog]:
+    log = CallLog(calls=[])
+    dispatcher = get_dispatcher()
+    dispatcher.add_event_handler(log)
+    yield log
+    dispatcher.event_handlers.remove(log)
+
+
+@pytest.fixture
+def new_vector_store() -> Callable[[ProphetKVEngine], ProphetKVChromaVectorStore]:
+    """Makes vector stores on collections that no other test uses."""
+    client = chromadb.EphemeralClient()
+
+    def make(engine: ProphetKVEngine) -> ProphetKVChromaVectorStore:
+        return ProphetKVChromaVectorStore.from_client(client, f"test-{uuid.uuid4().hex}", engine)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def indexes(chat_engine: ProphetKVEngine, completion_engine: ProphetKVEngine) -> dict[tuple[bool, bool], Any]:
+    """The corpus indexed for {chat, completion} x {with, without metadata}; keys are (chat, metadata)."""
+    client = chromadb.EphemeralClient()
+    built = {}
+    for chat, engine in ((True, chat_engine), (False, completion_engine)):
+        for has_metadata in (True, False):
+            name = f"corpus-{uuid.uuid4().hex}"
+            store = ProphetKVChromaVectorStore.from_client(client, name, engine)
+            metadata = {"file_name": "town.md", "page": 3} if has_metadata else {}
+            built[chat, has_metadata] = build_index(store, **metadata)
+    return built

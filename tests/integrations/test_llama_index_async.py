@@ -1,0 +1,184 @@
+"""Async calls leave the event loop free, and whoever leaves early stops the generation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler
+
+from prophetkv_rag.engine import ProphetKVEngine
+from prophetkv_rag.integrations.llama_index import ProphetKVLLM
+from prophetkv_rag.integrations.llama_index.async_stream import iterate_in_thread, last_item
+from tests.integrations.rag import QUESTION, build_index
+
+MESSAGES = [ChatMessage(content="Tell me everything about the old harbour.")]
+STEP_S = 0.02
+
+
+@pytest.fixture
+def forwards(chat_engine: ProphetKVEngine) -> Iterator[list[float]]:
+    """Times of the model's passes, each of which is made to take at least `STEP_S`."""
+    times = []
+
+    def note(*args: Any) -> None:
+        times.append(time.monotonic())
+        time.sleep(STEP_S)
+
+    hook = chat_engine.model.model.layers[0].register_forward_pre_hook(note)
+    yield times
+    hook.remove()
+
+
+@pytest.fixture
+def endless(chat_engine: ProphetKVEngine, monkeypatch: pytest.MonkeyPatch) -> ProphetKVLLM:
+    """A model that goes on for 500 tokens: no token ends its answers."""
+    monkeypatch.setattr(chat_engine, "_end_tokens", frozenset())
+    return ProphetKVLLM(engine=chat_engine, max_new_tokens=500)
+
+
+async def ticks_while(work: Any) -> int:
+    """Run `work` beside a coroutine that counts how often the loop lets it run."""
+    count = 0
+
+    async def tick() -> None:
+        nonlocal count
+        while True:
+            await asyncio.sleep(STEP_S / 10)
+            count += 1
+
+    ticker = asyncio.create_task(tick())
+    await work
+    ticker.cancel()
+    return count
+
+
+async def drain(stream: Any) -> None:
+    async for _ in await stream:
+        pass
+
+
+@pytest.mark.parametrize("style", ["achat", "acomplete", "astream_chat", "astream_complete"])
+async def test_the_loop_keeps_turning(style: str, llm: ProphetKVLLM, forwards: list[float]) -> None:
+    work = {
+        "achat": lambda: llm.achat(MESSAGES),
+        "acomplete": lambda: llm.acomplete("Hi"),
+        "astream_chat": lambda: drain(llm.astream_chat(MESSAGES)),
+        "astream_complete": lambda: drain(llm.astream_complete("Hi")),
+    }[style]
+    ticks = await ticks_while(work())
+    assert ticks >= len(forwards), "a blocked loop ticks once or not at all"
+
+
+async def test_the_loop_keeps_turning_while_indexing_and_asking(
+    chat_engine: ProphetKVEngine, llm: ProphetKVLLM, new_vector_store: Any, forwards: list[float]
+) -> None:
+    index = build_index(new_vector_store(chat_engine), [])
+    texts = [f"Passage {i}: the loop keeps turning while caches are computed." for i in range(3)]
+    from llama_index.core.schema import TextNode
+
+    assert await ticks_while(index.ainsert_nodes([TextNode(text=text) for text in texts])) >= 2
+    assert forwards, "the caches were computed during the await"
+    assert await ticks_while(index.as_query_engine(llm=llm).aquery(QUESTION)) >= 2
+
+
+def test_closing_a_stream_stops_the_generation(endless: ProphetKVLLM, forwards: list[float]) -> None:
+    stream = endless.stream_chat(MESSAGES)
+    for _ in range(3):
+        next(stream)
+    stream.close()
+    done = len(forwards)
+    assert done < 20
+    time.sleep(5 * STEP_S)
+    assert len(forwards) == done
+    assert endless.complete("Hi", max_new_tokens=1), "the engine is free again"
+
+
+def test_a_handler_that_keeps_events_does_not_keep_the_engine_busy(
+    chat_engine: ProphetKVEngine, endless: ProphetKVLLM
+) -> None:
+    endless.callback_manager = CallbackManager([LlamaDebugHandler(print_trace_on_end=False)])
+    stream = endless.stream_chat(MESSAGES)
+    next(stream)
+    stream.close()
+    assert endless.complete("Hi", max_new_tokens=1)
+
+
+def test_interleaved_streams_do_not_wait_for_each_other(endless: ProphetKVLLM) -> None:
+    one = endless.stream_complete("The museum", max_new_tokens=6)
+    two = endless.stream_complete("The library", max_new_tokens=6)
+    pairs = list(zip(one, two, strict=False))
+    assert pairs[-1][0].text == endless.complete("The museum", max_new_tokens=6).text
+    assert pairs[-1][1].text == endless.complete("The library", max_new_tokens=6).text
+
+
+@pytest.mark.parametrize("style", ["achat", "acomplete", "astream_chat", "aclose"])
+async def test_leaving_early_stops_the_generation(style: str, endless: ProphetKVLLM, forwards: list[float]) -> None:
+    if style == "aclose":
+        stream = await endless.astream_chat(MESSAGES)
+        await anext(stream)
+        await stream.aclose()
+    else:
+        work: dict[str, Callable[[], Any]] = {
+            "achat": lambda: endless.achat(MESSAGES),
+            "acomplete": lambda: endless.acomplete("Hi"),
+            "astream_chat": lambda: drain(endless.astream_chat(MESSAGES)),
+        }
+        task = asyncio.create_task(work[style]())
+        while len(forwards) < 3:
+            await asyncio.sleep(STEP_S / 4)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await asyncio.sleep(5 * STEP_S)  # the step that was running may end
+    done = len(forwards)
+    await asyncio.sleep(10 * STEP_S)
+    assert len(forwards) == done < 50
+    assert await endless.acomplete("Hi", max_new_tokens=1), "the engine is free again"
+
+
+async def test_many_tasks_at_once_get_their_own_answers(llm: ProphetKVLLM) -> None:
+    prompts = [f"Number {i} is" for i in range(12)]
+    answers = await asyncio.gather(*(llm.acomplete(prompt) for prompt in prompts))
+    assert [answer.text for answer in answers] == [llm.complete(prompt).text for prompt in prompts]
+
+
+async def test_iterate_in_thread_computes_only_what_is_asked_for() -> None:
+    log: list[Any] = []
+
+    def numbers() -> Iterator[int]:
+        try:
+            for i in range(10):
+                log.append(i)
+                yield i
+        finally:
+            log.append("closed")
+
+    stream = iterate_in_thread(numbers())
+    assert [await anext(stream), await anext(stream)] == [0, 1]
+    assert log == [0, 1]
+    await stream.aclose()
+    while log[-1] != "closed":
+        await asyncio.sleep(0.001)
+    assert log == [0, 1, "closed"]
+    assert await last_item(numbers()) == 9
+
+
+async def test_errors_cross_the_thread() -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        msg = "boom"
+        raise RuntimeError(msg)
+
+    with pytest.raises(RuntimeError, match="boom"):
+        await last_item(broken())
+    with pytest.raises(ValueError, match="nothing"):
+        await last_item(iter_nothing())
+
+
+def iter_nothing() -> Iterator[int]:
+    yield from ()
