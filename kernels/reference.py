@@ -114,7 +114,7 @@ def _probabilities(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Softmax of `query [Hkv, G * m, D]` over `keys [Hkv, n, D]` in fp32; `sinks [Hkv, G * m, 1]` join the denominator."""
+    """Softmax of `query [Hkv, G * m, D]` over `keys [Hkv, n, D]` in fp32; `sinks [Hkv, G * m, 1]` join it."""
     logits = torch.matmul(query, keys.transpose(1, 2)).float().mul_(scaling)
     if softcap is not None:
         logits = torch.tanh(logits.div_(softcap)).mul_(softcap)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prophetkv_rag.config import ProphetKVConfig
-    from prophetkv_rag.engine import PrefillResult, ProphetKVEngine
+    from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.errors import (
         ContextWindowError,
         InputError,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from prophetkv_rag.generation import GenerationResult, StreamChunk
+    from prophetkv_rag.prefill import PrefillResult
     from prophetkv_rag.prompt import Prompt
     from prophetkv_rag.report import ReuseReport
 
@@ -29,7 +30,7 @@ _HOME = {
     "ContextWindowError": "prophetkv_rag.errors",
     "GenerationResult": "prophetkv_rag.generation",
     "InputError": "prophetkv_rag.errors",
-    "PrefillResult": "prophetkv_rag.engine",
+    "PrefillResult": "prophetkv_rag.prefill",
     "Prompt": "prophetkv_rag.prompt",
     "ProphetKVConfig": "prophetkv_rag.config",
     "ProphetKVEngine": "prophetkv_rag.engine",

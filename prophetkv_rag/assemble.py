@@ -32,18 +32,22 @@ def assemble(
         device: Device of the cache.
 
     Returns:
-        One layer per decoder layer with keys `[1, Hkv, num_slots, D]` and values alike. Rows of tokens outside the
-        chunks are not initialised: a pass writes them before it reads them.
+        One layer per decoder layer with keys `[1, Hkv, num_slots, D]` and values alike; rows of tokens outside the
+        chunks are 0 until a pass writes them (a masked row still takes part in the arithmetic, so it must be finite).
     """
-    spans = [
-        torch.arange(start, start + cache.num_tokens) for cache, start in zip(caches, starts, strict=True)
-    ]
+    spans = [torch.arange(start, start + cache.num_tokens) for cache, start in zip(caches, starts, strict=True)]
     tables = RopeTables(torch.cat(spans).to(device)) if spans else None
+    covered = torch.zeros(num_slots, dtype=torch.bool)
+    for span in spans:
+        covered[span] = True
+    gaps = (~covered).nonzero()[:, 0].to(device)
     layers = []
     for index, found in enumerate(support.layers):
         heads = found.num_key_value_heads
         keys = torch.empty(1, heads, num_slots, found.head_dim, dtype=dtype, device=device)
         values = torch.empty(1, heads, num_slots, found.value_head_dim, dtype=dtype, device=device)
+        keys.index_fill_(2, gaps, 0)
+        values.index_fill_(2, gaps, 0)
         if tables is not None:
             joined = torch.cat([cache.keys[index].to(device, dtype) for cache in caches], dim=1)
             rotated = tables.rotate(joined, found.rotation)

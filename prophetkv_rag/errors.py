@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose. User mistakes are `ValueError`s too, so plain `except ValueError` works."""
+"""Every error this package raises on purpose; user mistakes are also `ValueError`s."""
 
 from __future__ import annotations
 
@@ -28,4 +28,4 @@ class StoreError(ProphetKVError):
 
 
 class BlobError(ProphetKVError):
-    """A stored chunk cache is truncated, corrupt or another model's. Never leaves the store: the chunk is recomputed."""
+    """A stored cache is truncated, corrupt or another model's; stays inside the store: the chunk is recomputed."""

@@ -96,8 +96,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def decoder_layers(model: Any, num_layers: int) -> list[torch.nn.Module]:
-    """Return the decoder layers in order: the base model's list that is as long as the model is deep."""
-    for module in model.base_model.modules():
+    """Return the decoder layers in order: the module list that is as long as the model is deep."""
+    for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
             holds_attention = all(
                 any(getattr(part, "layer_idx", None) == index for part in layer.modules())

@@ -36,6 +36,13 @@ class LayerSupport:
     max_error: float
 
     @property
+    def longest_wavelength(self) -> float | None:
+        """Positions for a full turn of the slowest channel pair; tells frequency tables apart at a glance."""
+        if self.rotation is None:
+            return None
+        return 2 * math.pi / min(abs(frequency) for frequency in self.rotation.inv_freq)
+
+    @property
     def rope(self) -> str:
         """`"none"`, `"half"` or `"interleaved"`, with the rotated part of the head where it is partial."""
         if self.rotation is None:
@@ -68,7 +75,7 @@ class ModelSupport:
             {
                 "layer": index,
                 "rope": layer.rope,
-                "slowest_wavelength": None if layer.rotation is None else 2 * math.pi / min(abs(f) for f in layer.rotation.inv_freq),
+                "longest_wavelength": layer.longest_wavelength,
                 "heads": layer.num_attention_heads,
                 "kv_heads": layer.num_key_value_heads,
                 "head_dim": layer.head_dim,

@@ -5,7 +5,7 @@ No model is known by name. Four questions are put to the model itself, on tokens
 1. Single tokens at position 0 and elsewhere (one token sees only itself, so nothing but the rotation may change): are
    values independent of the position, and are keys at p the keys at 0, rotated by one of the model's own frequency
    tables, or not rotated at all? Asked up to the last position of the context window, so that frequencies that change
-   with the length (longrope, dynamic NTK inside the window) do not pass.
+   with the length (longrope, dynamic NTK inside the window) do not pass; nor do queries scaled by the cache's length.
 2. Does every layer call the attention interface, once, with keys and values that it put into the cache?
 3. Which keys does each layer's mask show a row: all before it, or a sliding window? Anything else is refused.
 4. Do our own encoding pass (positions 0, rotation outside) and the model's plain forward agree on a short sequence?
@@ -14,7 +14,6 @@ No model is known by name. Four questions are put to the model itself, on tokens
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,18 +22,17 @@ from transformers.cache_utils import DynamicLayer
 
 from prophetkv_rag.attention import (
     AttentionCall,
-    AttentionPass,
     RowsLayer,
-    attention_implementation,
+    backbone,
     cache_of,
     run_pass,
 )
 from prophetkv_rag.errors import UnsupportedModelError
 from prophetkv_rag.model_support import LayerSupport, ModelSupport
 from prophetkv_rag.passes import EncodePass, RowsPass
+from prophetkv_rag.probe_calls import MaskRecorder, run_single_tokens
 from prophetkv_rag.rope import RopeTables, Rotation
 
-PROBE_NAME = "prophetkv_probe"
 NUM_TOKENS = 24
 MAX_MASK_POSITIONS = 1 << 20
 # Relative to the largest entry. Half precision compares two roundings of the same number through several layers.
@@ -43,25 +41,6 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-4, torch.bfloat16: 6e-2, tor
 ANGLE_ERROR_PER_POSITION = 2.4e-7
 
 _lock = threading.Lock()
-
-
-class _CallRecorder(AttentionPass):
-    """Notes each layer's call; a single token attends to itself only, so its output is its value."""
-
-    def __init__(self) -> None:
-        self.calls: dict[int, AttentionCall] = {}
-
-    def attend(self, call: AttentionCall) -> torch.Tensor:
-        if call.layer_idx in self.calls:
-            msg = f"layer {call.layer_idx} calls attention more than once per forward"
-            raise UnsupportedModelError(msg)
-        self.calls[call.layer_idx] = call
-        groups = call.query.shape[1] // call.value.shape[1]
-        output = call.value.repeat_interleave(groups, dim=1)
-        if call.sinks is not None:  # the token shares its weight with the sink
-            logit = (call.query * call.key.repeat_interleave(groups, dim=1)).sum(-1, keepdim=True) * call.scaling
-            output = output * torch.sigmoid(logit - call.sinks.reshape(1, -1, 1, 1))
-        return output.transpose(1, 2).contiguous()
 
 
 def probe_model(model: Any) -> ModelSupport:
@@ -98,14 +77,21 @@ def _probe(model: Any, name: str) -> ModelSupport:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, int(config.vocab_size), (NUM_TOKENS,), generator=generator).to(device)
 
-    origin, masks = _single_tokens(model, tokens, 0, num_layers)
+    origin, masks = run_single_tokens(model, tokens, 0, num_layers)
+    candidates = _rotation_candidates(model)  # before longer positions, which make some models rewrite their tables
     far = sorted({1, 7, min(331, context_window - 1), context_window // 2, context_window - 1})
-    moved = {position: _single_tokens(model, tokens, position, num_layers)[0] for position in far}
-    candidates = _rotation_candidates(model)
+    moved = {position: run_single_tokens(model, tokens, position, num_layers)[0] for position in far}
+    counted, _ = run_single_tokens(model, tokens, far[-1], num_layers, seen=far[-1])
     layers = []
     for index in range(num_layers):
         rotation = _find_rotation(index, origin[index], {p: calls[index] for p, calls in moved.items()}, candidates)
         call = origin[index]
+        if _relative_error(counted[index].query, moved[far[-1]][index].query) > TOLERANCE.get(dtype, 2e-4):
+            msg = (
+                f"layer {index} scales its queries by the number of cached tokens rather than by their positions, "
+                "which goes wrong for single rows"
+            )
+            raise UnsupportedModelError(msg)
         layers.append(
             LayerSupport(
                 rotation=rotation,
@@ -130,7 +116,7 @@ def _probe(model: Any, name: str) -> ModelSupport:
 
 
 def _refuse_by_structure(model: Any, config: Any) -> None:
-    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "lm_head") and not model.can_generate():
+    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
         msg = "it is not a decoder-only language model"
         raise UnsupportedModelError(msg)
     for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
@@ -140,56 +126,6 @@ def _refuse_by_structure(model: Any, config: Any) -> None:
     if getattr(config, "num_kv_shared_layers", 0):
         msg = "its last layers share the keys and values of earlier ones"
         raise UnsupportedModelError(msg)
-
-
-class _MaskRecorder:
-    """A mask interface that returns an empty tensor as a token for the rule that it was asked to draw."""
-
-    def __init__(self) -> None:
-        self.rules: list[tuple[torch.Tensor, Callable[..., torch.Tensor]]] = []
-
-    def __call__(self, *args: Any, mask_function: Any = None, **kwargs: Any) -> torch.Tensor | None:
-        if mask_function is None:
-            return None
-        token = torch.empty(1, 1, 0, 0)
-        self.rules.append((token, mask_function))
-        return token
-
-    def rule_of(self, mask: torch.Tensor | None) -> Callable[..., torch.Tensor] | None:
-        return next((rule for token, rule in self.rules if token is mask), None)
-
-
-def _single_tokens(
-    model: Any, tokens: torch.Tensor, position: int, num_layers: int
-) -> tuple[dict[int, AttentionCall], _MaskRecorder]:
-    """Run each token as a sequence of its own at `position`; returns every layer's call."""
-    recorder, masks = _CallRecorder(), _MaskRecorder()
-    layers = [DynamicLayer() for _ in range(num_layers)]
-    try:
-        with attention_implementation(model, recorder, name=PROBE_NAME, mask_function=masks), torch.no_grad():
-            model.base_model(
-                input_ids=tokens[:, None],
-                position_ids=torch.full((tokens.shape[0], 1), position, device=tokens.device),
-                past_key_values=cache_of(layers),
-                use_cache=True,
-            )
-    except UnsupportedModelError:
-        raise
-    except Exception as error:
-        msg = f"its forward pass does not run with an own cache and attention ({type(error).__name__}: {error})"
-        raise UnsupportedModelError(msg) from error
-    for index in range(num_layers):
-        call = recorder.calls.get(index)
-        if call is None:
-            msg = f"layer {index} does not use transformers' attention interface"
-            raise UnsupportedModelError(msg)
-        if layers[index].keys is None or layers[index].keys.shape != call.key.shape:
-            msg = f"layer {index} does not keep its keys and values in a cache with one row per token"
-            raise UnsupportedModelError(msg)
-        if call.extra.get("position_bias") is not None:
-            msg = f"layer {index} adds a position bias to its attention (ALiBi or T5 style)"
-            raise UnsupportedModelError(msg)
-    return recorder.calls, masks
 
 
 def _rotation_candidates(model: Any) -> list[Rotation]:
@@ -247,7 +183,7 @@ def _find_rotation(
     raise UnsupportedModelError(msg)
 
 
-def _window_of(index: int, call: AttentionCall, masks: _MaskRecorder, context_window: int) -> int | None:
+def _window_of(index: int, call: AttentionCall, masks: MaskRecorder, context_window: int) -> int | None:
     """Return the sliding window that the layer's mask really draws inside the context window, or `None` for all."""
     rule = masks.rule_of(call.attention_mask)
     last = min(context_window, MAX_MASK_POSITIONS) - 1
@@ -273,7 +209,7 @@ def _window_of(index: int, call: AttentionCall, masks: _MaskRecorder, context_wi
 def _own_forward(model: Any, tokens: torch.Tensor, num_layers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     layers = [DynamicLayer() for _ in range(num_layers)]
     with torch.no_grad():
-        model.base_model(
+        backbone(model)(
             input_ids=tokens[None],
             position_ids=torch.arange(tokens.shape[0], device=tokens.device)[None],
             past_key_values=cache_of(layers),
@@ -342,5 +278,5 @@ def _check_rows(model: Any, tokens: torch.Tensor, layers: tuple[LayerSupport, ..
     for index, (layer, (keys, values)) in enumerate(zip(cache, expected, strict=True)):
         error = max(_relative_error(layer.keys[0], keys), _relative_error(layer.values[0], values))
         if error > tolerance:
-            msg = f"layer {index}'s rows computed apart from their neighbours differ from a plain forward by {error:.1e}"
+            msg = f"layer {index}'s rows, computed without their neighbours, differ from a plain forward by {error:.1e}"
             raise UnsupportedModelError(msg)

@@ -135,11 +135,10 @@ class _Pruning:
     def _choose(self, index: int) -> torch.Tensor | None:
         """Return the indices into the current rows that go on after layer `index`."""
         layer = self.layers[index]
-        assert layer.stale is not None and layer.fresh is not None
+        assert layer.stale is not None
+        assert layer.fresh is not None
         rows = self.rows_pass.rows
-        view = LayerView(
-            index, rows, layer.stale[0][0], layer.stale[1][0], layer.fresh[0][0], layer.fresh[1][0]
-        )
+        view = LayerView(index, rows, layer.stale[0][0], layer.stale[1][0], layer.fresh[0][0], layer.fresh[1][0])
         layer.stale = layer.fresh = None
         kept = self.prune(view)
         if kept is None:

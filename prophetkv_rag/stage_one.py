@@ -54,9 +54,7 @@ class QueryContext:
     prefix_done: bool = False
     _scores: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
-    def attention_scores(
-        self, *, score_softmax: str | None = None, query_scope: str | None = None
-    ) -> torch.Tensor:
+    def attention_scores(self, *, score_softmax: str | None = None, query_scope: str | None = None) -> torch.Tensor:
         """Run stage I and return the score of every token, `[N]` in fp32 (0 outside the chunks).
 
         Args:

@@ -6,6 +6,7 @@ most faithful one: "eager" where transformers' SDPA path leaves out soft-capping
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 Factory = Callable[[], PreTrainedModel]
 VOCAB_SIZE = 128
 WINDOW = 16  # shorter than any test prompt
-EAGER_ONLY = {"gemma2", "gpt_oss"}  # `_supports_sdpa = False`: SDPA knows neither soft-capping nor sinks
+EAGER_ONLY = {"gemma2", "vaultgemma", "gpt_oss"}  # SDPA knows neither soft-capping nor sinks
 _SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
@@ -63,7 +64,7 @@ def build(
         **settings: over `_SHAPE`.
     """
     shape = {name: value for name, value in _SHAPE.items() if name not in without}
-    config = AutoConfig.for_model(model_type, **(shape | settings))
+    config = AutoConfig.for_model(model_type, **deepcopy(shape | settings))  # configs write into the dicts they get
     attention = "eager" if model_type in EAGER_ONLY else None
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -108,16 +109,18 @@ SUPPORTED: dict[str, Factory] = {
     "llama_llama3": partial(build, "llama", **_LLAMA3),
     "llama_yarn": partial(build, "llama", **_YARN),
     "llama_linear": partial(build, "llama", **rope("linear", factor=4.0)),
-    "llama_biases": partial(build, "llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama_biases": partial(
+        build, "llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True, num_key_value_heads=4
+    ),
     "qwen2": partial(build, "qwen2"),
     "qwen2_sliding": partial(build, "qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
     "qwen2_moe": partial(build, "qwen2_moe", shared_expert_intermediate_size=32, **_EXPERTS),
-    "qwen3": partial(build, "qwen3"),
+    "qwen3": partial(build, "qwen3", head_dim=24),
     "qwen3_moe": partial(build, "qwen3_moe", norm_topk_prob=True, **_EXPERTS),
     "mistral": partial(build, "mistral", sliding_window=WINDOW),
     "ministral": partial(build, "ministral", **_THREE_TO_ONE),
     "mixtral": partial(build, "mixtral", **_LOCAL_EXPERTS),
-    "gemma": partial(build, "gemma"),
+    "gemma": partial(build, "gemma", num_key_value_heads=1, head_dim=32),
     "gemma2": partial(build, "gemma2", query_pre_attn_scalar=16, attn_logit_softcapping=2.0, **_ALTERNATING),
     "gemma3_text": partial(build, "gemma3_text", query_pre_attn_scalar=16, **_THREE_TO_ONE, **_LOCAL_GLOBAL_ROPE),
     "vaultgemma": partial(build, "vaultgemma", query_pre_attn_scalar=16, attn_logit_softcapping=2.0, **_ALTERNATING),
@@ -171,7 +174,7 @@ SUPPORTED: dict[str, Factory] = {
     "nanochat": partial(build, "nanochat"),
 }
 
-# Right up to a length, wrong behind it, so that a probe of a few tokens must not be trusted alone: factory, that length.
+# Right up to a length and wrong behind it, whatever a probe of a few tokens says: the factory, and that length.
 LENGTH_DEPENDENT: dict[str, tuple[Factory, int]] = {
     "llama_dynamic": (partial(build, "llama", max_position_embeddings=32, **rope("dynamic", factor=4.0)), 32),
     "phi3_longrope": (
@@ -193,7 +196,8 @@ LENGTH_DEPENDENT: dict[str, tuple[Factory, int]] = {
 }
 
 REFUSED: dict[str, Factory] = {
-    # positions that are no rotation of the keys
+    # positions that are no rotation of the cached keys: learned, ALiBi, a weighted norm behind the rotation (hunyuan),
+    # MLA, which caches a latent as the keys and the rotated part of the keys as the values (deepseek_v3)
     "gpt2": partial(build, "gpt2"),
     "opt": partial(build, "opt", ffn_dim=96, word_embed_proj_dim=64),
     "gpt_neo": partial(build, "gpt_neo", attention_types=[[["global", "local"], 2]], window_size=WINDOW),
@@ -206,7 +210,7 @@ REFUSED: dict[str, Factory] = {
     "falcon": partial(build, "falcon", without=("head_dim",), num_kv_heads=2, new_decoder_architecture=True),
     "gptj": partial(build, "gptj", rotary_dim=8),
     "codegen": partial(build, "codegen", rotary_dim=8),
-    # state that is not a cache of tokens
+    # state that is not a cache of tokens, or (gemma3n) layers without a cache of their own
     "qwen3_next": partial(
         build,
         "qwen3_next",
@@ -230,14 +234,6 @@ REFUSED: dict[str, Factory] = {
         **_LOCAL_EXPERTS,
     ),
     "bamba": partial(build, "bamba", attn_layer_indices=[1, 3], mamba_n_heads=8, mamba_d_head=16, mamba_d_state=8),
-    "zamba2": partial(
-        build,
-        "zamba2",
-        without=("head_dim",),
-        layer_types=["linear_attention", "hybrid"] * 2,
-        mamba_d_state=8,
-        num_key_value_heads=4,
-    ),
     "recurrent_gemma": partial(build, "recurrent_gemma", lru_width=64, attention_window_size=WINDOW),
     "lfm2": partial(build, "lfm2", layer_types=["conv", _FULL, "conv", _FULL]),
     "falcon_h1": partial(build, "falcon_h1", mamba_d_ssm=128, mamba_n_heads=8, mamba_d_head=16, mamba_d_state=8),
@@ -258,7 +254,7 @@ REFUSED: dict[str, Factory] = {
         hidden_size_per_layer_input=16,
         laurel_rank=8,
     ),
-    # no causal LM
+    # not a causal LM, or only with learned positions
     "bert": partial(build, "bert", headless=True),
     "bert_decoder": partial(build, "bert", is_decoder=True),
     "t5": partial(build, "t5", headless=True, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4),

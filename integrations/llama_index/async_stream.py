@@ -23,9 +23,13 @@ async def iterate_in_thread(items: Generator[T, None, None]) -> AsyncGenerator[T
     """
     loop = asyncio.get_running_loop()
     context = contextvars.copy_context()  # trace ids and tags reach the generator
+
+    def step() -> Any:
+        return context.run(next, items, _END)
+
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prophetkv-stream")
     try:
-        while (item := await loop.run_in_executor(worker, context.run, next, items, _END)) is not _END:
+        while (item := await loop.run_in_executor(worker, step)) is not _END:
             yield item
     finally:
         worker.submit(context.run, items.close)

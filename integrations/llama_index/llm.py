@@ -29,8 +29,6 @@ from prophetkv_rag.integrations.llama_index.predict import QueryAwareLLM
 from prophetkv_rag.integrations.llama_index.responses import responses, to_chat_response, to_completion
 
 if TYPE_CHECKING:
-    import os
-
     from prophetkv_rag.config import ProphetKVConfig
     from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.generation import GenerationResult, StreamChunk
@@ -98,7 +96,7 @@ class ProphetKVLLM(QueryAwareLLM):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike[str],
+        name_or_path: str | Path,
         *,
         config: ProphetKVConfig | None = None,
         store: ChunkStore | None = None,
@@ -218,7 +216,7 @@ class ProphetKVLLM(QueryAwareLLM):
         return result
 
     def _stream(self, prompt: Prompt, kwargs: dict[str, Any]) -> Generator[StreamChunk, None, None]:
-        chunks = self.engine.stream(prompt, **self._options(kwargs))
+        chunks: Any = self.engine.stream(prompt, **self._options(kwargs))  # a generator: it can be closed
 
         def recorded() -> Generator[StreamChunk, None, None]:
             with closing(chunks):

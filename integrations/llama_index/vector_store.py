@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llama_index.core.schema import BaseNode
+from llama_index.core.schema import BaseNode, MetadataMode
+from llama_index.core.utils import iter_batch
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryResult
+from llama_index.core.vector_stores.utils import node_to_metadata_dict
 from llama_index.vector_stores.chroma import ChromaVectorStore
 from llama_index.vector_stores.chroma.base import _to_chroma_filter
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from chromadb.api.models.Collection import Collection
 
     from prophetkv_rag.engine import ProphetKVEngine
+
+ADD_BATCH = 1000
+"""Nodes in one write; SQLite, behind Chroma, bounds the ids of one read."""
 
 
 class ProphetKVChromaVectorStore(ChromaVectorStore):
@@ -81,6 +86,29 @@ class ProphetKVChromaVectorStore(ChromaVectorStore):
     def class_name(cls) -> str:
         """Name in serialised pipelines."""
         return "ProphetKVChromaVectorStore"
+
+    def add(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> list[str]:
+        """Write nodes with their embeddings, computing the KV caches that are not stored yet.
+
+        A node whose id is stored already replaces the old one (the base class would silently keep the old text), at
+        no cost if its text is the same.
+        """
+        for batch in iter_batch(nodes, ADD_BATCH):
+            ids = [node.node_id for node in batch]
+            stored = self._collection.get(ids=ids, include=["metadatas"])
+            old_metadata = dict(zip(stored["ids"], stored["metadatas"], strict=True))
+            self._collection.upsert(
+                ids=ids,
+                embeddings=[node.get_embedding() for node in batch],
+                metadatas=[self._metadata_of(node, old_metadata.get(node.node_id)) for node in batch],
+                documents=[node.get_content(metadata_mode=MetadataMode.NONE) for node in batch],
+            )
+        return [node.node_id for node in nodes]
+
+    def _metadata_of(self, node: BaseNode, old: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the node as Chroma metadata; `None` clears a key of the old record, which `upsert` would keep."""
+        new = node_to_metadata_dict(node, remove_text=True, flat_metadata=self.flat_metadata)
+        return dict.fromkeys(old or {}) | {key: "" if value is None else value for key, value in new.items()}
 
     def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
         """Return the nodes with these ids that pass the filters; `None` stands for all of them."""

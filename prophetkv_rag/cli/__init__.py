@@ -1,0 +1,1 @@
+"""The command line: `prophetkv-rag`, one module per command."""

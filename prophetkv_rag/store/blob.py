@@ -56,9 +56,9 @@ def encode_blob(cache: ChunkCache, *, key: str, fingerprint: str) -> bytes:
         "num_layers": str(len(cache.keys)),
     }
     for name, tensor in tensors.items():
-        data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        data = tensor.view(-1).view(torch.uint8).numpy().data
         metadata[_CHECKSUM + name] = _checksum(name, _DTYPE_NAMES[tensor.dtype], tensor.shape, data)
-    return safetensors.torch.save(tensors, metadata)
+    return bytes(safetensors.torch.save(tensors, metadata))
 
 
 def decode_blob(data: Buffer, *, key: str, fingerprint: str, input_ids: Sequence[int] | None = None) -> ChunkCache:
@@ -152,7 +152,7 @@ def _tensor(name: str, info: Any, metadata: dict[str, Any], body: memoryview) ->
 
 
 def _checksum(name: str, dtype_name: str, shape: Sequence[int], data: memoryview) -> str:
-    checksum = xxhash.xxh3_64(f"{name} {dtype_name} {list(shape)}")
+    checksum = xxhash.xxh3_64(f"{name} {dtype_name} {list(shape)}".encode())
     checksum.update(data)
     return checksum.hexdigest()
 
@@ -164,5 +164,6 @@ def _check_shapes(cache: ChunkCache) -> None:
     for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
         shapes_fit = keys.ndim == values.ndim == 3 and keys.shape[:2] == values.shape[:2]
         if not shapes_fit or keys.shape[1] != cache.num_tokens or keys.dtype != values.dtype:
-            msg = f"the shapes of layer {layer} are {list(keys.shape)} and {list(values.shape)}, {cache.num_tokens} tokens"
+            shapes = f"{list(keys.shape)} and {list(values.shape)}"
+            msg = f"the shapes of layer {layer} are {shapes}, which does not fit {cache.num_tokens} tokens"
             raise BlobError(msg)

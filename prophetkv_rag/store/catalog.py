@@ -1,4 +1,4 @@
-"""The list of stored chunk caches and of who refers to them: one SQLite file, shared by every process of a directory."""
+"""The list of stored chunk caches and of who refers to them: one SQLite file that several processes may share."""
 
 from __future__ import annotations
 

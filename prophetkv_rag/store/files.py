@@ -32,7 +32,7 @@ def make_private_directory(path: Path) -> None:
 def read_file(path: Path) -> memoryview:
     """Read a whole file into one fresh, writable buffer: a single copy, with nothing zeroed before."""
     with path.open("rb", buffering=0) as file:
-        view = memoryview(np.empty(os.fstat(file.fileno()).st_size, dtype=np.uint8))  # type: ignore[arg-type]
+        view = np.empty(os.fstat(file.fileno()).st_size, dtype=np.uint8).data
         filled = 0
         while filled < len(view):
             count = file.readinto(view[filled:])  # at most 2 GiB a call

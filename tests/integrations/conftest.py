@@ -14,11 +14,12 @@ from prophetkv_rag.integrations.llama_index import ProphetKVChromaVectorStore, P
 from tests.integrations.rag import CallLog, build_index
 from tests.tiny import tiny_llama, tiny_tokenizer
 
-MODEL = tiny_llama(max_position_embeddings=4096)
+MODEL = tiny_llama(initializer_range=0.3, max_position_embeddings=4096)
+"""Weights so large that its answers depend on every recomputed token: a lost chunk or question shows."""
 
 
 def make_engine(*, chat: bool = True) -> ProphetKVEngine:
-    """An engine of its own store on the shared tiny model; it scores by the question, so a lost question shows."""
+    """An engine with a store of its own on the shared tiny model; it scores by the question alone."""
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 4096
     if not chat:

@@ -89,9 +89,10 @@ def test_every_mode_reuses_every_retrieved_chunk(
             "completion_tokens": len(direct.token_ids),
             "total_tokens": direct.report.prompt_tokens + len(direct.token_ids),
         }
-        assert text in answer
+        assert text in answer or (mode == "refine" and call is not call_log.calls[-1])
     assert llm.last_report is not None
-    assert llm.last_report.to_dict().items() <= call_log.calls[-1].response.raw.items()
+    last_calls = call_log.calls if mode == "accumulate" else call_log.calls[-1:]  # accumulate's calls run at once
+    assert any(llm.last_report.to_dict().items() <= call.response.raw.items() for call in last_calls)
 
 
 @pytest.mark.parametrize(("mode", "style"), COMBINATIONS)
@@ -181,14 +182,13 @@ def test_eight_threads_get_their_own_chunks(
         assert call.response.message.content == direct.text
 
 
-def test_token_counter_sees_the_models_own_counts(
-    indexes: dict[tuple[bool, bool], VectorStoreIndex], chat_engine: ProphetKVEngine
-) -> None:
+def test_token_counter_sees_the_models_own_counts(llm: ProphetKVLLM) -> None:
     counter = TokenCountingHandler()
-    llm = ProphetKVLLM(engine=chat_engine, max_new_tokens=8, callback_manager=CallbackManager([counter]))
-    indexes[True, True].as_query_engine(llm=llm).query(QUESTION)
-    assert llm.last_report is not None
-    assert counter.prompt_llm_token_count == llm.last_report.prompt_tokens
+    llm.callback_manager = CallbackManager([counter])
+    response = llm.chat([ChatMessage(content=QUESTION)])
+    list(llm.stream_complete(QUESTION))
+    assert counter.prompt_llm_token_count == 2 * response.raw["prompt_tokens"] > 0
+    assert counter.completion_llm_token_count == 2 * response.raw["usage"]["completion_tokens"] > 0
 
 
 def test_a_prompt_without_chunks_is_plain_prefill(llm: ProphetKVLLM) -> None:

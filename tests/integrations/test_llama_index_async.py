@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from itertools import zip_longest
 from typing import Any
 
 import pytest
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler
+from llama_index.core.schema import TextNode
 
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.integrations.llama_index import ProphetKVLLM
 from prophetkv_rag.integrations.llama_index.async_stream import iterate_in_thread, last_item
 from tests.integrations.rag import QUESTION, build_index
+from tests.tiny import text_of
 
 MESSAGES = [ChatMessage(content="Tell me everything about the old harbour.")]
 STEP_S = 0.02
@@ -35,10 +40,12 @@ def forwards(chat_engine: ProphetKVEngine) -> Iterator[list[float]]:
 
 
 @pytest.fixture
-def endless(chat_engine: ProphetKVEngine, monkeypatch: pytest.MonkeyPatch) -> ProphetKVLLM:
+def endless(fresh_engine: ProphetKVEngine, monkeypatch: pytest.MonkeyPatch) -> ProphetKVLLM:
     """A model that goes on for 500 tokens: no token ends its answers."""
-    monkeypatch.setattr(chat_engine, "_end_tokens", frozenset())
-    return ProphetKVLLM(engine=chat_engine, max_new_tokens=500)
+    monkeypatch.setattr(fresh_engine.model.generation_config, "eos_token_id", None)
+    fresh_engine.tokenizer.eos_token = None
+    engine = ProphetKVEngine(fresh_engine.model, fresh_engine.tokenizer)
+    return ProphetKVLLM(engine=engine, max_new_tokens=500)
 
 
 async def ticks_while(work: Any) -> int:
@@ -78,12 +85,12 @@ async def test_the_loop_keeps_turning_while_indexing_and_asking(
     chat_engine: ProphetKVEngine, llm: ProphetKVLLM, new_vector_store: Any, forwards: list[float]
 ) -> None:
     index = build_index(new_vector_store(chat_engine), [])
-    texts = [f"Passage {i}: the loop keeps turning while caches are computed." for i in range(3)]
-    from llama_index.core.schema import TextNode
-
-    assert await ticks_while(index.ainsert_nodes([TextNode(text=text) for text in texts])) >= 2
-    assert forwards, "the caches were computed during the await"
-    assert await ticks_while(index.as_query_engine(llm=llm).aquery(QUESTION)) >= 2
+    nodes = [TextNode(text=text_of(1500, seed=i)) for i in range(4)]
+    ticks = await ticks_while(index.ainsert_nodes(nodes))
+    assert len(forwards) >= 4, "the caches were computed during the await"
+    assert ticks >= len(forwards)
+    before = len(forwards)
+    assert await ticks_while(index.as_query_engine(llm=llm).aquery(QUESTION)) >= len(forwards) - before > 0
 
 
 def test_closing_a_stream_stops_the_generation(endless: ProphetKVLLM, forwards: list[float]) -> None:
@@ -98,9 +105,7 @@ def test_closing_a_stream_stops_the_generation(endless: ProphetKVLLM, forwards: 
     assert endless.complete("Hi", max_new_tokens=1), "the engine is free again"
 
 
-def test_a_handler_that_keeps_events_does_not_keep_the_engine_busy(
-    chat_engine: ProphetKVEngine, endless: ProphetKVLLM
-) -> None:
+def test_a_handler_that_keeps_events_does_not_keep_the_engine_busy(endless: ProphetKVLLM) -> None:
     endless.callback_manager = CallbackManager([LlamaDebugHandler(print_trace_on_end=False)])
     stream = endless.stream_chat(MESSAGES)
     next(stream)
@@ -111,9 +116,9 @@ def test_a_handler_that_keeps_events_does_not_keep_the_engine_busy(
 def test_interleaved_streams_do_not_wait_for_each_other(endless: ProphetKVLLM) -> None:
     one = endless.stream_complete("The museum", max_new_tokens=6)
     two = endless.stream_complete("The library", max_new_tokens=6)
-    pairs = list(zip(one, two, strict=False))
-    assert pairs[-1][0].text == endless.complete("The museum", max_new_tokens=6).text
-    assert pairs[-1][1].text == endless.complete("The library", max_new_tokens=6).text
+    deltas = [(a.delta if a else "", b.delta if b else "") for a, b in zip_longest(one, two)]
+    assert "".join(a for a, _ in deltas) == endless.complete("The museum", max_new_tokens=6).text
+    assert "".join(b for _, b in deltas) == endless.complete("The library", max_new_tokens=6).text
 
 
 @pytest.mark.parametrize("style", ["achat", "acomplete", "astream_chat", "aclose"])
@@ -149,10 +154,14 @@ async def test_many_tasks_at_once_get_their_own_answers(llm: ProphetKVLLM) -> No
 
 async def test_iterate_in_thread_computes_only_what_is_asked_for() -> None:
     log: list[Any] = []
+    request = ContextVar("request", default="lost")
+    request.set("mine")
 
     def numbers() -> Iterator[int]:
         try:
             for i in range(10):
+                assert request.get() == "mine"
+                assert threading.current_thread() is not threading.main_thread()
                 log.append(i)
                 yield i
         finally:

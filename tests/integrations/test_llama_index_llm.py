@@ -176,6 +176,8 @@ def test_serialised_form_is_plain_and_reloads(llm: ProphetKVLLM) -> None:
     again = ProphetKVLLM.from_dict(data, engine=llm.engine)
     assert again.to_dict() == llm.to_dict()
     json.dumps(llm.to_payload())
+    llm._engine = None
+    assert llm.to_dict() == again.to_dict()
 
 
 def test_construction_errors_say_what_to_do(chat_engine: ProphetKVEngine) -> None:

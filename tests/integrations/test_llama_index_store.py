@@ -154,10 +154,20 @@ def test_adding_a_known_id_replaces_the_text(store: ProphetKVChromaVectorStore, 
     new.id_ = old.node_id
     store.add([new, node(TEXTS[2], name="other")])
     assert {n.text for n in store.get_nodes(None)} == {TEXTS[1], TEXTS[2]}
-    assert store.get_nodes(None, filters=by_name("old")) == []
+    draft = MetadataFilters(filters=[MetadataFilter(key="draft", value=1)])
+    assert store.get_nodes(None, filters=draft) == []
+    assert store.get_nodes(None, filters=by_name("new"))[0].text == TEXTS[1]
     assert cached(fresh_engine) == 2
-    store.add([new])
-    assert cached(fresh_engine) == 2
+
+
+def test_adding_the_same_nodes_again_computes_nothing(
+    store: ProphetKVChromaVectorStore, fresh_engine: ProphetKVEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [node(text, name=f"n{i}") for i, text in enumerate(TEXTS)]
+    store.add(nodes)
+    monkeypatch.setattr(fresh_engine.store, "put", None)
+    store.add(nodes)
+    assert len(store.get_nodes(None)) == cached(fresh_engine) == 4
 
 
 def test_nothing_of_ours_shows_in_what_is_read(store: ProphetKVChromaVectorStore) -> None:

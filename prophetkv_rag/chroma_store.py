@@ -1,0 +1,58 @@
+"""Where a Chroma client's chunk caches belong: beside Chroma's own files, as far as those are on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prophetkv_rag.errors import InputError
+from prophetkv_rag.store.base import ChunkStore
+
+
+def default_blob_directory(client_or_collection: Any) -> Path | None:
+    """Return `<persist_directory>/prophetkv` for a `PersistentClient` or a collection of one.
+
+    Chroma leaves folders that it does not know alone. `None` for an ephemeral client, and for an HTTP client as well:
+    its server's files may be on another machine, while caches belong on the one that has the model, so the caller
+    must name a directory.
+    """
+    settings = _settings(client_or_collection)
+    if _is_remote(settings) or not settings.is_persistent:
+        return None
+    return Path(settings.persist_directory) / "prophetkv"
+
+
+def open_store(client: Any, directory: str | Path | None = None) -> ChunkStore:
+    """Open the store that fits a Chroma client.
+
+    Args:
+        client: A chromadb client (or a collection of one).
+        directory: Where to keep the caches; by default beside the data of a `PersistentClient`, and in memory for an
+            `EphemeralClient`.
+
+    Raises:
+        InputError: For an HTTP client without a directory.
+        StoreError: If the directory cannot be used.
+    """
+    if directory is None:
+        directory = default_blob_directory(client)
+    if directory is None and _is_remote(_settings(client)):
+        msg = "a Chroma HTTP client has no directory on this machine; say where chunk caches go with directory=..."
+        raise InputError(msg)
+    if directory is None:
+        from prophetkv_rag.store.memory import MemoryStore
+
+        return MemoryStore()
+    from prophetkv_rag.store.disk import DiskStore
+
+    return DiskStore(directory)
+
+
+def _settings(client_or_collection: Any) -> Any:
+    if not hasattr(client_or_collection, "get_settings"):  # a Collection has no public way to its client
+        client_or_collection = client_or_collection._client
+    return client_or_collection.get_settings()
+
+
+def _is_remote(settings: Any) -> bool:
+    return "fastapi" in str(settings.chroma_api_impl).lower()

@@ -1,0 +1,74 @@
+"""The program `prophetkv-rag`: its commands, and how errors end it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from prophetkv_rag.cli import ask, cache, demo, doctor, index
+from prophetkv_rag.cli.console import PROGRAM, print_error
+from prophetkv_rag.errors import ProphetKVError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name=PROGRAM,
+    help="Answer questions from your documents with a local model, reusing the KV caches of retrieved chunks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(index.index)
+app.command()(ask.ask)
+app.command()(demo.demo)
+app.command()(doctor.doctor)
+app.add_typer(cache.app, name="cache")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from prophetkv_rag import __version__
+
+        typer.echo(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status: 0, 1 (an answer of no), 2 (bad input, said in one line), 130.
+
+    Args:
+        arguments: What follows the program's name; by default the process's own.
+    """
+    try:
+        status = app(args=None if arguments is None else list(arguments), prog_name=PROGRAM, standalone_mode=False)
+    except ProphetKVError as error:
+        print_error(str(error))
+        return USER_ERROR
+    except (KeyboardInterrupt, typer.Abort):
+        print_error("interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        # The command line's own errors (unknown option, value out of range) have no public base class in typer.
+        explain = getattr(error, "format_message", None)
+        if explain is None:
+            raise
+        print_error(explain())
+        return USER_ERROR
+    return status if isinstance(status, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""`prophetkv-rag ask QUESTION`: an answer with its sources and the reuse report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prophetkv_rag.cli.console import print_json, quiet_libraries, results, status
+from prophetkv_rag.cli.database import DEFAULT_DATABASE, open_database, require_settings
+from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
+from prophetkv_rag.errors import InputError
+
+if TYPE_CHECKING:
+    from prophetkv_rag.cli.answering import Answer
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    db: Annotated[Path, typer.Option(help="Database directory, made by `prophetkv-rag index`.")] = DEFAULT_DATABASE,
+    model: Annotated[
+        str | None, typer.Option(help="Another model than the database's: its caches are computed again and kept.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Chunks to retrieve.")] = 4,
+    strategy: Annotated[str, typer.Option(help="Which chunk tokens are recomputed.")] = "prophetkv",
+    recompute_ratio: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of chunk tokens recomputed: 0 plain reuse, 1 full prefill.")
+    ] = 0.2,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Answer QUESTION from the database, reusing the KV caches of the retrieved chunks."""
+    if not question.strip():
+        msg = "the question is empty"
+        raise InputError(msg)
+    settings = require_settings(db)
+    settings = replace(settings, model=chosen_model(model, settings.model))
+    check_strategy(strategy)
+    quiet_libraries()
+    fetch_embedding()
+    from prophetkv_rag.cli.answering import answer_question
+
+    database = open_database(db, settings)
+    try:
+        if database.collection.count() == 0:
+            msg = f"the database at {db} holds no chunks; index a directory first"
+            raise InputError(msg)
+        database.bring_caches_up_to_date()
+        with status("answering"):
+            answer = answer_question(
+                database,
+                question,
+                top_k=top_k,
+                max_new_tokens=max_new_tokens,
+                strategy=strategy,
+                recompute_ratio=recompute_ratio,
+            )
+    finally:
+        database.close()
+    if as_json:
+        print_json(answer.to_dict())
+    else:
+        print_answer(answer)
+
+
+def check_strategy(name: str) -> None:
+    """Raise `InputError` for an unknown strategy, before a model is loaded."""
+    from prophetkv_rag.selection import available_strategies
+
+    if name not in available_strategies():
+        msg = f"strategy is {name!r}; available: {', '.join(available_strategies())}"
+        raise InputError(msg)
+
+
+def print_answer(answer: Answer) -> None:
+    """Print an answer, one line per source, and the report's one line."""
+    console = results()
+    console.print(answer.text or "(the model gave an empty answer)", markup=False)
+    console.print()
+    for number, source in enumerate(answer.sources, start=1):
+        words = " ".join(source.text.split())
+        line = f"[{number}] {source.file} (score {source.score:.2f}): {words}"
+        console.print(line, markup=False, no_wrap=True, overflow="ellipsis")
+    if answer.report is not None:
+        console.print()
+        console.print(str(answer.report), markup=False)

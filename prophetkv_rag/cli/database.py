@@ -1,0 +1,198 @@
+"""A database directory: Chroma's files, the chunk caches beside them, and the settings that both were made with.
+
+<database>/prophetkv-rag.json      model and chunk size, so that `ask` uses what `index` used
+<database>/chroma.sqlite3, ...     Chroma's own
+<database>/prophetkv/              chunk caches
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prophetkv_rag.cli.console import progress_bar, status
+from prophetkv_rag.errors import InputError
+
+if TYPE_CHECKING:
+    from llama_index.core import VectorStoreIndex
+
+    from prophetkv_rag.chroma import KVCachingCollection
+    from prophetkv_rag.config import ProphetKVConfig
+    from prophetkv_rag.engine import ProphetKVEngine
+
+DEFAULT_DATABASE = Path(".prophetkv")
+DEFAULT_CHUNK_SIZE = 256
+COLLECTION = "documents"
+SETTINGS_FILE = "prophetkv-rag.json"
+BLOB_DIRECTORY = "prophetkv"
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseSettings:
+    """What a database was made with.
+
+    Attributes:
+        model: Local directory or hub name.
+        chunk_size: Tokens per chunk.
+        cached_for: Fingerprint of the model that the caches belong to; "" while they are being computed.
+    """
+
+    model: str
+    chunk_size: int
+    cached_for: str = ""
+
+
+def find_settings(path: Path) -> DatabaseSettings | None:
+    """Return the settings of the database at `path`, or `None` if there is none yet.
+
+    Raises:
+        InputError: If the settings file is there but cannot be read.
+    """
+    file = path / SETTINGS_FILE
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return DatabaseSettings(str(values["model"]), int(values["chunk_size"]), str(values.get("cached_for", "")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        msg = f"{file} cannot be read ({type(error).__name__}: {error}); delete {path} and index again"
+        raise InputError(msg) from error
+
+
+def require_settings(path: Path) -> DatabaseSettings:
+    """Return the settings of the database at `path`; `InputError` if there is none."""
+    settings = find_settings(path)
+    if settings is None:
+        msg = f"there is no database at {path}; make one with: prophetkv-rag index DIR --db {path}"
+        raise InputError(msg)
+    return settings
+
+
+def save_settings(path: Path, settings: DatabaseSettings) -> None:
+    """Write the settings in one step, making the directory if need be; `InputError` if it cannot be written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path, prefix=".settings-", delete=False, encoding="utf-8") as file:
+            json.dump(asdict(settings), file, indent=1)
+        os.replace(file.name, path / SETTINGS_FILE)
+    except OSError as error:
+        msg = f"cannot write to the database directory {path}: {error.strerror or error}"
+        raise InputError(msg) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise `InputError` if a database cannot be made at `path`; nothing is written."""
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "cannot be written to" if existing.is_dir() else "is not a directory"
+        msg = f"the database directory {path} cannot be used: {existing} {reason}"
+        raise InputError(msg)
+
+
+@dataclass(slots=True)
+class Database:
+    """An open database with its model: everything that `index` and `ask` need."""
+
+    path: Path
+    settings: DatabaseSettings
+    engine: ProphetKVEngine
+    collection: KVCachingCollection
+    index: VectorStoreIndex
+
+    def bring_caches_up_to_date(self) -> int:
+        """Compute the caches of all chunks again if they belong to another model or are gone; returns how many.
+
+        Afterwards the database remembers this model.
+        """
+        count = self.collection.count()
+        fingerprint = self.engine.identity.fingerprint
+        is_current = self.settings.cached_for == fingerprint and (len(self.engine.chunk_index) > 0 or count == 0)
+        if not is_current and count:
+            with progress_bar("computing the KV caches for this model", count) as advance:
+                self.collection.progress = lambda done, total: advance(1)
+                self.collection.cache_existing()
+                self.collection.progress = None
+        self.settings = replace(self.settings, cached_for=fingerprint)
+        save_settings(self.path, self.settings)
+        return 0 if is_current else count
+
+    def close(self) -> None:
+        """Release the caches' files."""
+        self.engine.store.close()
+
+
+def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVConfig | None = None) -> Database:
+    """Open or make the database at `path` with the model that `settings` name; the model is loaded first.
+
+    Raises:
+        InputError: If an optional package is missing, or the directory cannot be used by Chroma.
+        UnknownModelError, UnsupportedModelError: If the model cannot be loaded or used.
+        StoreError: If the chunk caches' directory cannot be used.
+    """
+    frameworks = _import_frameworks()
+    check_writable(path)
+    from prophetkv_rag.chroma import KVCachingCollection
+    from prophetkv_rag.engine import ProphetKVEngine
+    from prophetkv_rag.model import load_model
+    from prophetkv_rag.store.disk import DiskStore
+
+    with status(f"loading {Path(settings.model).name}"):
+        model, tokenizer = load_model(settings.model)
+        engine = ProphetKVEngine(model, tokenizer, config=config, store=DiskStore(path / BLOB_DIRECTORY))
+        collection = KVCachingCollection(_chroma_collection(path), engine)
+    store = frameworks.vector_store(chroma_collection=collection)
+    # LlamaIndex counts tokens with a global tokenizer; ours is the only model of this process.
+    frameworks.set_global_tokenizer(token_counter(tokenizer))
+    index = frameworks.index.from_vector_store(store, embed_model=frameworks.embedding())
+    return Database(path=path, settings=settings, engine=engine, collection=collection, index=index)
+
+
+def token_counter(tokenizer: Any) -> Callable[[str], list[int]]:
+    """What LlamaIndex calls a tokenizer: a function from text to token ids, without special tokens."""
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    return encode
+
+
+def _chroma_collection(path: Path) -> Any:
+    import chromadb
+    from chromadb.config import Settings
+
+    try:
+        client = chromadb.PersistentClient(path=str(path), settings=Settings(anonymized_telemetry=False))
+        return client.get_or_create_collection(COLLECTION, embedding_function=None, metadata={"hnsw:space": "cosine"})
+    except Exception as error:  # chromadb raises its own, sqlite's and Rust's errors
+        msg = f"Chroma cannot open the database at {path}: {error}"
+        raise InputError(msg) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Frameworks:
+    index: Any
+    vector_store: Any
+    embedding: Any
+    set_global_tokenizer: Any
+
+
+def _import_frameworks() -> _Frameworks:
+    try:
+        from llama_index.core import VectorStoreIndex, set_global_tokenizer
+
+        from prophetkv_rag.integrations.llama_index import ProphetKVChromaVectorStore
+        from prophetkv_rag.integrations.llama_index.embedding import MiniLMEmbedding
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("llama_index"):
+            raise
+        msg = "this command needs LlamaIndex: pip install 'prophetkv-rag[llama-index]'"
+        raise InputError(msg) from error
+    return _Frameworks(VectorStoreIndex, ProphetKVChromaVectorStore, MiniLMEmbedding, set_global_tokenizer)

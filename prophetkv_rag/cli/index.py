@@ -1,0 +1,90 @@
+"""`prophetkv-rag index DIR`: make or update a database of a directory's text files."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prophetkv_rag.cli.console import print_json, quiet_libraries, results
+from prophetkv_rag.cli.database import (
+    DEFAULT_CHUNK_SIZE,
+    DEFAULT_DATABASE,
+    Database,
+    DatabaseSettings,
+    check_writable,
+    find_settings,
+    open_database,
+    save_settings,
+)
+from prophetkv_rag.cli.documents import read_documents
+from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
+
+
+def index(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory with text files (.txt, .md, ...).")],
+    db: Annotated[Path, typer.Option(help="Database directory.")] = DEFAULT_DATABASE,
+    model: Annotated[
+        str | None, typer.Option(help="Model directory or name; by default the database's, else SmolLM2-135M-Instruct.")
+    ] = None,
+    chunk_size: Annotated[
+        int | None,
+        typer.Option(min=16, help=f"Tokens per chunk; by default the database's, else {DEFAULT_CHUNK_SIZE}."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Split the text files of DIR into chunks, embed them into Chroma and compute their KV caches.
+
+    Files that did not change since the last time are skipped.
+    """
+    documents = read_documents(directory, exclude=db)
+    check_writable(db)
+    remembered = find_settings(db)
+    settings = DatabaseSettings(
+        model=chosen_model(model, remembered.model if remembered else None),
+        chunk_size=chunk_size or (remembered.chunk_size if remembered else DEFAULT_CHUNK_SIZE),
+        cached_for=remembered.cached_for if remembered else "",
+    )
+    quiet_libraries()
+    fetch_embedding()
+    from prophetkv_rag.cli.indexing import index_documents
+
+    database = open_database(db, settings)
+    try:
+        save_settings(db, replace(settings, cached_for=settings.cached_for))
+        database.bring_caches_up_to_date()
+        summary = index_documents(database, directory, documents)
+        report = {"database": str(db), "model": settings.model, "chunk_size": settings.chunk_size, **asdict(summary)}
+        report["caches"] = cache_totals(database)
+    finally:
+        database.close()
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+
+
+def cache_totals(database: Database) -> dict[str, Any]:
+    """Number, tokens and bytes of the stored caches, and where they lie."""
+    stats = database.engine.store.stats()
+    return {"chunks": stats.chunks, "tokens": stats.tokens, "nbytes": stats.nbytes, "location": stats.location}
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = results()
+    for title, names in (("indexed", report["indexed"]), ("removed", report["removed"])):
+        for name in names:
+            console.print(f"{title:>9}  {name}", markup=False)
+    for name, reason in report["skipped"].items():
+        console.print(f"{'skipped':>9}  {name} ({reason})", markup=False)
+    if report["unchanged"]:
+        console.print(f"{'unchanged':>9}  {len(report['unchanged'])} files, skipped", markup=False)
+    caches = report["caches"]
+    console.print(
+        f"{report['total_chunks']} chunks in {report['database']}, {report['new_chunks']} of them new, "
+        f"in {report['seconds']:.1f} s; KV caches: {caches['tokens']:,} tokens, {caches['nbytes'] / 1e6:,.0f} MB",
+        markup=False,
+    )
+    console.print(f'Next: prophetkv-rag ask "your question" --db {report["database"]}', markup=False)

@@ -1,0 +1,137 @@
+"""Indexing a directory into a database: split, embed, compute the caches; only what changed."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prophetkv_rag.cli.console import progress_bar
+from prophetkv_rag.cli.database import token_counter
+from prophetkv_rag.cli.documents import Documents, TextFile
+
+if TYPE_CHECKING:
+    from llama_index.core.schema import BaseNode
+
+    from prophetkv_rag.cli.database import Database
+
+NODES_PER_INSERT = 8
+"""About one forward pass of the engine; small, so that the bar moves and little is lost when interrupted."""
+
+
+@dataclass(slots=True)
+class IndexSummary:
+    """What indexing did, by file name; `new_chunks` were split and embedded now, `total_chunks` are stored."""
+
+    indexed: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    new_chunks: int = 0
+    total_chunks: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class _StoredFile:
+    """What the database holds of one file: each chunk's id and stamp, and how many chunks there should be."""
+
+    stamps: dict[str, str] = field(default_factory=dict)
+    expected: int = 0
+    root: str = ""
+
+    def is_current(self, stamp: str) -> bool:
+        """Whether all of the file's chunks are there, and no others; after an interrupted run they may not be."""
+        return len(self.stamps) == self.expected and set(self.stamps.values()) == {stamp}
+
+
+def index_documents(database: Database, directory: Path, documents: Documents) -> IndexSummary:
+    """Bring the database up to date with `documents`, read from `directory`.
+
+    A file is known by its name relative to the directory. A changed file's chunks are replaced; files of the same
+    directory that are gone are removed. Another chunk size counts as a change of every file. New chunks are written
+    before old ones are deleted, so the caches of chunks that a change left alone are kept.
+    """
+    started = time.perf_counter()
+    summary = IndexSummary(skipped=dict(documents.skipped))
+    root = str(directory.resolve())
+    stored = _stored_files(database)
+    nodes: list[BaseNode] = []
+    old_ids: set[str] = set()
+    for file in documents.files:
+        stamp = _stamp(database, file)
+        if file.name in stored and stored[file.name].is_current(stamp):
+            summary.unchanged.append(file.name)
+            continue
+        old_ids.update(stored[file.name].stamps if file.name in stored else ())
+        nodes += _split(database, file, stamp=stamp, root=root)
+        summary.indexed.append(file.name)
+    names = {file.name for file in documents.files}
+    for name, held in stored.items():
+        if held.root == root and name not in names:
+            old_ids.update(held.stamps)
+            summary.removed.append(name)
+    _insert(database, nodes)
+    database.index.vector_store.delete_nodes(sorted(old_ids - {node.node_id for node in nodes}))
+    summary.new_chunks = len(nodes)
+    summary.total_chunks = database.collection.count()
+    summary.seconds = time.perf_counter() - started
+    return summary
+
+
+def _insert(database: Database, nodes: list[BaseNode]) -> None:
+    if not nodes:
+        return
+    with progress_bar("computing embeddings and KV caches", len(nodes)) as advance:
+        for start in range(0, len(nodes), NODES_PER_INSERT):
+            batch = nodes[start : start + NODES_PER_INSERT]
+            database.index.insert_nodes(batch)
+            advance(len(batch))
+
+
+def _stamp(database: Database, file: TextFile) -> str:
+    """Everything that the file's stored chunks depend on."""
+    return hashlib.sha256(f"{database.settings.chunk_size}:{file.text}".encode()).hexdigest()
+
+
+def _stored_files(database: Database) -> dict[str, _StoredFile]:
+    files: dict[str, _StoredFile] = defaultdict(_StoredFile)
+    found = database.collection.get(include=["metadatas"])
+    for node_id, metadata in zip(found["ids"], found["metadatas"], strict=True):
+        metadata = metadata or {}
+        held = files[str(metadata.get("file", ""))]
+        held.stamps[node_id] = str(metadata.get("stamp", ""))
+        held.expected = int(metadata.get("num_chunks", 0))
+        held.root = str(metadata.get("root", ""))
+    return dict(files)
+
+
+def _split(database: Database, file: TextFile, *, stamp: str, root: str) -> list[BaseNode]:
+    from llama_index.core.node_parser import SentenceSplitter
+    from llama_index.core.schema import Document
+
+    def node_id(number: int, document: Any) -> str:
+        return f"{document.node_id}#{number}@{stamp[:8]}"
+
+    metadata: dict[str, Any] = {"file": file.name, "root": root, "stamp": stamp, "num_chunks": 0}
+    document = Document(
+        text=file.text,
+        doc_id=file.name,
+        metadata=metadata,
+        # Neither the model nor the embedding sees the bookkeeping: a chunk in the prompt is its text alone.
+        excluded_llm_metadata_keys=list(metadata),
+        excluded_embed_metadata_keys=list(metadata),
+    )
+    splitter = SentenceSplitter(
+        chunk_size=database.settings.chunk_size,
+        chunk_overlap=0,
+        tokenizer=token_counter(database.engine.tokenizer),
+        id_func=node_id,
+    )
+    nodes = splitter.get_nodes_from_documents([document])
+    for node in nodes:
+        node.metadata["num_chunks"] = len(nodes)
+    return nodes

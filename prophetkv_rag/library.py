@@ -1,0 +1,164 @@
+"""The chunk caches of one model: computed at index time, loaded at query time, computed again when they are bad."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from prophetkv_rag.chunk_cache import CacheIdentity, ChunkCache
+from prophetkv_rag.chunk_index import ChunkIndex, text_entry
+from prophetkv_rag.encode import EncodingPrefix, encode_chunks
+from prophetkv_rag.errors import ContextWindowError, InputError, StoreError
+from prophetkv_rag.layout import PromptLayout
+from prophetkv_rag.model_support import ModelSupport
+from prophetkv_rag.report import ChunkStatus
+from prophetkv_rag.store.base import ChunkStore, TextEntry
+from prophetkv_rag.tokens import Tokens
+
+logger = logging.getLogger(__name__)
+
+_Missing = dict[str, tuple[list[int], TextEntry | None]]
+
+
+class ChunkLibrary:
+    """Everything an engine knows about chunks; see `ProphetKVEngine.add_chunks` for the contract."""
+
+    def __init__(
+        self,
+        model: Any,
+        support: ModelSupport,
+        tokens: Tokens,
+        store: ChunkStore,
+        identity: CacheIdentity,
+        prefix: EncodingPrefix | None,
+        *,
+        context_window: int,
+        batch_tokens: int,
+        model_lock: AbstractContextManager[Any],
+    ) -> None:
+        """Open the library: texts that the store knows for this identity are found in prompts from now on."""
+        self.model = model
+        self.support = support
+        self.tokens = tokens
+        self.store = store
+        self.identity = identity
+        self.prefix = prefix
+        self.context_window = context_window
+        self.batch_tokens = batch_tokens
+        self.model_lock = model_lock
+        self.chunk_index = ChunkIndex()
+        for key, entry in store.entries(identity.fingerprint):
+            self.chunk_index.add(key, entry)
+
+    def refresh(self) -> None:
+        """Learn the texts that other processes have stored since."""
+        for key, entry in self.store.new_entries(self.identity.fingerprint):
+            self.chunk_index.add(key, entry)
+
+    def add(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        *,
+        owner: str,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Compute and store what is missing, refer to all of it, and find it in prompts from now on."""
+        keys, missing = [], _Missing()
+        entries = dict[str, TextEntry]()
+        for number, chunk in enumerate(texts):
+            input_ids, entry = self._chunk_ids(number, chunk)
+            key = self.identity.key(input_ids)
+            keys.append(key)
+            if entry is not None:
+                entries[key] = entry
+            if key not in self.store:
+                missing[key] = (input_ids, entry)
+        self._compute(missing, progress)
+        self.store.add_references(owner, dict.fromkeys(keys))
+        for key, entry in entries.items():
+            self.chunk_index.add(key, entry)
+        return keys
+
+    def remove(self, keys: Iterable[str], *, owner: str) -> list[str]:
+        """Drop `owner`'s references; what nobody refers to any more is deleted and returned."""
+        deleted = self.store.drop_references(owner, keys)
+        for key in deleted:
+            self.chunk_index.remove(key)
+        return deleted
+
+    def _chunk_ids(self, number: int, chunk: str | Sequence[int]) -> tuple[list[int], TextEntry | None]:
+        entry = None
+        if isinstance(chunk, str):
+            text = chunk.strip()
+            input_ids = self.tokens.chunk(text) if text else []
+            entry = text_entry(text) if text else None
+        else:
+            input_ids = [int(token) for token in chunk]
+        if not input_ids:
+            msg = f"chunk {number} is empty; leave it out"
+            raise InputError(msg)
+        total = len(self.identity.prefix_ids) + len(input_ids)
+        if total > self.context_window:
+            msg = (
+                f"chunk {number} has {len(input_ids)} tokens, with the encoding prefix {total}, but the context window "
+                f"is {self.context_window}; split it into smaller chunks"
+            )
+            raise ContextWindowError(msg)
+        return input_ids, entry
+
+    def _compute(self, missing: _Missing, progress: Callable[[int, int], None] | None) -> None:
+        keys = list(missing)
+        encoding = encode_chunks(
+            self.model,
+            self.support,
+            self.prefix,
+            [missing[key][0] for key in keys],
+            batch_tokens=self.batch_tokens,
+        )
+        done = 0
+        while True:
+            with self.model_lock:  # released between batches, so that queries are answered while a corpus is indexed
+                item = next(encoding, None)
+            if item is None:
+                return
+            index, cache = item
+            self.store.put(keys[index], cache, fingerprint=self.identity.fingerprint, entry=missing[keys[index]][1])
+            done += 1
+            if progress is not None:
+                progress(done, len(keys))
+
+    def load(self, layout: PromptLayout) -> tuple[list[ChunkCache], list[ChunkStatus]]:
+        """Load the chunks' caches; what is missing or bad is encoded again, exactly as at index time, and stored."""
+        found: dict[str, ChunkCache] = {}
+        status: dict[str, ChunkStatus] = {}
+        for chunk in layout.chunks:
+            if chunk.key in status:
+                continue
+            cache, was_corrupt = self.store.get(
+                chunk.key, fingerprint=self.identity.fingerprint, input_ids=chunk.input_ids
+            )
+            status[chunk.key] = "hit" if cache is not None else "corrupt" if was_corrupt else "miss"
+            if cache is not None:
+                found[chunk.key] = cache
+        wanted = {chunk.key: chunk for chunk in layout.chunks if chunk.key not in found}
+        if wanted:
+            keys = list(wanted)
+            with self.model_lock:
+                encoded = list(
+                    encode_chunks(
+                        self.model,
+                        self.support,
+                        self.prefix,
+                        [wanted[key].input_ids for key in keys],
+                        batch_tokens=self.batch_tokens,
+                    )
+                )
+            for index, cache in encoded:
+                found[keys[index]] = cache
+                try:
+                    self.store.put(keys[index], cache, fingerprint=self.identity.fingerprint)
+                except (StoreError, OSError) as error:
+                    logger.warning("chunk cache %s could not be stored, it is used once: %s", keys[index][:12], error)
+        return [found[chunk.key] for chunk in layout.chunks], [status[chunk.key] for chunk in layout.chunks]

@@ -1,0 +1,168 @@
+"""From a laid-out prompt to a filled KV cache: load, assemble, stage I, stage II, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from prophetkv_rag.assemble import assemble
+from prophetkv_rag.attention import RowsLayer, resumable_cache
+from prophetkv_rag.config import ProphetKVConfig
+from prophetkv_rag.layout import PromptLayout
+from prophetkv_rag.library import ChunkLibrary
+from prophetkv_rag.model_support import ModelSupport
+from prophetkv_rag.recompute import recompute
+from prophetkv_rag.report import ChunkReport, ReuseReport, Timings
+from prophetkv_rag.selection import QueryContext, Strategy
+from prophetkv_rag.selection.base import token_budget
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillResult:
+    """A filled cache: `model.generate(result.input_ids, past_key_values=result.past_key_values)` goes on from it.
+
+    Attributes:
+        past_key_values: A transformers cache with one row for each of the prompt's N tokens. `generate` continues from
+            it and computes the last token once more, for its logits; a decode loop of one's own that starts from
+            `logits` feeds the next token to `attention.complete_cache(past_key_values)`.
+        input_ids: `[1, N]`, int64.
+        logits: `[1, vocab]` of the last token, fp32.
+        report: What was reused and how long it took.
+    """
+
+    past_key_values: Any
+    input_ids: torch.Tensor
+    logits: torch.Tensor
+    report: ReuseReport
+
+
+@dataclass(frozen=True, slots=True)
+class Prefiller:
+    """Runs prefills; `model_lock` is held while the model runs."""
+
+    model: Any
+    support: ModelSupport
+    config: ProphetKVConfig
+    library: ChunkLibrary
+    model_lock: AbstractContextManager[Any]
+
+    def full(self, layout: PromptLayout, strategy: Strategy, timings: Timings, started: float) -> PrefillResult:
+        """Prefill the whole prompt by the model's plain forward, with the attention it was loaded with."""
+        input_ids = layout.input_ids[None].to(self.model.device)
+        running = time.perf_counter()
+        with self.model_lock, torch.no_grad():
+            # Plain layers: a cache made from the model's configuration drops rows outside sliding windows.
+            cache = DynamicCache()
+            output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = output.logits[:, -1].float()
+        timings.recompute = time.perf_counter() - running
+        timings.ttft = time.perf_counter() - started
+        report = ReuseReport(
+            strategy=strategy.name,
+            recompute_ratio=1.0,
+            prompt_tokens=layout.num_tokens,
+            chunk_tokens=layout.num_chunk_tokens,
+            reused_tokens=0,
+            recomputed_tokens=layout.num_chunk_tokens,
+            fresh_tokens=layout.num_tokens - layout.num_chunk_tokens,
+            row_layers=layout.num_tokens * len(self.support.layers),
+            chunks=[ChunkReport(chunk.key, len(chunk.input_ids), "unused") for chunk in layout.chunks],
+            timings_s=timings,
+        )
+        filled = resumable_cache([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
+        return PrefillResult(filled, input_ids, logits, report)
+
+    def reuse(
+        self, layout: PromptLayout, strategy: Strategy, ratio: float, timings: Timings, started: float
+    ) -> PrefillResult:
+        """Reuse the chunks' caches and recompute what the strategy chooses."""
+        device = self.model.device
+        mark = time.perf_counter()
+        caches, statuses = self.library.load(layout)
+        timings.load = time.perf_counter() - mark
+
+        with self.model_lock, torch.no_grad():
+            mark = time.perf_counter()
+            layers = assemble(
+                self.support,
+                caches,
+                [chunk.start for chunk in layout.chunks],
+                layout.num_tokens + len(layout.probe_ids),
+                dtype=self.model.dtype,
+                device=device,
+            )
+            del caches
+            timings.assemble = time.perf_counter() - mark
+
+            mark = time.perf_counter()
+            context = self._query_context(layout, layers, ratio)
+            selection = strategy.select(context)
+            timings.score = time.perf_counter() - mark
+
+            mark = time.perf_counter()
+            wanted = ~context.is_chunk
+            if context.prefix_done:
+                wanted[: layout.context_start] = False
+            always = wanted.nonzero()[:, 0]
+            wanted[selection.positions] = True
+            for layer in layers:
+                layer.keys = layer.keys[:, :, : layout.num_tokens]
+                layer.values = layer.values[:, :, : layout.num_tokens]
+            logits, row_layers = recompute(
+                self.model,
+                self.support,
+                layers,
+                context.input_ids,
+                wanted.nonzero()[:, 0],
+                always=always,
+                prune=selection.prune,
+            )
+            seconds = time.perf_counter() - mark
+        num_selected = int(selection.positions.shape[0])
+        if num_selected:
+            timings.recompute = seconds
+        else:
+            timings.suffix = seconds
+        timings.ttft = time.perf_counter() - started
+        # A chunk token at the very end of the prompt is always computed, as its logits are needed.
+        num_recomputed = num_selected + int(layout.chunks[-1].stop == layout.num_tokens)
+        report = ReuseReport(
+            strategy=strategy.name,
+            recompute_ratio=ratio,
+            prompt_tokens=layout.num_tokens,
+            chunk_tokens=layout.num_chunk_tokens,
+            reused_tokens=layout.num_chunk_tokens - num_recomputed,
+            recomputed_tokens=num_recomputed,
+            fresh_tokens=layout.num_tokens - layout.num_chunk_tokens,
+            row_layers=context.row_layers + row_layers,
+            chunks=[
+                ChunkReport(chunk.key, len(chunk.input_ids), status)
+                for chunk, status in zip(layout.chunks, statuses, strict=True)
+            ],
+            timings_s=timings,
+        )
+        cache = resumable_cache([layer.keys for layer in layers], [layer.values for layer in layers])
+        return PrefillResult(cache, context.input_ids[None], logits, report)
+
+    def _query_context(self, layout: PromptLayout, layers: Sequence[RowsLayer], ratio: float) -> QueryContext:
+        device = self.model.device
+        eligible = layout.is_chunk.clone()
+        if layout.exact_first_chunk and not self.config.first_chunk_eligible:
+            eligible[layout.chunks[0].start : layout.chunks[0].stop] = False
+        return QueryContext(
+            model=self.model,
+            support=self.support,
+            layers=layers,
+            layout=layout,
+            input_ids=layout.input_ids.to(device),
+            is_chunk=layout.is_chunk.to(device),
+            eligible=eligible.to(device),
+            budget=token_budget(ratio, layout.num_chunk_tokens),
+            config=self.config,
+        )
