@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || (echo "error: needs Python's venv module (Debian: apt-get install python3-venv)"; exit 1)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --upgrade pip setuptools
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[all]' --group dev
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt --editable '.[all]' --group dev
 	touch $(INSTALLED)
 
 model: $(INSTALLED)

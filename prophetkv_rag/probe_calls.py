@@ -49,6 +49,7 @@ class MaskRecorder:
         self.rules: list[tuple[torch.Tensor, Callable[..., torch.Tensor]]] = []
 
     def __call__(self, *args: Any, mask_function: Any = None, **kwargs: Any) -> torch.Tensor | None:
+        """Return the mask that stands for the rule, or `None` if there is no rule to draw."""
         if mask_function is None:
             return None
         token = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=self.device)

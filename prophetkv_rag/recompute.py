@@ -24,7 +24,8 @@ from prophetkv_rag.passes import RowsPass
 class LayerView:
     """What a strategy that prunes between layers may look at after a layer: stale against fresh rows.
 
-    All tensors are in the order of `rows`: keys `[Hkv, m, D]` (rotated), values `[Hkv, m, Dv]`.
+    All tensors are in the order of `rows`: keys `[Hkv, m, D]` (rotated), values `[Hkv, m, Dv]`. Only chunk tokens have
+    stale rows to compare with; those of other tokens are 0.
     """
 
     layer_idx: int

@@ -61,7 +61,7 @@ class DemoRun:
 
 def speeches_directory() -> AbstractContextManager[Path]:
     """The shipped speeches as a directory, also from a zipped installation."""
-    return resources.as_file(resources.files("prophetkv_rag") / "demo_corpus" / "speeches")
+    return resources.as_file(resources.files("prophetkv_rag") / "demo_corpus" / "state-of-the-union")
 
 
 def read_questions() -> list[DemoQuestion]:

@@ -139,19 +139,19 @@ def test_a_text_of_two_records_is_cached_until_the_last_one_goes(collection: KVC
 
 
 def test_two_collections_share_a_cache_and_dropping_one_leaves_the_other(
-    client: Any, collection: KVCachingCollection, engine: ProphetKVEngine
+    client: Any, collection: KVCachingCollection, caching_engine: ProphetKVEngine
 ) -> None:
-    other = KVCachingCollection(client.create_collection(f"o-{uuid.uuid4()}", embedding_function=None), engine)
+    other = KVCachingCollection(client.create_collection(f"o-{uuid.uuid4()}", embedding_function=None), caching_engine)
     add(collection, a=A, b=B)
     add(other, a=A, c=C)
     collection.delete(["a"])
-    assert key_of(engine, A) in engine.store
+    assert key_of(caching_engine, A) in caching_engine.store
     client.delete_collection(collection.name)
-    assert collection.drop() == [key_of(engine, B)]
+    assert collection.drop() == [key_of(caching_engine, B)]
     assert_caches_are(other, a=A, c=C)
     client.delete_collection(other.name)
-    assert sorted(other.drop()) == sorted([key_of(engine, A), key_of(engine, C)])
-    assert engine.store.stats().chunks == 0
+    assert sorted(other.drop()) == sorted([key_of(caching_engine, A), key_of(caching_engine, C)])
+    assert caching_engine.store.stats().chunks == 0
 
 
 def test_a_text_that_cannot_be_a_chunk_does_not_stop_the_others(

@@ -1,0 +1,52 @@
+"""The names users type; whoever changes them changes this test, on purpose."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+PUBLIC = {
+    "prophetkv_rag": [
+        "ContextWindowError",
+        "GenerationResult",
+        "InputError",
+        "PrefillResult",
+        "Prompt",
+        "ProphetKVConfig",
+        "ProphetKVEngine",
+        "ProphetKVError",
+        "ReuseReport",
+        "StoreError",
+        "StreamChunk",
+        "UnknownModelError",
+        "UnsupportedModelError",
+    ],
+    "prophetkv_rag.integrations.llama_index": ["ProphetKVChromaVectorStore", "ProphetKVLLM"],
+    "prophetkv_rag.selection": [
+        "QueryContext",
+        "Selection",
+        "Strategy",
+        "available_strategies",
+        "make_strategy",
+        "register_strategy",
+    ],
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_all_is_what_it_was(module: str) -> None:
+    assert sorted(importlib.import_module(module).__all__) == PUBLIC[module]
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_name_resolves(module: str) -> None:
+    loaded = importlib.import_module(module)
+    for name in loaded.__all__:
+        assert getattr(loaded, name).__name__ == name or callable(getattr(loaded, name))
+        assert name in dir(loaded)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Prophet'"):
+        importlib.import_module("prophetkv_rag").Prophet
