@@ -41,7 +41,7 @@ types: $(INSTALLED)
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p prophetkv_rag
 	rm -rf build
 
-unit: $(INSTALLED)
+unit: model
 	$(BIN)/pytest
 
 format: $(INSTALLED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,8 @@ from prophetkv_rag.errors import InputError
 from prophetkv_rag.prompt import TextOrIds
 
 _SENTINEL = "\u2063prophetkv\u2063"
+# Put in front of a chat template, this macro hides the function that templates print today's date with.
+_FIXED_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 
 class Tokens:
@@ -18,7 +21,9 @@ class Tokens:
     def __init__(self, tokenizer: Any) -> None:
         """Wrap a transformers tokenizer, or `None`."""
         self.tokenizer = tokenizer
-        # Special-token parsing is a switch on the tokenizer's shared backend, flipped per call.
+        # Special-token parsing is a switch on a tokenizer's backend, so chunks get a copy that is never switched back:
+        # another thread's call on the shared one cannot turn a chunk's text into control tokens.
+        self._chunk_tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
 
     @property
@@ -58,9 +63,9 @@ class Tokens:
 
     def chunk(self, text: str) -> list[int]:
         """Tokenise a chunk; special-token strings in it stay text."""
-        tokenizer = self._require("a chunk")
+        self._require("a chunk")
         with self._lock:
-            return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+            return list(self._chunk_tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def rows_of_span(self, text: str, start: int, stop: int) -> list[int]:
         """Return the indices of the tokens of `text` (tokenised as fresh text) that overlap `text[start:stop]`.
@@ -74,7 +79,7 @@ class Tokens:
             offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return [row for row, (left, right) in enumerate(offsets) if left < stop and right > start and right > left]
 
-    def render(self, messages: Sequence[Any]) -> str:
+    def render(self, messages: Sequence[Any], *, chat_template: str | None = None) -> str:
         """Render chat messages with the model's own template, up to the open assistant turn."""
         if not messages:
             msg = "the prompt is empty; give at least one message"
@@ -86,7 +91,10 @@ class Tokens:
         try:
             return str(
                 tokenizer.apply_chat_template(
-                    [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                    [dict(message) for message in messages],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    chat_template=chat_template,
                 )
             )
         except Exception as error:  # templates raise their own errors for roles they do not know
@@ -99,7 +107,12 @@ class Tokens:
             return ()
         text = ""
         if self.has_chat_template:
-            text = self.render([{"role": "user", "content": _SENTINEL}]).split(_SENTINEL)[0]
+            # Some templates print today's date; a prefix that changes every night would lose every cache.
+            rendered = self.render(
+                [{"role": "user", "content": _SENTINEL}], chat_template=_FIXED_DAY + self.tokenizer.get_chat_template()
+            )
+            opening, found, _ = rendered.partition(_SENTINEL)
+            text = opening if found else ""
         return tuple(self.fresh(text, first=True))
 
     def decode(self, token_ids: Sequence[int]) -> str:

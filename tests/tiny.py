@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """Ids 0, 1 and 2, as in SmolLM2: unknown, start of a turn (BOS), end of a turn (EOS and padding)."""
@@ -111,3 +111,23 @@ def text_of(num_tokens: int, *, seed: int = 0) -> str:
     generator = torch.Generator().manual_seed(seed)
     picked = [words[int(i)] for i in torch.randint(len(words), (num_tokens,), generator=generator)]
     return f"Passage {seed}: " + " ".join(picked) + "."
+
+
+def save_tiny_encoder(directory: Path) -> Path:
+    """Write a tiny random BERT with `tiny_tokenizer`, to stand in for the embedding model; returns `directory`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = BertModel(
+            BertConfig(
+                vocab_size=480,
+                hidden_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+                initializer_range=0.5,
+                pad_token_id=2,
+            )
+        )
+    encoder.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory

@@ -114,7 +114,8 @@ class ProphetKVChromaVectorStore(ChromaVectorStore):
         """Return the nodes with these ids that pass the filters; `None` stands for all of them."""
         if node_ids is not None and not node_ids:
             return []
-        return super().get_nodes(node_ids, filters)
+        where = _to_chroma_filter(filters) if filters is not None else {}
+        return self._get(None, where=where, ids=node_ids).nodes
 
     def delete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
@@ -128,9 +129,7 @@ class ProphetKVChromaVectorStore(ChromaVectorStore):
 
     def clear(self) -> None:
         """Delete every node."""
-        ids = self._collection.get(include=[])["ids"]
-        if ids:
-            self._collection.delete(ids=ids)
+        self._collection.delete(ids=self._collection.get(include=[])["ids"])
 
     async def aget_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from prophetkv_rag.errors import ContextWindowError
 
 if TYPE_CHECKING:
     from prophetkv_rag.cli.database import Database
@@ -20,6 +24,9 @@ REPORT_KEYS = (
     "chunks",
     "timings_s",
 )
+
+_NO_ROOM = ("available context size", "is not positive")
+"""What LlamaIndex's errors say when its prompt without any chunk is too long already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +70,27 @@ def answer_question(
 
     Where the chunks do not fit the context window at once, LlamaIndex asks the model several times; the report is
     then that of the last time.
+
+    Raises:
+        ContextWindowError: If the question alone is too long.
     """
     from prophetkv_rag.integrations.llama_index import ProphetKVLLM
 
     llm = ProphetKVLLM(
         engine=database.engine, max_new_tokens=max_new_tokens, strategy=strategy, recompute_ratio=recompute_ratio
     )
-    response = database.index.as_query_engine(llm=llm, similarity_top_k=top_k).query(question)
+    query_engine = database.index.as_query_engine(llm=llm, similarity_top_k=top_k)
+    try:
+        with redirect_stdout(sys.stderr):  # LlamaIndex prints some of its warnings
+            response = query_engine.query(question)
+    except ValueError as error:
+        if not any(text in str(error) for text in _NO_ROOM):
+            raise
+        msg = (
+            f"the question and an answer of {max_new_tokens} tokens leave no room for sources in the context window of "
+            f"{llm.context_window} tokens; ask a shorter question or set --max-new-tokens lower"
+        )
+        raise ContextWindowError(msg) from error
     sources = [
         Source(
             id=found.node.node_id,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from prophetkv_rag.cli import ask, cache, demo, doctor, index
+from prophetkv_rag.cli import ask, bench, cache, demo, doctor, index
 from prophetkv_rag.cli.console import PROGRAM, print_error
 from prophetkv_rag.errors import ProphetKVError
 
@@ -26,6 +26,7 @@ app.command()(index.index)
 app.command()(ask.ask)
 app.command()(demo.demo)
 app.command()(doctor.doctor)
+app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")
 
 

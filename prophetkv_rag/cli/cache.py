@@ -71,4 +71,4 @@ def _open(db: Path) -> DiskStore:
     require_settings(db)
     from prophetkv_rag.store.disk import DiskStore
 
-    return DiskStore(db / BLOB_DIRECTORY)
+    return DiskStore(db.resolve() / BLOB_DIRECTORY)

@@ -105,6 +105,7 @@ class Database:
     engine: ProphetKVEngine
     collection: KVCachingCollection
     index: VectorStoreIndex
+    client: Any
 
     def bring_caches_up_to_date(self) -> int:
         """Compute the caches of all chunks again if they belong to another model or are gone; returns how many.
@@ -124,8 +125,10 @@ class Database:
         return 0 if is_current else count
 
     def close(self) -> None:
-        """Release the caches' files."""
+        """Release Chroma's and the caches' files."""
         self.engine.store.close()
+        if hasattr(self.client, "close"):  # newer releases of Chroma
+            self.client.close()
 
 
 def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVConfig | None = None) -> Database:
@@ -138,6 +141,7 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
     """
     frameworks = _import_frameworks()
     check_writable(path)
+    directory = path.resolve()  # Chroma tells databases of one process apart by the path as it is spelt
     from prophetkv_rag.chroma import KVCachingCollection
     from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.model import load_model
@@ -145,13 +149,14 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
 
     with status(f"loading {Path(settings.model).name}"):
         model, tokenizer = load_model(settings.model)
-        engine = ProphetKVEngine(model, tokenizer, config=config, store=DiskStore(path / BLOB_DIRECTORY))
-        collection = KVCachingCollection(_chroma_collection(path), engine)
+        engine = ProphetKVEngine(model, tokenizer, config=config, store=DiskStore(directory / BLOB_DIRECTORY))
+        client, chroma_collection = _open_chroma(directory)
+        collection = KVCachingCollection(chroma_collection, engine)
     store = frameworks.vector_store(chroma_collection=collection)
     # LlamaIndex counts tokens with a global tokenizer; ours is the only model of this process.
     frameworks.set_global_tokenizer(token_counter(tokenizer))
     index = frameworks.index.from_vector_store(store, embed_model=frameworks.embedding())
-    return Database(path=path, settings=settings, engine=engine, collection=collection, index=index)
+    return Database(path, settings, engine, collection, index, client)
 
 
 def token_counter(tokenizer: Any) -> Callable[[str], list[int]]:
@@ -164,13 +169,14 @@ def token_counter(tokenizer: Any) -> Callable[[str], list[int]]:
     return encode
 
 
-def _chroma_collection(path: Path) -> Any:
+def _open_chroma(path: Path) -> tuple[Any, Any]:
     import chromadb
     from chromadb.config import Settings
 
     try:
         client = chromadb.PersistentClient(path=str(path), settings=Settings(anonymized_telemetry=False))
-        return client.get_or_create_collection(COLLECTION, embedding_function=None, metadata={"hnsw:space": "cosine"})
+        settings = {"embedding_function": None, "metadata": {"hnsw:space": "cosine"}}
+        return client, client.get_or_create_collection(COLLECTION, **settings)
     except Exception as error:  # chromadb raises its own, sqlite's and Rust's errors
         msg = f"Chroma cannot open the database at {path}: {error}"
         raise InputError(msg) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,7 @@ from prophetkv_rag.cli.database import (
 )
 from prophetkv_rag.cli.documents import read_documents
 from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
+from prophetkv_rag.errors import InputError
 
 
 def index(
@@ -31,7 +32,7 @@ def index(
     ] = None,
     chunk_size: Annotated[
         int | None,
-        typer.Option(min=16, help=f"Tokens per chunk; by default the database's, else {DEFAULT_CHUNK_SIZE}."),
+        typer.Option(min=64, help=f"Tokens per chunk; by default the database's, else {DEFAULT_CHUNK_SIZE}."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
@@ -53,7 +54,8 @@ def index(
 
     database = open_database(db, settings)
     try:
-        save_settings(db, replace(settings, cached_for=settings.cached_for))
+        check_chunk_size(settings.chunk_size, database.engine.context_window)
+        save_settings(db, settings)
         database.bring_caches_up_to_date()
         summary = index_documents(database, directory, documents)
         report = {"database": str(db), "model": settings.model, "chunk_size": settings.chunk_size, **asdict(summary)}
@@ -64,6 +66,13 @@ def index(
         print_json(report)
     else:
         _print(report)
+
+
+def check_chunk_size(chunk_size: int, context_window: int) -> None:
+    """Raise `InputError` if chunks could not be encoded, let alone be asked about."""
+    if chunk_size >= context_window:
+        msg = f"chunks of {chunk_size} tokens do not fit the model's context window of {context_window} tokens"
+        raise InputError(msg)
 
 
 def cache_totals(database: Database) -> dict[str, Any]:

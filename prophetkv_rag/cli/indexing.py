@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections import defaultdict
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,7 +133,8 @@ def _split(database: Database, file: TextFile, *, stamp: str, root: str) -> list
         tokenizer=token_counter(database.engine.tokenizer),
         id_func=node_id,
     )
-    nodes = splitter.get_nodes_from_documents([document])
+    with redirect_stdout(sys.stderr):  # LlamaIndex prints some of its warnings
+        nodes = splitter.get_nodes_from_documents([document])
     for node in nodes:
         node.metadata["num_chunks"] = len(nodes)
     return nodes

@@ -5,19 +5,52 @@ from __future__ import annotations
 from pathlib import Path
 
 from prophetkv_rag.cli.console import status
+from prophetkv_rag.errors import UnknownModelError
+
+HUB_TIMEOUT_S = 5.0
 
 
 def chosen_model(named: str | None, remembered: str | None = None) -> str:
-    """Return a local directory (absolute) or a hub name; fetches the default model if nothing else is chosen."""
-    if named is not None:
-        path = Path(named).expanduser()
-        return str(path.resolve()) if path.exists() else named
-    if remembered is not None:
-        return remembered
-    from prophetkv_rag.default_model import fetch_default_model
+    """Return a local path (absolute) or a hub name; fetches the default model if nothing else is chosen.
 
-    with status("looking for the default model") as tell:
-        return str(fetch_default_model(tell))
+    Raises:
+        UnknownModelError: If a name is neither a path nor a model that the hub or its local cache has.
+        FetchError: If the default model cannot be fetched.
+    """
+    if named is None and remembered is None:
+        from prophetkv_rag.default_model import fetch_default_model
+
+        with status("looking for the default model") as tell:
+            return str(fetch_default_model(tell))
+    name = named if named is not None else str(remembered)
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else _on_the_hub(name)
+
+
+def _on_the_hub(name: str) -> str:
+    """Return the name if the hub answers for it, or the cached copy's directory where it does not answer.
+
+    Asked first, because transformers' own attempt to reach a hub that is not there goes on for half a minute.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    with status(f"looking for {name}"):
+        try:
+            HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+        except (HFValidationError, RepositoryNotFoundError) as error:
+            msg = f"there is no model {name!r}: it is neither a directory here nor a model on the hub"
+            raise UnknownModelError(msg) from error
+        except Exception:  # offline, a gated model, a hub in trouble: the cache may have it
+            try:
+                return snapshot_download(name, local_files_only=True)
+            except LocalEntryNotFoundError as error:
+                msg = (
+                    f"there is no model {name!r}: it is not a directory here, the model hub does not answer for it, "
+                    "and its local cache does not have it"
+                )
+                raise UnknownModelError(msg) from error
+    return name
 
 
 def fetch_embedding() -> None:

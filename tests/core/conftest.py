@@ -39,8 +39,10 @@ def one_engine() -> ProphetKVEngine:
 
 @pytest.fixture
 def caching_engine(one_engine: ProphetKVEngine) -> ProphetKVEngine:
-    """An engine that knows no chunks, on a new store in memory."""
-    one_engine.store = MemoryStore()
+    """An engine that knows no chunks, on an empty store in memory."""
+    store = one_engine.store
+    assert isinstance(store, MemoryStore)
+    store.delete({*store._chunks, *store._owners})
     for key in list(one_engine.chunk_index._digests):
         one_engine.chunk_index.remove(key)
     return one_engine

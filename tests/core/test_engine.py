@@ -79,10 +79,7 @@ def test_text_equals_token_ids_and_special_tokens_in_chunks_stay_text(engine):
 @pytest.mark.parametrize(
     "text",
     [
-    [
         "na\u00efve caf\u00e9 \u2013 \u201cquotes\u201d \u6771\u4eac \U0001f680 done",
-        "line one\r\nline two\r\n\r\nline three",
-    ],
         "line one\r\nline two\r\n\r\nline three",
     ],
 )

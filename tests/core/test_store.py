@@ -63,14 +63,16 @@ def test_what_is_put_is_got(store: ChunkStore, dtype: torch.dtype) -> None:
 
 
 def test_a_kept_cache_does_not_keep_the_batch_it_was_cut_from(store: ChunkStore) -> None:
-    batch = torch.randn(2, 2, 50, 4)
-    cut = (batch[0][:, :5], batch[1][:, :5])
-    store.put(key_of(1), ChunkCache(make_cache(1).input_ids, cut, cut), fingerprint=FINGERPRINT)
+    rows, padded = torch.randn(10, 2, 5, 4), torch.randn(2, 2, 50, 4)
+    keys, values = (rows[0], rows[1]), (padded[0][:, :5], padded[1][:, :5])  # contiguous views, and others
+    store.put(key_of(1), ChunkCache(make_cache(1).input_ids, keys, values), fingerprint=FINGERPRINT)
+    rows.zero_()
+    padded.zero_()
     found, _ = get(store, 1)
-    batch.zero_()
     assert found is not None
-    assert found.keys[0].abs().sum() > 0
-    assert found.keys[0].untyped_storage().nbytes() < batch.nbytes
+    for tensor in (*found.keys, *found.values):
+        assert tensor.abs().sum() > 0
+        assert tensor.untyped_storage().nbytes() < min(rows.nbytes, padded.nbytes)
 
 
 @pytest.mark.parametrize("change", [{"fingerprint": OTHER_FINGERPRINT}, {"input_ids": ids_of(2)}])

@@ -51,7 +51,7 @@ def llm(chat_engine: ProphetKVEngine) -> ProphetKVLLM:
 
 @pytest.fixture
 def call_log() -> Iterator[CallLog]:
-    log = CallLog(calls=[])
+    log = CallLog()
     dispatcher = get_dispatcher()
     dispatcher.add_event_handler(log)
     yield log

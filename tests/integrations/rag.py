@@ -10,8 +10,14 @@ from zlib import crc32
 import numpy as np
 from llama_index.core import Document, StorageContext, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.bridge.pydantic import Field
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
-from llama_index.core.instrumentation.events.llm import LLMChatEndEvent, LLMCompletionEndEvent
+from llama_index.core.instrumentation.events.llm import (
+    LLMChatEndEvent,
+    LLMCompletionEndEvent,
+    LLMPredictEndEvent,
+    LLMPredictStartEvent,
+)
 
 from prophetkv_rag.engine import ProphetKVEngine
 
@@ -41,13 +47,16 @@ class HashingEmbedding(BaseEmbedding):
 
 
 class CallLog(BaseEventHandler):
-    """Keeps the end event of every model call."""
+    """Keeps the end event of every model call, and the start and end events of template calls."""
 
-    calls: list[LLMChatEndEvent | LLMCompletionEndEvent] = []  # noqa: RUF012 (a pydantic field)
+    calls: list[LLMChatEndEvent | LLMCompletionEndEvent] = Field(default_factory=list)
+    predictions: list[LLMPredictStartEvent | LLMPredictEndEvent] = Field(default_factory=list)
 
     def handle(self, event: Any, **kwargs: Any) -> None:
         if isinstance(event, (LLMChatEndEvent, LLMCompletionEndEvent)):
             self.calls.append(event)
+        if isinstance(event, (LLMPredictStartEvent, LLMPredictEndEvent)):
+            self.predictions.append(event)
 
     @property
     def chunks(self) -> list[dict[str, Any]]:

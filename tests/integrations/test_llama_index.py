@@ -13,7 +13,9 @@ from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.indices.vector_store import VectorStoreIndex
 from llama_index.core.instrumentation.dispatcher import instrument_tags
+from llama_index.core.llms import LLM
 from llama_index.core.query_engine import CitationQueryEngine
+from llama_index.core.types import BaseOutputParser
 
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.integrations.llama_index import ProphetKVLLM
@@ -119,6 +121,31 @@ def test_list_context_is_joined_not_printed(llm: ProphetKVLLM, call_log: CallLog
     template = PromptTemplate("Context:\n{context_str}\nQuestion: {query_str}")
     llm.predict(template, context_str=["first line\nsecond line", "third"], query_str="q")
     assert call_log.calls[0].messages[0].content == "Context:\nfirst line\nsecond line\n\nthird\nQuestion: q"
+
+
+def test_template_calls_parse_and_announce_as_the_base_class_does(
+    llm: ProphetKVLLM, completion_engine: ProphetKVEngine, call_log: CallLog
+) -> None:
+    class Brackets(BaseOutputParser):
+        def parse(self, output: str) -> str:
+            return f"[{output}]"
+
+    template = PromptTemplate("Say {what}.")
+    for model in (llm, ProphetKVLLM(engine=completion_engine, max_new_tokens=8)):
+        plain = model.predict(template, what="hello")
+        assert LLM.predict(model, template, what="hello") == plain != ""
+        assert asyncio.run(model.apredict(template, what="hello")) == plain
+        assert "".join(model.stream(template, what="hello")) == plain
+        call_log.predictions.clear()
+        model.output_parser = Brackets()
+        assert model.predict(template, what="hello") == f"[{plain}]"
+        assert asyncio.run(model.apredict(template, what="hello")) == f"[{plain}]"
+        start, end, *_ = call_log.predictions
+        assert (start.template, start.template_args, end.output) == (template, {"what": "hello"}, f"[{plain}]")
+        with pytest.raises(NotImplementedError):
+            model.stream(template, what="hello")
+        with pytest.raises(NotImplementedError):
+            asyncio.run(model.astream(template, what="hello"))
 
 
 @pytest.mark.parametrize("style", ["chat", "stream_chat", "achat", "astream_chat"])

@@ -85,7 +85,7 @@ async def test_the_loop_keeps_turning_while_indexing_and_asking(
     chat_engine: ProphetKVEngine, llm: ProphetKVLLM, new_vector_store: Any, forwards: list[float]
 ) -> None:
     index = build_index(new_vector_store(chat_engine), [])
-    nodes = [TextNode(text=text_of(1500, seed=i)) for i in range(4)]
+    nodes = [TextNode(text=text_of(600, seed=i)) for i in range(4)]
     ticks = await ticks_while(index.ainsert_nodes(nodes))
     assert len(forwards) >= 4, "the caches were computed during the await"
     assert ticks >= len(forwards)
@@ -167,7 +167,8 @@ async def test_iterate_in_thread_computes_only_what_is_asked_for() -> None:
         finally:
             log.append("closed")
 
-    stream = iterate_in_thread(numbers())
+    source = numbers()  # held here, so that going out of scope is not what closes it
+    stream = iterate_in_thread(source)
     assert [await anext(stream), await anext(stream)] == [0, 1]
     assert log == [0, 1]
     await stream.aclose()

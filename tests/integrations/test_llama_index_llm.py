@@ -175,7 +175,7 @@ def test_serialised_form_is_plain_and_reloads(llm: ProphetKVLLM) -> None:
     assert not [name for name in data if "engine" in name or "report" in name]
     again = ProphetKVLLM.from_dict(data, engine=llm.engine)
     assert again.to_dict() == llm.to_dict()
-    json.dumps(llm.to_payload())
+    json.dumps(llm.metadata.model_dump())
     llm._engine = None
     assert llm.to_dict() == again.to_dict()
 

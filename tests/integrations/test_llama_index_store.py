@@ -172,6 +172,7 @@ def test_adding_the_same_nodes_again_computes_nothing(
 
 def test_nothing_of_ours_shows_in_what_is_read(store: ProphetKVChromaVectorStore) -> None:
     store.add([node(TEXTS[0], name="n0", nothing=None), node(TEXTS[1])])
+    assert len(store.get_nodes(None, filters=MetadataFilters(filters=[MetadataFilter(key="nothing", value="")]))) == 1
     for found in store.get_nodes(None):
         assert not [key for key in found.metadata if "prophet" in key]
     raw = store.client.get(include=["metadatas"])["metadatas"]

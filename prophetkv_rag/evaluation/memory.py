@@ -1,0 +1,49 @@
+"""Peak memory of one query, measured in a process of its own: a process's peak never goes down again.
+
+The chunks are indexed by the parent into a directory, so the child pays for loading the model and for the query only.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from prophetkv_rag.engine import ProphetKVEngine
+from prophetkv_rag.evaluation.ttft import synthetic_prompt
+from prophetkv_rag.store.disk import DiskStore
+
+
+def peak_memory_bytes(
+    model: str, store_directory: Path, *, context_tokens: int, chunk_tokens: int, strategy: str, recompute_ratio: float
+) -> dict[str, int]:
+    """Return `{"loaded", "peak"}`: bytes of resident memory at their highest before and after the query."""
+    arguments = [model, str(store_directory), context_tokens, chunk_tokens, strategy, recompute_ratio]
+    child = subprocess.run(
+        [sys.executable, "-m", "prophetkv_rag.evaluation.memory", json.dumps(arguments)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    measured: dict[str, int] = json.loads(child.stdout.strip().splitlines()[-1])
+    return measured
+
+
+def _peak() -> int:
+    scale = 1 if sys.platform == "darwin" else 1024  # kilobytes everywhere else
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def _main(arguments: str) -> None:
+    model, directory, context_tokens, chunk_tokens, strategy, recompute_ratio = json.loads(arguments)
+    engine = ProphetKVEngine.from_pretrained(model, store=DiskStore(Path(directory)))
+    prompt = synthetic_prompt(engine, context_tokens, chunk_tokens)
+    loaded = _peak()
+    engine.prefill(prompt, strategy=strategy, recompute_ratio=recompute_ratio)
+    sys.stdout.write(json.dumps({"loaded": loaded, "peak": _peak()}) + "\n")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,358 @@
+"""The command line on a tiny random model: what it prints, its exit statuses, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from prophetkv_rag import __version__
+from prophetkv_rag.cli.app import main
+from tests.tiny import save_tiny, save_tiny_encoder, text_of, tiny_tokenizer
+
+REPORT_KEYS = {
+    "strategy",
+    "recompute_ratio",
+    "prompt_tokens",
+    "chunk_tokens",
+    "reused_tokens",
+    "recomputed_tokens",
+    "fresh_tokens",
+    "chunks",
+    "timings_s",
+}
+TIMINGS = {"match", "load", "assemble", "score", "recompute", "suffix", "ttft"}
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def no_hub(self: object, repo_id: str, **options: object) -> None:
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repo_id)
+    msg = "no network"
+    raise ConnectionError(msg)
+
+
+@pytest.fixture(autouse=True)
+def _offline(tiny_model: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default models are the tiny ones, the hub does not answer, and the working directory is empty."""
+    monkeypatch.setattr("prophetkv_rag.default_model.fetch_default_model", lambda progress: tiny_model)
+    monkeypatch.setattr("prophetkv_rag.embedding.fetch_embedding_model", lambda progress=None: tiny_encoder)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_hub)
+    monkeypatch.setenv("PROPHETKV_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+@pytest.fixture
+def docs() -> Path:
+    directory = Path("docs")
+    (directory / "deep").mkdir(parents=True)
+    (directory / "one.txt").write_text(text_of(150, seed=1))
+    (directory / "deep" / "two.md").write_text(text_of(100, seed=2) + "\r\nÜnïcode 日本 <|im_end|>")
+    return directory
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the program and returns what it printed on standard output, as JSON if that was asked for."""
+
+    def program(*arguments: object, status: int = 0) -> Any:
+        returned = main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        assert returned == status, output.err
+        return json.loads(output.out) if "--json" in arguments else output.out
+
+    return program
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the program, which must end with status 2 and one line of error, and returns that line."""
+
+    def program(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        lines = [line for line in output.err.splitlines() if "error" in line]
+        assert len(lines) == 1, output.err
+        assert "Traceback" not in output.err
+        return lines[0]
+
+    return program
+
+
+def index_tiny(run: Run, docs: Path, *more: object) -> dict[str, Any]:
+    report: dict[str, Any] = run("index", docs, "--chunk-size", 64, "--json", *more)
+    return report
+
+
+# ---- index and ask --------------------------------------------------------------------------------------------------
+
+
+def test_index_then_ask(run: Run, docs: Path) -> None:
+    report = index_tiny(run, docs)
+    assert report["indexed"] == ["deep/two.md", "one.txt"]
+    assert report["new_chunks"] == report["total_chunks"] == report["caches"]["chunks"] > 4
+
+    answer = run("ask", "What did people watch?", "--max-new-tokens", 4, "--json")
+    assert set(answer) == {"answer", "sources", "report"}
+    assert [set(source) for source in answer["sources"]] == [{"id", "text", "score"}] * 4
+    assert set(answer["report"]) == REPORT_KEYS
+    assert set(answer["report"]["timings_s"]) == TIMINGS
+    assert [set(chunk) for chunk in answer["report"]["chunks"]] == [{"key", "tokens", "status"}] * 4
+    assert {chunk["status"] for chunk in answer["report"]["chunks"]} == {"hit"}
+    counts = answer["report"]
+    assert counts["chunk_tokens"] == counts["reused_tokens"] + counts["recomputed_tokens"]
+    assert counts["prompt_tokens"] == counts["chunk_tokens"] + counts["fresh_tokens"]
+
+
+def test_options_of_ask_reach_the_engine(run: Run, docs: Path) -> None:
+    index_tiny(run, docs)
+    options = ("--top-k", 2, "--strategy", "full_prefill", "--max-new-tokens", 3, "--json")
+    full = run("ask", "Who?", *options)
+    assert len(full["sources"]) == 2
+    assert (full["report"]["strategy"], full["report"]["reused_tokens"]) == ("full_prefill", 0)
+    everything = run("ask", "Who?", "--top-k", 2, "--recompute-ratio", 1, "--max-new-tokens", 3, "--json")
+    assert everything["report"]["recomputed_tokens"] == everything["report"]["chunk_tokens"]
+    assert everything["answer"] == full["answer"]
+
+
+def test_text_output(run: Run, docs: Path) -> None:
+    printed = run("index", docs, "--chunk-size", 64)
+    assert "indexed  deep/two.md" in printed
+    assert "Next: prophetkv-rag ask" in printed
+    printed = run("ask", "What did people watch?", "--max-new-tokens", 3)
+    assert "[1] " in printed
+    assert "prompt tokens" in printed
+
+
+def test_only_what_changed_is_indexed_again(run: Run, docs: Path) -> None:
+    before = index_tiny(run, docs)
+    again = index_tiny(run, docs)
+    assert (again["indexed"], again["new_chunks"]) == ([], 0)
+    assert again["unchanged"] == ["deep/two.md", "one.txt"]
+    assert "2 files, skipped" in run("index", docs)
+
+    (docs / "one.txt").write_text("Something else altogether stands here now, and it is short.")
+    (docs / "three.txt").write_text(text_of(50, seed=3))
+    (docs / "deep" / "two.md").unlink()
+    after = index_tiny(run, docs)
+    assert (after["indexed"], after["removed"]) == (["one.txt", "three.txt"], ["deep/two.md"])
+    assert after["total_chunks"] == after["new_chunks"] < before["total_chunks"]
+    assert after["caches"]["chunks"] == after["total_chunks"]
+    sources = run("ask", "What stands here?", "--top-k", 50, "--max-new-tokens", 1, "--json")["sources"]
+    assert len(sources) == after["total_chunks"]
+
+
+def test_chunks_that_a_change_left_alone_keep_their_caches(run: Run, docs: Path) -> None:
+    index_tiny(run, docs)
+    blobs = {path: path.stat().st_mtime_ns for path in Path(".prophetkv/prophetkv").rglob("*.safetensors")}
+    with (docs / "one.txt").open("a") as file:
+        file.write("\n\n\n" + text_of(64, seed=9))
+    index_tiny(run, docs)
+    kept = [path for path, time in blobs.items() if path.exists() and path.stat().st_mtime_ns == time]
+    assert len(kept) >= len(blobs) - 1
+
+
+def test_an_interrupted_index_is_completed(run: Run, docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prophetkv_rag.cli.indexing.NODES_PER_INSERT", 1)
+    whole = index_tiny(run, docs, "--db", "whole")
+    calls = 0
+
+    def interrupting(advance: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+
+    from contextlib import nullcontext
+
+    with monkeypatch.context() as patched:
+        patched.setattr("prophetkv_rag.cli.indexing.progress_bar", lambda *a: nullcontext(interrupting))
+        run("index", docs, "--chunk-size", 64, status=130)
+    finished = index_tiny(run, docs)
+    assert finished["indexed"]
+    assert finished["total_chunks"] == whole["total_chunks"] == finished["caches"]["chunks"]
+
+
+def test_settings_are_remembered(run: Run, docs: Path, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path / "other", seed=5)
+    index_tiny(run, docs, "--model", other)
+    again = run("index", docs, "--json")
+    assert (again["model"], again["chunk_size"], again["indexed"]) == (str(other), 64, [])
+    resized = run("index", docs, "--chunk-size", 96, "--json")
+    assert resized["indexed"] == ["deep/two.md", "one.txt"]
+    assert resized["caches"]["chunks"] == resized["total_chunks"]
+
+
+def test_another_model_on_ask_computes_the_caches_again(run: Run, docs: Path, tmp_path: Path) -> None:
+    index_tiny(run, docs)
+    other = save_tiny(tmp_path / "other", seed=5)
+    for options in (["--model", other], []):
+        answer = run("ask", "Who?", "--max-new-tokens", 1, "--json", *options)
+        assert {chunk["status"] for chunk in answer["report"]["chunks"]} == {"hit"}
+    assert run("cache", "verify", "--json")["orphans"] == []
+
+
+def test_lost_caches_are_computed_again(run: Run, docs: Path) -> None:
+    import shutil
+
+    index_tiny(run, docs)
+    shutil.rmtree(".prophetkv/prophetkv")
+    answer = run("ask", "Who?", "--max-new-tokens", 1, "--json")
+    assert len(answer["report"]["chunks"]) == 4
+
+
+# ---- the other commands ---------------------------------------------------------------------------------------------
+
+
+def test_cache_stats_and_verify(run: Run, docs: Path) -> None:
+    report = index_tiny(run, docs)
+    assert run("cache", "stats", "--json") == report["caches"]
+    assert f"{report['total_chunks']} chunks" in run("cache", "stats")
+    assert run("cache", "verify", "--json")["checked"] == report["total_chunks"]
+    blob = next(Path(".prophetkv").rglob("*.safetensors"))
+    blob.write_bytes(blob.read_bytes()[:-3])
+    (blob.parent / "junk").write_text("x")
+    found = run("cache", "verify", "--json", status=1)
+    assert (found["bad"], found["orphans"]) == ([blob.stem], ["junk"])
+    assert "2 faults found: repaired" in run("cache", "verify", "--repair")
+    answer = run("ask", "Who?", "--top-k", 50, "--max-new-tokens", 1, "--json")
+    assert answer["answer"] is not None
+
+
+def test_doctor_on_a_supported_model(run: Run, tiny_model: Path) -> None:
+    report = run("doctor", tiny_model, "--json")
+    assert report["supported"] is True
+    assert [layer["layer"] for layer in report["layers"]] == [0, 1, 2]
+    assert {"rope", "sliding_window", "max_error"} <= set(report["layers"][0])
+    assert "is supported: llama, 3 layers" in run("doctor", tiny_model)
+
+
+def test_doctor_on_a_refused_model(run: Run, tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=480, n_embd=32, n_layer=2, n_head=2, n_positions=512)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    report = run("doctor", tmp_path / "gpt2", "--json", status=1)
+    assert report["supported"] is False
+    assert "positions" in report["reason"]
+    assert "is not supported: " in run("doctor", tmp_path / "gpt2", status=1)
+
+
+def test_version_and_help(run: Run) -> None:
+    assert run("--version") == f"prophetkv-rag {__version__}\n"
+    for command in ((), ("index",), ("ask",), ("demo",), ("doctor",), ("cache",), ("cache", "verify")):
+        assert "--help" in run(*command, "--help")
+
+
+def test_demo(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model's answers are noise, but the path is the real one; the second run computes no cache."""
+    monkeypatch.setattr("prophetkv_rag.cli.demo.MAX_NEW_TOKENS", 2)
+    first = run("demo", "--json")
+    assert first["indexing"]["computed_chunks"] == first["indexing"]["total_chunks"] > 100
+    assert len(first["questions"]) == 6
+    for question in first["questions"]:
+        assert question["prophetkv"]["report"]["prompt_tokens"] == question["full_prefill"]["report"]["prompt_tokens"]
+        assert question["prophetkv"]["sources"] == question["full_prefill"]["sources"]
+        assert question["prophetkv"]["report"]["reused_tokens"] > 0
+    assert {"machine", "model", "model_source", "versions"} <= set(first["conditions"])
+    printed = run("demo")
+    assert "KV caches reused from an earlier run, nothing computed" in printed
+    assert "Time to first token" in printed
+
+
+def test_everything_printed_with_json_is_json(docs: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """In a process of its own, so that nothing a library prints is missed."""
+    command = [sys.executable, "-m", "prophetkv_rag.cli.app", "doctor", str(tiny_model), "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert json.loads(result.stdout)["supported"] is True
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def test_missing_and_unsuitable_directories(fails: Run, docs: Path) -> None:
+    assert "nowhere does not exist" in fails("index", "nowhere")
+    assert "is not a directory" in fails("index", docs / "one.txt")
+    Path("empty").mkdir()
+    assert "holds no text files" in fails("index", "empty")
+    (Path("empty") / "x.bin").write_bytes(b"\0\1")
+    assert "x.bin: binary" in fails("index", "empty")
+    assert not Path(".prophetkv").exists()
+
+
+def test_a_database_that_is_not_there(fails: Run) -> None:
+    for command in (("ask", "Who?"), ("cache", "stats"), ("cache", "verify", "--json")):
+        assert "there is no database at .prophetkv; make one with: prophetkv-rag index DIR" in fails(*command)
+
+
+def test_a_database_that_cannot_be_written(fails: Run, docs: Path) -> None:
+    Path("file").write_text("x")
+    assert "the database directory file/db cannot be used" in fails("index", docs, "--db", "file/db")
+    assert "is not a directory" in fails("index", docs, "--db", "file")
+
+
+def test_a_database_that_is_broken(fails: Run, run: Run, docs: Path) -> None:
+    index_tiny(run, docs)
+    settings = Path(".prophetkv/prophetkv-rag.json")
+    settings.write_text("{")
+    assert "prophetkv-rag.json cannot be read" in fails("ask", "Who?")
+
+
+def test_unknown_models(fails: Run, run: Run, docs: Path) -> None:
+    assert "there is no model 'no/such-model'" in fails("index", docs, "--model", "no/such-model")
+    assert "there is no model 'not/a/name'" in fails("doctor", "not/a/name")
+    assert "cannot load a model from" in fails("doctor", docs)
+    index_tiny(run, docs)
+    assert "there is no model 'no/such-model'" in fails("ask", "Who?", "--model", "no/such-model", "--json")
+    save_tiny(Path("gone"))
+    index_tiny(run, docs, "--model", "gone", "--db", "other")
+    Path("gone").rename("moved")
+    assert "/gone" in fails("ask", "Who?", "--db", "other")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recompute-ratio", "1.5"], "Invalid value for '--recompute-ratio'"),
+        (["--recompute-ratio", "lots"], "Invalid value for '--recompute-ratio'"),
+        (["--top-k", "0"], "Invalid value for '--top-k'"),
+        (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
+        (["--strategy", "magic"], "'magic'; available: "),
+        (["--nonsense"], "No such option"),
+    ],
+)
+def test_options_out_of_range(options: list[str], message: str, fails: Run, run: Run, docs: Path) -> None:
+    index_tiny(run, docs)
+    assert message in fails("ask", "Who?", *options)
+
+
+def test_other_mistakes(fails: Run, run: Run, docs: Path) -> None:
+    assert "the question is empty" in fails("ask", "  ")
+    assert "Missing argument" in fails("ask")
+    assert "No such command" in fails("answer")
+    assert "Invalid value for '--chunk-size'" in fails("index", docs, "--chunk-size", 63)
+    assert "context window of 2048" in fails("index", docs, "--chunk-size", 2048)
+
+
+def test_a_prompt_longer_than_the_context_window(fails: Run, run: Run, docs: Path) -> None:
+    index_tiny(run, docs)
+    assert "context window" in fails("ask", "why " * 3000, "--max-new-tokens", 1)
