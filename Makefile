@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED)
 
 model: $(INSTALLED)
-	$(BIN)/python -m prophetkv_rag.default_model
+	$(BIN)/python -P -m prophetkv_rag.default_model
 
 demo: model
 	$(BIN)/prophetkv-rag demo

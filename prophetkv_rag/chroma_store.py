@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.store.base import ChunkStore
+
+if TYPE_CHECKING:
+    from prophetkv_rag.store.base import ChunkStore
 
 
 def default_blob_directory(client_or_collection: Any) -> Path | None:

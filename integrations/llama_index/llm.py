@@ -58,7 +58,8 @@ class ProphetKVLLM(QueryAwareLLM):
       `LLMChatEndEvent.response.raw`, or `LLMCompletionEndEvent.response.raw` for a model without a chat template.
       Wrap a query in `instrument_tags({"request": 7})` to find its events by `event.tags`.
 
-    Async methods never block the event loop. Leaving a stream early, or cancelling a task, stops the generation.
+    Async methods never block the event loop. Leaving a stream early, or cancelling a task, stops the generation (but
+    LlamaIndex's chat engines read their stream to its end in a thread of their own, whoever listens).
 
     Example:
         ```python
@@ -216,7 +217,7 @@ class ProphetKVLLM(QueryAwareLLM):
         return result
 
     def _stream(self, prompt: Prompt, kwargs: dict[str, Any]) -> Generator[StreamChunk, None, None]:
-        chunks: Any = self.engine.stream(prompt, **self._options(kwargs))  # a generator: it can be closed
+        chunks = self.engine.stream(prompt, **self._options(kwargs))
 
         def recorded() -> Generator[StreamChunk, None, None]:
             with closing(chunks):

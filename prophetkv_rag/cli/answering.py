@@ -31,7 +31,7 @@ _NO_ROOM = ("available context size", "is not positive")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A retrieved chunk: `score` is the cosine similarity to the question."""
+    """A retrieved chunk: `score` is LlamaIndex's, exp(-cosine distance to the question), so 1 is nearest."""
 
     id: str
     text: str

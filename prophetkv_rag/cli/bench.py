@@ -74,7 +74,7 @@ def ttft(
                 recompute_ratio=recompute_ratio,
                 strategy=strategy,
                 repeats=repeats,
-                on_repeat=lambda _, step=advance: step(1),
+                on_step=advance,
             )
         report["ttft"].append(measured.to_dict())
     for context_tokens in context if memory else ():
@@ -190,7 +190,7 @@ def quality(
             arms,
             chunk_tokens=chunk_tokens,
             answer_tokens=answer_tokens,
-            on_question=lambda *_: advance(1),
+            on_step=advance,
         )
     if raw is not None:
         raw.write_text("".join(json.dumps(asdict(row)) + "\n" for row in found), encoding="utf-8")

@@ -68,10 +68,25 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = progress_console()
     if not console.is_terminal:
-        console.print(f"{description} ({total})", markup=False)
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        yield _quarters(console, description, total)
+        return
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(description, total=total)
         yield lambda steps: bar.advance(task, steps)
+
+
+def _quarters(console: Console, description: str, total: int) -> Callable[[int], None]:
+    """Progress for logs: a line at the start and one at each quarter."""
+    console.print(f"{description} ({total})", markup=False)
+    done = 0
+
+    def advance(steps: int) -> None:
+        nonlocal done
+        before, done = done, done + steps
+        if total and before * 4 // total < done * 4 // total:
+            console.print(f"{description}: {done} of {total}", markup=False)
+
+    return advance
 
 
 def quiet_libraries() -> None:

@@ -95,7 +95,7 @@ def conditions(database: Database, indexing: dict[str, Any]) -> dict[str, str]:
     model = database.settings.model
     caches = indexing["caches"]
     return {
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads{_load()}",
         "model": f"{Path(model).name}, {engine.identity.dtype} on {engine.model.device}",
         "model_source": read_source(Path(model)) or model,
         "strategy": f"{engine.config.strategy} at {engine.config.recompute_ratio:.0%}; full prefill with "
@@ -110,6 +110,11 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "?"
+
+
+def _load() -> str:
+    """How busy the machine is: timings on a shared one say little."""
+    return f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
 
 
 def _processor() -> str:

@@ -166,13 +166,12 @@ def measure(
     *,
     chunk_tokens: int = 256,
     answer_tokens: int = 24,
-    on_question: Callable[[int, list[FidelityRow]], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> list[FidelityRow]:
-    """Measure all questions; `on_question(done, rows)` is called after each."""
+    """Measure all questions; `on_step(1)` is called after each."""
     rows: list[FidelityRow] = []
-    for number, question in enumerate(questions, start=1):
-        found = measure_question(engine, question, arms, chunk_tokens=chunk_tokens, answer_tokens=answer_tokens)
-        rows.extend(found)
-        if on_question is not None:
-            on_question(number, found)
+    for question in questions:
+        rows.extend(measure_question(engine, question, arms, chunk_tokens=chunk_tokens, answer_tokens=answer_tokens))
+        if on_step is not None:
+            on_step(1)
     return rows

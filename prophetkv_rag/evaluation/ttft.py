@@ -81,9 +81,9 @@ def measure_ttft(
     recompute_ratio: float = 0.2,
     strategy: str = "prophetkv",
     repeats: int = 5,
-    on_repeat: Callable[[int], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> TtftResult:
-    """Alternate full prefill, reuse from RAM and reuse from a warm disk on one prompt."""
+    """Alternate full prefill, reuse from RAM and reuse from a warm disk on one prompt; `on_step(1)` after each round."""
     prompt = synthetic_prompt(engine, context_tokens, chunk_tokens)
     result = TtftResult(context_tokens, recompute_ratio)
     with tempfile.TemporaryDirectory() as folder:
@@ -106,8 +106,8 @@ def measure_ttft(
                 result.ram_s.append(ram.timings_s.ttft)
                 result.disk_s.append(disk.timings_s.ttft)
                 stages.append({**ram.to_dict()["timings_s"], "load_disk": disk.timings_s.load})
-            if on_repeat is not None:
-                on_repeat(repeat)
+            if on_step is not None:
+                on_step(1)
         result.stages_s = {name: statistics.median(stage[name] for stage in stages) for name in stages[0]}
         on_disk.store.close()
     engine.store.delete(engine.identity.key(chunk) for chunk in prompt.chunks if not isinstance(chunk, str))

@@ -82,6 +82,10 @@ class ChunkStore(ABC):
         """Drop `owner`'s references and delete the caches that no owner refers to any more; returns those keys."""
 
     @abstractmethod
+    def references(self, owner: str) -> list[str]:
+        """Return the keys that `owner` refers to."""
+
+    @abstractmethod
     def entries(self, fingerprint: str) -> Iterator[tuple[str, TextEntry]]:
         """All (key, entry) of one identity that were stored with a text entry."""
 

@@ -37,6 +37,7 @@ def test_writes_add_the_key_and_every_read_strips_it(collection: KVCachingCollec
 def test_one_record_may_be_given_without_lists(collection: KVCachingCollection) -> None:
     collection.add("a", [1.0, 2.0, 3.0], {"page": 1}, A)
     assert_caches_are(collection, a=A)
+    assert collection.get("a", include=["embeddings"])["embeddings"].tolist() == [[1.0, 2.0, 3.0]]
     collection.upsert("a", [1.0, 2.0, 3.0], {"more": 2}, B)
     collection.update("a", metadatas={"page": 3})
     assert_caches_are(collection, a=B)
@@ -185,6 +186,9 @@ def test_more_records_than_chroma_takes_at_once(client: Any, collection: KVCachi
     collection.update(ids, metadatas=[{"j": 1}] * count)
     assert collection.delete(ids=ids[1:]) == {"deleted": count - 1}
     assert_caches_are(collection, **{"0": C})
+    many = [str(i) for i in range(33_000)]  # deleted at once by Chroma, but more than it can read at once
+    assert collection.delete(ids=many) == {"deleted": 33_000}
+    assert_caches_are(collection)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,30 @@ def test_threads_that_add_and_delete_one_text_leave_references_and_records_in_st
     assert_caches_are(KVCachingCollection(plain, caching_engine), **dict.fromkeys(IDS, B))
 
 
+def test_a_text_that_is_added_while_its_last_record_is_deleted_keeps_its_cache(
+    caching_engine: ProphetKVEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between "no record has this key" and dropping the cache, nobody may add such a record."""
+    plain = ephemeral_collection()
+    caching = KVCachingCollection(plain, caching_engine)
+    add(caching, first=A)
+    is_dropping = threading.Event()
+    remove_chunks = caching_engine.remove_chunks
+
+    def slow(*args: Any, **kwargs: Any) -> list[str]:
+        is_dropping.set()
+        time.sleep(0.5)
+        return remove_chunks(*args, **kwargs)
+
+    monkeypatch.setattr(caching_engine, "remove_chunks", slow)
+    deleting = threading.Thread(target=lambda: caching.delete(["first"]))
+    deleting.start()
+    assert is_dropping.wait(60)
+    add(KVCachingCollection(plain, caching_engine), second=A)
+    deleting.join()
+    assert_caches_are(caching, second=A)
+
+
 def test_caches_are_kept_beside_chroma_and_found_again(tmp_path: Path) -> None:
     client = chromadb.PersistentClient(tmp_path, settings=chroma_settings())
     plain = client.create_collection("docs", embedding_function=None)
@@ -153,7 +178,7 @@ def test_a_collection_written_without_the_proxy_or_for_another_model_can_be_cach
     assert_caches_are(collection, **{"1": A, "2": B, "3": None, "4": A, "5": None})
     assert collection.get("1")["metadatas"] == [{"page": 1}]
 
-    old_keys = collection.engine.store.references(collection.owner)  # type: ignore[attr-defined]
+    old_keys = collection.engine.store.references(collection.owner)
     other = ProphetKVEngine(tiny_llama(seed=1), tiny_tokenizer(), store=collection.engine.store)
     changed = KVCachingCollection(collection.collection, other)
     changed.cache_existing()

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import sys
 import threading
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -169,9 +169,46 @@ def test_a_prompt_made_to_be_slow_is_given_up_and_said(
     assert "gave up" in caplog.text
 
 
+class Guarded(dict[bytes, tuple[str, int, int]]):
+    """A table that may only be touched under the lock; threads alone show a missing one too rarely."""
+
+    def __init__(self, index: ChunkIndex) -> None:
+        super().__init__(index._texts)
+        self.lock = index._lock
+        self.touched = 0
+
+    def check(self) -> None:
+        assert self.lock.locked()
+        self.touched += 1
+
+    def get(self, *args: Any) -> Any:
+        self.check()
+        return super().get(*args)
+
+    def pop(self, *args: Any) -> Any:
+        self.check()
+        return super().pop(*args)
+
+    def __setitem__(self, *args: Any) -> None:
+        self.check()
+        super().__setitem__(*args)
+
+
+def test_tables_are_touched_under_the_lock_only() -> None:
+    index = index_of("a text that is there from the start")
+    index._texts = Guarded(index)
+    entry = text_entry("another text, added later on")
+    assert entry is not None
+    index.add("a" * 64, entry)
+    assert len(index.find("a text that is there from the start")) == 1
+    index.remove("a" * 64)
+    assert index._texts.touched == 4  # looked up and added, found, removed
+    assert not index._lock.locked()
+
+
 def test_threads_may_add_remove_and_find_at_once() -> None:
     head = "the beginning that all texts have in common: "
-    texts = [f"{head}{i:03}" for i in range(100)]
+    texts = [f"{head}{i:03}" for i in range(40)]
     kept = f"{head}this one stays all the time, whatever happens"
     index = index_of(kept)
     prompt = "\n".join([kept, *texts])
@@ -179,26 +216,22 @@ def test_threads_may_add_remove_and_find_at_once() -> None:
 
     def churn(part: list[str]) -> None:
         try:
-            for _ in range(40):
+            for _ in range(20):
                 for text in part:
                     entry = text_entry(text)
                     assert entry is not None
                     index.add(key_of(text), entry)
-                    index.remove(key_of(text))
                 assert index.find(prompt)[0].key == key_of(kept)
+                for text in part:
+                    index.remove(key_of(text))
         except BaseException as error:
             errors.append(error)
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # as many chances to meet as possible
-    try:
-        threads = [threading.Thread(target=churn, args=(texts[i::4],)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    threads = [threading.Thread(target=churn, args=(texts[i::4],)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert errors == []
     assert [match.key for match in index.find(prompt)] == [key_of(kept)]
     index.remove(key_of(kept))

@@ -210,7 +210,8 @@ def test_a_blob_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: p
 
 def test_a_write_that_fails_leaves_nothing_and_says_so(store: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StoreError, match="No space left"):

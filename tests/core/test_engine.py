@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import pickle
 import threading
 
 import pytest
@@ -311,8 +312,10 @@ def test_threads_get_their_own_answers(engine):
     assert actual == expected
 
 
-def test_copies_share_the_model(engine):
+def test_copies_share_the_model_and_pickles_are_refused(engine):
     assert copy.deepcopy({"llm": engine})["llm"] is engine
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(engine)
 
 
 def test_store_that_cannot_be_written_at_query_time_does_not_fail_the_query(engine, monkeypatch, caplog):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache
+
 from prophetkv_rag import Prompt, ProphetKVEngine
 from prophetkv_rag.default_model import fetch_default_model
 from prophetkv_rag.model import load_model
-from transformers.cache_utils import DynamicCache
-
 from tests.naive.prompt_reference import context_positions
 from tests.naive.transformers_oracle import reuse_as_one_pass
 

@@ -107,7 +107,7 @@ def test_a_cache_lives_as_long_as_somebody_refers_to_it(store: ChunkStore) -> No
     store.add_references("a", [shared, mine])
     store.add_references("a", [shared])
     store.add_references("b", [shared])
-    assert sorted(store.references("a")) == sorted([shared, mine])  # type: ignore[attr-defined]
+    assert sorted(store.references("a")) == sorted([shared, mine])
     assert store.drop_references("stranger", [shared, mine, free]) == []
     assert store.drop_references("a", [shared, mine, free]) == [mine]
     assert mine not in store
@@ -117,7 +117,7 @@ def test_a_cache_lives_as_long_as_somebody_refers_to_it(store: ChunkStore) -> No
     assert store.drop_references("a", [shared]) == []
     assert store.drop_references("b", [shared]) == [shared]
     assert shared not in store
-    assert store.references("b") == []  # type: ignore[attr-defined]
+    assert store.references("b") == []
 
 
 def test_delete_takes_references_and_entries_along(store: ChunkStore) -> None:

@@ -14,6 +14,7 @@ from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.indices.vector_store import VectorStoreIndex
 from llama_index.core.instrumentation.dispatcher import instrument_tags
 from llama_index.core.llms import LLM
+from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.query_engine import CitationQueryEngine
 from llama_index.core.types import BaseOutputParser
 
@@ -153,7 +154,8 @@ def test_template_calls_parse_and_announce_as_the_base_class_does(
 def test_chat_engines_reuse_every_chunk(
     chat_mode: str, style: str, indexes: dict[tuple[bool, bool], VectorStoreIndex], llm: ProphetKVLLM, call_log: CallLog
 ) -> None:
-    chat = indexes[True, True].as_chat_engine(chat_mode=chat_mode, llm=llm, similarity_top_k=4)
+    memory = ChatMemoryBuffer.from_defaults(token_limit=3000)  # the default keeps a database thread past the loop's end
+    chat = indexes[True, True].as_chat_engine(chat_mode=chat_mode, llm=llm, similarity_top_k=4, memory=memory)
 
     async def turn(text: str) -> str:
         if style == "chat":

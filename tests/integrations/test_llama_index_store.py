@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,29 @@ async def test_async_lifecycle(store: ProphetKVChromaVectorStore, fresh_engine: 
     assert cached(fresh_engine) == 3
     await store.aclear()
     assert cached(fresh_engine) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "twin", "arguments"),
+    [
+        ("add", "async_add", [[]]),
+        ("delete", "adelete", ["doc-0"]),
+        ("delete_nodes", "adelete_nodes", [["id"]]),
+        ("get_nodes", "aget_nodes", [["id"]]),
+        ("query", "aquery", [VectorStoreQuery(query_embedding=[0.1] * 256)]),
+        ("clear", "aclear", []),
+    ],
+)
+async def test_async_twins_leave_the_event_loop(
+    name: str, twin: str, arguments: list[Any], store: ProphetKVChromaVectorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    monkeypatch.setattr(
+        ProphetKVChromaVectorStore, name, lambda self, *args: threads.append((threading.current_thread(), *args[:1]))
+    )
+    await getattr(store, twin)(*arguments)
+    assert threads[0][0] is not threading.main_thread()
+    assert list(threads[0][1:]) == arguments
 
 
 async def test_index_operations_have_async_twins(
@@ -215,6 +239,9 @@ def test_constructors(tmp_path: Path, fresh_engine: ProphetKVEngine) -> None:
         assert isinstance(store.client, KVCachingCollection)
         assert store.stores_text
         assert store.to_dict()["class_name"] == "ProphetKVChromaVectorStore"
+    made = ProphetKVChromaVectorStore.from_client(client, "made", fresh_engine, metadata={"topic": "town"}).client
+    assert made.metadata == {"topic": "town"}
+    assert made.configuration_json["embedding_function"] is None, "Chroma's default model would be downloaded"
     with pytest.raises(InputError, match="engine is missing"):
         ProphetKVChromaVectorStore(chroma_collection=plain)
     with pytest.raises(InputError, match="from_client"):
