@@ -76,6 +76,9 @@ class ChunkIndex:
     def __len__(self) -> int:
         return len(self._texts)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._digests
+
     def add(self, key: str, entry: TextEntry) -> None:
         """Register a text (idempotent; the last key wins)."""
         digest = bytes.fromhex(entry.digest)

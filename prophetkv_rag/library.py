@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,6 +20,9 @@ from prophetkv_rag.store.base import ChunkStore, TextEntry
 from prophetkv_rag.tokens import Tokens
 
 logger = logging.getLogger(__name__)
+
+MAX_PENDING_WRITES = 16
+"""Computed caches that may wait for the disk; bounds memory when it is slower than the model."""
 
 _Missing = dict[str, tuple[list[int], TextEntry | None]]
 
@@ -75,11 +80,19 @@ class ChunkLibrary:
                 entries[key] = entry
             if key not in self.store:
                 missing[key] = (input_ids, entry)
+            elif entry is not None and key not in self.chunk_index:
+                self._learn_text(key, input_ids, entry)
         self._compute(missing, progress)
         self.store.add_references(owner, dict.fromkeys(keys))
         for key, entry in entries.items():
             self.chunk_index.add(key, entry)
         return keys
+
+    def _learn_text(self, key: str, input_ids: Sequence[int], entry: TextEntry) -> None:
+        """Record the text of a chunk that was stored by its token ids alone."""
+        cache, _ = self.store.get(key, fingerprint=self.identity.fingerprint, input_ids=input_ids)
+        if cache is not None:
+            self._put(key, cache, entry)
 
     def remove(self, keys: Iterable[str], *, owner: str) -> list[str]:
         """Drop `owner`'s references; what nobody refers to any more is deleted and returned."""
@@ -117,17 +130,26 @@ class ChunkLibrary:
             [missing[key][0] for key in keys],
             batch_tokens=self.batch_tokens,
         )
-        done = 0
-        while True:
-            with self.model_lock:  # released between batches, so that queries are answered while a corpus is indexed
-                item = next(encoding, None)
-            if item is None:
-                return
-            index, cache = item
-            self.store.put(keys[index], cache, fingerprint=self.identity.fingerprint, entry=missing[keys[index]][1])
-            done += 1
-            if progress is not None:
-                progress(done, len(keys))
+        # Writing a blob waits for the disk; a second thread does that while the model computes the next batch.
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prophetkv-store") as writer:
+            writes: deque[Future[None]] = deque()
+            done = 0
+            while True:
+                with self.model_lock:  # released between batches, so that queries are answered while indexing
+                    item = next(encoding, None)
+                while writes and (item is None or len(writes) >= MAX_PENDING_WRITES):
+                    writes.popleft().result()
+                if item is None:
+                    return
+                index, cache = item
+                entry = missing[keys[index]][1]
+                writes.append(writer.submit(self._put, keys[index], cache, entry))
+                done += 1
+                if progress is not None:
+                    progress(done, len(keys))
+
+    def _put(self, key: str, cache: ChunkCache, entry: TextEntry | None) -> None:
+        self.store.put(key, cache, fingerprint=self.identity.fingerprint, entry=entry)
 
     def load(self, layout: PromptLayout) -> tuple[list[ChunkCache], list[ChunkStatus]]:
         """Load the chunks' caches; what is missing or bad is encoded again, exactly as at index time, and stored."""

@@ -22,7 +22,7 @@ PUBLIC = {
         "UnknownModelError",
         "UnsupportedModelError",
     ],
-    "prophetkv_rag.integrations.llama_index": ["ProphetKVChromaVectorStore", "ProphetKVLLM"],
+    "prophetkv_rag.integrations.llama_index": ["MiniLMEmbedding", "ProphetKVChromaVectorStore", "ProphetKVLLM"],
     "prophetkv_rag.selection": [
         "QueryContext",
         "Selection",

@@ -1,1 +1,1 @@
-"""Public-domain speeches and questions for `prophetkv-rag demo`; the README beside this file says where they come from."""
+"""Public-domain speeches and questions for `prophetkv-rag demo`; their origin is in the README beside this file."""

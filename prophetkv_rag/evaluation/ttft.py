@@ -83,7 +83,7 @@ def measure_ttft(
     repeats: int = 5,
     on_step: Callable[[int], None] | None = None,
 ) -> TtftResult:
-    """Alternate full prefill, reuse from RAM and reuse from a warm disk on one prompt; `on_step(1)` after each round."""
+    """Alternate full prefill, reuse from RAM and from a warm disk on one prompt; `on_step(1)` after every round."""
     prompt = synthetic_prompt(engine, context_tokens, chunk_tokens)
     result = TtftResult(context_tokens, recompute_ratio)
     with tempfile.TemporaryDirectory() as folder:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from prophetkv_rag.chunk_cache import ChunkCache
+if TYPE_CHECKING:
+    from prophetkv_rag.chunk_cache import ChunkCache
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import chromadb
-from chromadb.config import Settings
 
 from prophetkv_rag.chroma import PROPHETKV_ID, KVCachingCollection
 from prophetkv_rag.engine import ProphetKVEngine
@@ -21,11 +20,6 @@ from tests.tiny import text_of
 
 A, B, C, D = (text_of(8, seed=seed) for seed in range(4))
 TOO_LONG = text_of(2500, seed=9)
-
-
-def chroma_settings() -> Settings:
-    """New ones for each client: a client writes into the settings it is given."""
-    return Settings(anonymized_telemetry=False)
 
 
 @contextmanager
@@ -42,13 +36,13 @@ def chroma_server(directory: Path) -> Iterator[Any]:
         deadline = time.monotonic() + 60
         while True:
             try:
-                chromadb.HttpClient("127.0.0.1", port, settings=chroma_settings()).heartbeat()
+                chromadb.HttpClient("127.0.0.1", port).heartbeat()
                 break
             except Exception:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError((directory / "log").read_text()) from None
                 time.sleep(0.1)
-        yield lambda: chromadb.HttpClient("127.0.0.1", port, settings=chroma_settings())
+        yield lambda: chromadb.HttpClient("127.0.0.1", port)
     finally:
         process.terminate()
         process.wait()

@@ -13,7 +13,7 @@ import pytest
 from prophetkv_rag.chroma import KVCachingCollection
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.store.memory import MemoryStore
-from tests.core.chroma_clients import chroma_server, chroma_settings
+from tests.core.chroma_clients import chroma_server
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -26,9 +26,9 @@ def http_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
 @pytest.fixture(params=["persistent", "ephemeral", "http"])
 def client(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     if request.param == "persistent":
-        return chromadb.PersistentClient(tmp_path / "chroma", settings=chroma_settings())
+        return chromadb.PersistentClient(tmp_path / "chroma")
     if request.param == "ephemeral":
-        return chromadb.EphemeralClient(chroma_settings())
+        return chromadb.EphemeralClient()
     return request.getfixturevalue("http_client")()
 
 

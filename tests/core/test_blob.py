@@ -98,7 +98,17 @@ def test_every_flipped_bit_is_noticed() -> None:
                 decode(flipped)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("data", [b"", b"\x02\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]", b"\xff" * 64, b"[" * 100_000])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x02\0\0\0\0\0\0\0{}",
+        b"\x02\0\0\0\0\0\0\0[]",
+        b"\xff" * 64,
+        (100_000).to_bytes(8, "little") + b"[" * 100_000,
+    ],
+    ids=["nothing", "no metadata", "a list", "all ones", "deeply nested"],
+)
 def test_what_is_no_blob_at_all_is_refused(data: bytes) -> None:
     with pytest.raises(BlobError):
         decode(data)

@@ -18,16 +18,14 @@ from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.store.disk import DiskStore
 from prophetkv_rag.store.memory import MemoryStore
-from tests.core.chroma_clients import TOO_LONG, A, B, C, D, add, assert_caches_are, chroma_settings, embed, key_of
+from tests.core.chroma_clients import TOO_LONG, A, B, C, D, add, assert_caches_are, embed, key_of
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 IDS = ["1", "2", "3", "4"]
 
 
 def ephemeral_collection() -> Any:
-    return chromadb.EphemeralClient(chroma_settings()).create_collection(
-        f"plain-{uuid.uuid4()}", embedding_function=None
-    )
+    return chromadb.EphemeralClient().create_collection(f"plain-{uuid.uuid4()}", embedding_function=None)
 
 
 def random_call(generator: random.Random) -> tuple[str, dict[str, Any]]:
@@ -128,7 +126,7 @@ def test_a_text_that_is_added_while_its_last_record_is_deleted_keeps_its_cache(
 
 
 def test_caches_are_kept_beside_chroma_and_found_again(tmp_path: Path) -> None:
-    client = chromadb.PersistentClient(tmp_path, settings=chroma_settings())
+    client = chromadb.PersistentClient(tmp_path)
     plain = client.create_collection("docs", embedding_function=None)
     directory = tmp_path / "prophetkv"
     assert default_blob_directory(client) == default_blob_directory(plain) == directory
@@ -156,7 +154,7 @@ def test_caches_are_kept_beside_chroma_and_found_again(tmp_path: Path) -> None:
 
 
 def test_where_caches_go_for_the_other_clients(http_client: Any, tmp_path: Path) -> None:
-    ephemeral, remote = chromadb.EphemeralClient(chroma_settings()), http_client()
+    ephemeral, remote = chromadb.EphemeralClient(), http_client()
     assert default_blob_directory(ephemeral) is None
     assert default_blob_directory(remote) is None
     assert isinstance(open_store(ephemeral), MemoryStore)

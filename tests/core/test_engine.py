@@ -11,7 +11,16 @@ import threading
 import pytest
 import torch
 
-from prophetkv_rag import ContextWindowError, InputError, Prompt, ProphetKVConfig, ProphetKVEngine, UnknownModelError
+from prophetkv_rag import (
+    ContextWindowError,
+    InputError,
+    Prompt,
+    ProphetKVConfig,
+    ProphetKVEngine,
+    StoreError,
+    UnknownModelError,
+)
+from prophetkv_rag.store.disk import DiskStore
 from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
 
 CHUNKS = list(CORPUS[:3])
@@ -310,6 +319,26 @@ def test_threads_get_their_own_answers(engine):
     for thread in threads:
         thread.join()
     assert actual == expected
+
+
+def test_text_of_a_chunk_stored_by_its_ids_survives_a_restart(tmp_path):
+    store = DiskStore(tmp_path)
+    first = ProphetKVEngine(tiny_llama(), tiny_tokenizer(), store=store)
+    (key,) = first.add_chunks([first.tokenizer(CHUNKS[0], add_special_tokens=False)["input_ids"]])
+    assert first.add_chunks([CHUNKS[0]]) == [key]
+    store.close()
+    second = ProphetKVEngine(tiny_llama(), tiny_tokenizer(), store=DiskStore(tmp_path))
+    assert [chunk.status for chunk in second.prefill(chat(CHUNKS[0])).report.chunks] == ["hit"]
+
+
+def test_store_that_cannot_be_written_at_index_time_says_so(engine, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise StoreError("no space left")
+
+    monkeypatch.setattr(engine.store, "put", refuse)
+    with pytest.raises(StoreError, match="no space left"):
+        engine.add_chunks(["A text that is not stored yet."])
+    assert engine.prefill(chat("A text that is not stored yet.")).report.chunks == []
 
 
 def test_copies_share_the_model_and_pickles_are_refused(engine):
