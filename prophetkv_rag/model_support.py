@@ -20,7 +20,7 @@ class LayerSupport:
         head_dim: Channels of a key.
         value_head_dim: Channels of a value.
         sliding_window: A row at p sees positions > p - sliding_window; `None` for full attention.
-        softcap: Logit soft-capping that the loaded implementation really applies, or `None`.
+        softcap: Logit soft-capping, or `None`.
         has_sinks: Whether learned sink logits join the softmax.
         max_error: Largest relative error of the layer's keys and values against the model's own forward.
     """

@@ -67,8 +67,7 @@ class EncodePass(AttentionPass):
             key = torch.cat([prefix_key.expand(batch, -1, -1, -1), key], dim=2)
             value = torch.cat([prefix_value.expand(batch, -1, -1, -1), value], dim=2)
         mask = self._mask(layer.sliding_window)
-        softcap = call.softcap if layer.softcap is not None else None
-        if softcap is None and call.sinks is None:
+        if call.softcap is None and call.sinks is None:
             if self.prefix is None and layer.sliding_window is None:
                 output = F.scaled_dot_product_attention(
                     query, key, value, is_causal=True, scale=call.scaling, enable_gqa=True
@@ -83,7 +82,7 @@ class EncodePass(AttentionPass):
         )
         outputs = [
             ops.selected_rows_attention(
-                query[i], key[i], value[i], blocks, scaling=call.scaling, softcap=softcap, sinks=call.sinks
+                query[i], key[i], value[i], blocks, scaling=call.scaling, softcap=call.softcap, sinks=call.sinks
             )
             for i in range(query.shape[0])
         ]
@@ -132,7 +131,7 @@ class RowsPass(AttentionPass):
             call.value[0],
             self.blocks(call),
             scaling=call.scaling,
-            softcap=call.softcap if self.layers[call.layer_idx].softcap is not None else None,
+            softcap=call.softcap,
             sinks=call.sinks,
         )
         return output[None]
@@ -174,7 +173,7 @@ class ScoringPass(RowsPass):
             scoring_rows=self.scoring_rows,
             context_softmax=self.context_softmax,
             scaling=call.scaling,
-            softcap=call.softcap if self.layers[call.layer_idx].softcap is not None else None,
+            softcap=call.softcap,
             sinks=call.sinks,
         )
         self.scores += mass

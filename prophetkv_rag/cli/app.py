@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What follows the program's name; by default the process's own.
     """
+    # Threads that wait by spinning make everything several times slower as soon as another program wants a core. Read
+    # when torch is loaded, which no import above does.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = app(args=None if arguments is None else list(arguments), prog_name=PROGRAM, standalone_mode=False)
     except ProphetKVError as error:

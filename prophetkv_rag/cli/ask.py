@@ -85,4 +85,4 @@ def print_answer(answer: Answer) -> None:
         console.print(line, markup=False, no_wrap=True, overflow="ellipsis")
     if answer.report is not None:
         console.print()
-        console.print(str(answer.report), markup=False)
+        console.print(str(answer.report), markup=False, soft_wrap=True)

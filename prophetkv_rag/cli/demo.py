@@ -100,7 +100,7 @@ def _print_indexing(indexing: dict[str, Any]) -> None:
         text = f"KV caches computed in {indexing['seconds']:.0f} s ({size}) and kept in {caches['location']}"
     else:
         text = f"KV caches reused from an earlier run, nothing computed ({size}): {caches['location']}"
-    results().print(text, markup=False)
+    results().print(text, markup=False, soft_wrap=True)
 
 
 def _print_run(run: DemoRun) -> None:

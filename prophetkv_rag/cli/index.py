@@ -95,5 +95,6 @@ def _print(report: dict[str, Any]) -> None:
         f"{report['total_chunks']} chunks in {report['database']}, {report['new_chunks']} of them new, "
         f"in {report['seconds']:.1f} s; KV caches: {caches['tokens']:,} tokens, {caches['nbytes'] / 1e6:,.0f} MB",
         markup=False,
+        soft_wrap=True,
     )
     console.print(f'Next: prophetkv-rag ask "your question" --db {report["database"]}', markup=False)

@@ -157,6 +157,9 @@ def test_exact_first_chunk_is_left_out_if_told_so():
     assert full_ratio.recomputed_tokens == full_ratio.chunk_tokens - full_ratio.chunks[0].tokens
     expected = engine.prefill(prompt, strategy="full_prefill").logits
     torch.testing.assert_close(engine.prefill(prompt, recompute_ratio=1.0).logits, expected, atol=1e-4, rtol=1e-4)
+    # behind any other prefix the first chunk is as stale as the others
+    stale = engine.prefill(Prompt("Read this: ", CHUNKS, " So?"), recompute_ratio=1.0).report
+    assert stale.recomputed_tokens == stale.chunk_tokens
 
 
 def test_prompt_that_ends_with_a_chunk(engine):
@@ -243,6 +246,14 @@ def test_another_models_caches_are_not_found(engine):
     expected = ProphetKVEngine(tiny_llama(seed=1), tiny_tokenizer())
     expected.add_chunks(CHUNKS)
     assert torch.equal(other.prefill(chat(*CHUNKS)).logits, expected.prefill(chat(*CHUNKS)).logits)
+
+
+@pytest.mark.parametrize("other", [{"encoding_prefix": "Read: "}, {"encoding_prefix": (5, 6)}, {"encoding_prefix": ()}])
+def test_caches_behind_another_prefix_are_not_found(engine, other):
+    elsewhere = ProphetKVEngine(engine.model, engine.tokenizer, config=ProphetKVConfig(**other), store=engine.store)
+    assert len(elsewhere.chunk_index) == 0
+    report = elsewhere.prefill(Prompt("Read: ", CHUNKS, " So?")).report
+    assert [chunk.status for chunk in report.chunks] == ["miss"] * 3
 
 
 def test_one_changed_weight_changes_the_identity():
