@@ -234,7 +234,7 @@ def _check_encoding(model: Any, tokens: torch.Tensor, layers: Sequence[LayerSupp
 
 
 def _encoding_errors(
-    model: Any, tokens: torch.Tensor, layers: list[LayerSupport], expected: list[tuple[torch.Tensor, torch.Tensor]]
+    model: Any, tokens: torch.Tensor, layers: Sequence[LayerSupport], expected: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> list[float]:
     cache = [DynamicLayer() for _ in layers]
     encode = EncodePass(layers, seq_len=tokens.shape[0], device=tokens.device)

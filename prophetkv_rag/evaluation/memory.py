@@ -5,6 +5,7 @@ The chunks are indexed by the parent into a directory, so the child pays for loa
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import subprocess
@@ -19,7 +20,7 @@ from prophetkv_rag.store.disk import DiskStore
 def peak_memory_bytes(
     model: str, store_directory: Path, *, context_tokens: int, chunk_tokens: int, strategy: str, recompute_ratio: float
 ) -> dict[str, int]:
-    """Return `{"loaded", "peak"}`: bytes of resident memory at their highest before and after the query."""
+    """Return `{"loaded", "peak"}`: bytes of resident memory before the query, and at their highest during it."""
     arguments = [model, str(store_directory), context_tokens, chunk_tokens, strategy, recompute_ratio]
     child = subprocess.run(
         [sys.executable, "-m", "prophetkv_rag.evaluation.memory", json.dumps(arguments)],
@@ -31,8 +32,19 @@ def peak_memory_bytes(
     return measured
 
 
+def _reset_peak() -> None:
+    """Start a new high-water mark (Linux), as loading a model needs more than a query does."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5", encoding="ascii")
+
+
 def _peak() -> int:
-    scale = 1 if sys.platform == "darwin" else 1024  # kilobytes everywhere else
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
@@ -40,6 +52,8 @@ def _main(arguments: str) -> None:
     model, directory, context_tokens, chunk_tokens, strategy, recompute_ratio = json.loads(arguments)
     engine = ProphetKVEngine.from_pretrained(model, store=DiskStore(Path(directory)))
     prompt = synthetic_prompt(engine, context_tokens, chunk_tokens)
+    gc.collect()
+    _reset_peak()
     loaded = _peak()
     engine.prefill(prompt, strategy=strategy, recompute_ratio=recompute_ratio)
     sys.stdout.write(json.dumps({"loaded": loaded, "peak": _peak()}) + "\n")
