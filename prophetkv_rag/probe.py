@@ -14,6 +14,7 @@ No model is known by name. Four questions are put to the model itself, on tokens
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
