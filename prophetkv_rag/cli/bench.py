@@ -55,7 +55,7 @@ def ttft(
 
     from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.evaluation.memory import peak_memory_bytes
-    from prophetkv_rag.evaluation.ttft import measure_index_throughput, measure_ttft, synthetic_prompt
+    from prophetkv_rag.evaluation.ttft import corpus_prompt, measure_index_throughput, measure_ttft
     from prophetkv_rag.store.disk import DiskStore
 
     name = chosen_model(model)
@@ -84,7 +84,7 @@ def ttft(
         ):
             store = DiskStore(Path(folder))
             indexer = ProphetKVEngine(engine.model, engine.tokenizer, store=store)
-            indexer.add_chunks(synthetic_prompt(indexer, context_tokens, chunk_tokens).chunks)
+            indexer.add_chunks(corpus_prompt(indexer, context_tokens, chunk_tokens).chunks)
             store.close()
             peaks = {}
             for arm in ("full_prefill", strategy):

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from prophetkv_rag.engine import ProphetKVEngine
-from prophetkv_rag.evaluation.ttft import synthetic_prompt
+from prophetkv_rag.evaluation.ttft import corpus_prompt
 from prophetkv_rag.store.disk import DiskStore
 
 
@@ -51,7 +51,7 @@ def _peak() -> int:
 def _main(arguments: str) -> None:
     model, directory, context_tokens, chunk_tokens, strategy, recompute_ratio = json.loads(arguments)
     engine = ProphetKVEngine.from_pretrained(model, store=DiskStore(Path(directory)))
-    prompt = synthetic_prompt(engine, context_tokens, chunk_tokens)
+    prompt = corpus_prompt(engine, context_tokens, chunk_tokens)
     gc.collect()
     _reset_peak()
     loaded = _peak()

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.prompt import Prompt
 from prophetkv_rag.store.disk import DiskStore
 
-SUFFIX_TOKENS = 40
+QUESTION = "Answer from the speeches above in one sentence: how many planes shall be produced in 1942?"
 
 
 @dataclass(slots=True)
@@ -60,17 +61,26 @@ class TtftResult:
         }
 
 
-def synthetic_prompt(engine: ProphetKVEngine, context_tokens: int, chunk_tokens: int, *, seed: int = 0) -> Prompt:
-    """Return a prompt of random tokens: the cost of a prefill does not depend on what the tokens say."""
-    generator = torch.Generator().manual_seed(seed)
-    vocab_size = int(engine.model.config.get_text_config(decoder=True).vocab_size)
+def corpus_prompt(engine: ProphetKVEngine, context_tokens: int, chunk_tokens: int, *, skip: int = 0) -> Prompt:
+    """Return a prompt of the shipped speeches, cut every `chunk_tokens` tokens, and a question.
 
-    def draw(count: int) -> list[int]:
-        tokens: list[int] = torch.randint(vocab_size // 2, vocab_size, (count,), generator=generator).tolist()
-        return tokens
+    Real text, because what the question attends to decides the cost: on random tokens it picks late tokens, which see
+    more keys than the average row. Speeches are repeated when they are too short.
 
-    chunks = [draw(min(chunk_tokens, context_tokens - start)) for start in range(0, context_tokens, chunk_tokens)]
-    return Prompt(engine.identity.prefix_ids, chunks, draw(SUFFIX_TOKENS))
+    Args:
+        engine: With a tokenizer.
+        context_tokens: Tokens in all chunks together.
+        chunk_tokens: Tokens per chunk.
+        skip: Tokens of the corpus to leave out at the start.
+    """
+    folder = files("prophetkv_rag.demo_corpus") / "state-of-the-union"
+    speeches = sorted(folder.iterdir(), key=lambda entry: entry.name)
+    text = "\n\n".join(speech.read_text(encoding="utf-8") for speech in speeches if speech.name.endswith(".txt"))
+    corpus: list[int] = engine.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    corpus = (corpus * (1 + (skip + context_tokens) // len(corpus)))[skip : skip + context_tokens]
+    chunks = [corpus[start : start + chunk_tokens] for start in range(0, context_tokens, chunk_tokens)]
+    suffix = engine.tokenizer(f"\n\n{QUESTION}\n", add_special_tokens=False)["input_ids"]
+    return Prompt(engine.identity.prefix_ids, chunks, suffix)
 
 
 def measure_ttft(
@@ -84,7 +94,7 @@ def measure_ttft(
     on_step: Callable[[int], None] | None = None,
 ) -> TtftResult:
     """Alternate full prefill, reuse from RAM and from a warm disk on one prompt; `on_step(1)` after every round."""
-    prompt = synthetic_prompt(engine, context_tokens, chunk_tokens)
+    prompt = corpus_prompt(engine, context_tokens, chunk_tokens)
     result = TtftResult(context_tokens, recompute_ratio)
     with tempfile.TemporaryDirectory() as folder:
         # No RAM tier: every load reads, checks and decodes the files, which are in the page cache after the first.
@@ -118,7 +128,7 @@ def measure_index_throughput(
     engine: ProphetKVEngine, *, num_chunks: int = 16, chunk_tokens: int = 256, repeats: int = 3
 ) -> dict[str, float]:
     """Compare `add_chunks` with the model's raw batched prefill (no cache kept) of the same chunks, alternating."""
-    chunks = list(synthetic_prompt(engine, num_chunks * chunk_tokens, chunk_tokens, seed=1).chunks)
+    chunks = list(corpus_prompt(engine, num_chunks * chunk_tokens, chunk_tokens, skip=999).chunks)
     batch = max(1, engine.config.index_batch_tokens // chunk_tokens)
     ids = torch.tensor([list(map(int, chunk)) for chunk in chunks], device=engine.model.device)
     raw, encoded = [], []
