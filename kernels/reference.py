@@ -6,6 +6,7 @@ Shapes: H query heads, Hkv key/value heads, G = H // Hkv, m computed rows, n key
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,17 @@ BLOCK_ELEMENTS = 384
 scattered rows sees few keys beyond each row's own position."""
 MASK_CACHE_BYTES = 64 << 20
 """Masks of a pass are shared by all its layers up to this size; beyond it each call makes its own again."""
+MIN_PLAIN_KEYS = 256
+"""Keys before a block that are worth an attention call of their own, without a mask."""
+
+# SDPA's CPU kernel as SDPA calls it: unlike the public function it also returns the log-sum-exp, with which two parts
+# of a softmax are joined exactly. It is not documented, so it may go; then the masked public function does the work.
+_FLASH_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
+def rotate(
+    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Apply a rotary embedding to un-rotated states.
 
     Args:
@@ -25,12 +34,13 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interl
         cos: `[n, r]` with 2r <= D, fp32; channels beyond 2r pass through.
         sin: `[n, r]`, fp32.
         interleaved: Pairs are (2i, 2i + 1) rather than (i, i + r).
+        out: Where to write, of the shape of `states` and any dtype; not `states` itself.
 
     Returns:
-        A new tensor of the shape and dtype of `states`; the rotation is done in fp32.
+        `out`, or a new tensor of the shape and dtype of `states`; the rotation is done in fp32.
     """
     half = cos.shape[-1]
-    rotated = torch.empty_like(states)
+    rotated = torch.empty_like(states) if out is None else out
     if interleaved:
         first, second = states[..., 0 : 2 * half : 2], states[..., 1 : 2 * half : 2]
         out_first, out_second = rotated[..., 0 : 2 * half : 2], rotated[..., 1 : 2 * half : 2]
@@ -45,11 +55,30 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interl
     return rotated
 
 
+class RowBlock(NamedTuple):
+    """Some rows of a pass and the keys they may see."""
+
+    rows: slice
+    plain: slice
+    """Keys that every row of the block sees; may be empty."""
+    masked: slice
+    """The keys after them, up to the block's last row; never empty."""
+    mask: torch.Tensor
+    """Additive fp32 mask `[G * block rows, masked keys]`: 0 or -inf; each row sees at least one masked key, unless
+    `hidden_keys` hides them all."""
+
+    @property
+    def keys(self) -> slice:
+        """All keys of the block."""
+        return slice(self.plain.start, self.masked.stop)
+
+
 class RowBlocks:
     """The rows of a pass cut into blocks, each with the keys it may see and the mask for it.
 
-    A dense `[m, n]` mask would waste work: sorted rows in blocks need keys only up to their own last position (and,
-    with a sliding window, from their own first). Made once per pass and window, shared by the layers.
+    A dense `[m, n]` mask would waste work and memory traffic: sorted rows in blocks need keys only up to their own last
+    position (and, with a sliding window, from their own first), and only those after the block's first row need a
+    mask. Made once per pass and window, shared by the layers.
     """
 
     def __init__(
@@ -78,17 +107,19 @@ class RowBlocks:
         self._masks: dict[int, torch.Tensor] = {}
         self._mask_bytes = 0
 
-    def __iter__(self) -> Iterator[tuple[slice, slice, torch.Tensor | None]]:
-        """Yield (rows, keys, additive fp32 mask `[G * block rows, block keys]` or `None` if every key is visible)."""
+    def __iter__(self) -> Iterator[RowBlock]:
+        """Yield the blocks in order."""
         for start in range(0, len(self._positions), self._block_rows):
             stop = min(start + self._block_rows, len(self._positions))
-            key_start = 0
-            if self.sliding_window is not None:
-                key_start = max(0, self._positions[start] - self.sliding_window + 1)
-            key_stop = self._positions[stop - 1] + 1
-            yield slice(start, stop), slice(key_start, key_stop), self._mask(start, stop, key_start, key_stop)
+            first, last = self._positions[start], self._positions[stop - 1]
+            key_start = 0 if self.sliding_window is None else max(0, first - self.sliding_window + 1)
+            # Up to the first row every key is plain, unless some are hidden or fall out of the last row's window.
+            everything = self.hidden_keys is None and (self.sliding_window is None or last < self.sliding_window)
+            boundary = first if everything and first - key_start >= MIN_PLAIN_KEYS else key_start
+            mask = self._mask(start, stop, boundary, last + 1)
+            yield RowBlock(slice(start, stop), slice(key_start, boundary), slice(boundary, last + 1), mask)
 
-    def _mask(self, start: int, stop: int, key_start: int, key_stop: int) -> torch.Tensor | None:
+    def _mask(self, start: int, stop: int, key_start: int, key_stop: int) -> torch.Tensor:
         if start in self._masks:
             return self._masks[start]
         rows = self.rows[start:stop, None]
@@ -109,17 +140,19 @@ class RowBlocks:
 def _probabilities(
     query: torch.Tensor,
     keys: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: torch.Tensor,
     scaling: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Softmax of `query [Hkv, G * m, D]` over `keys [Hkv, n, D]` in fp32; `sinks [Hkv, G * m, 1]` join it."""
+    """Softmax of `query [Hkv, G * m, D]` over `keys [Hkv, n, D]` in fp32; `sinks [Hkv, G * m, 1]` join it.
+
+    `mask` belongs to the last keys.
+    """
     logits = torch.matmul(query, keys.transpose(1, 2)).float().mul_(scaling)
     if softcap is not None:
         logits = torch.tanh(logits.div_(softcap)).mul_(softcap)
-    if mask is not None:
-        logits += mask
+    logits[..., logits.shape[-1] - mask.shape[-1] :] += mask
     if sinks is None:
         return torch.softmax(logits, dim=-1)
     joined = torch.cat([logits, sinks.float()], dim=-1)
@@ -166,20 +199,41 @@ def selected_rows_attention(
     num_heads, num_rows, _ = query.shape
     num_kv_heads = keys.shape[0]
     output = query.new_empty(num_rows, num_heads, values.shape[-1])
-    for rows, span, mask in blocks:
-        packed = _pack(query, rows, num_kv_heads)
-        block_keys, block_values = keys[:, span], values[:, span]
+    for block in blocks:
+        packed = _pack(query, block.rows, num_kv_heads)
         if softcap is None and sinks is None:
-            mask_like = None if mask is None else mask.to(query.dtype)
-            block = F.scaled_dot_product_attention(
-                packed[None], block_keys[None], block_values[None], attn_mask=mask_like, scale=scaling
-            )[0]
+            attended = _attend_block(packed, keys, values, block, scaling)
         else:
-            block_sinks = _pack_sinks(sinks, rows.stop - rows.start, num_kv_heads)
-            weights = _probabilities(packed, block_keys, mask, scaling, softcap, block_sinks)
-            block = torch.matmul(weights.to(values.dtype), block_values)
-        output[rows] = block.reshape(num_heads, rows.stop - rows.start, -1).transpose(0, 1)
+            num_block_rows = block.rows.stop - block.rows.start
+            block_sinks = _pack_sinks(sinks, num_block_rows, num_kv_heads)
+            weights = _probabilities(packed, keys[:, block.keys], block.mask, scaling, softcap, block_sinks)
+            attended = torch.matmul(weights.to(values.dtype), values[:, block.keys])
+        output[block.rows] = attended.reshape(num_heads, -1, values.shape[-1]).transpose(0, 1)
     return output
+
+
+def _attend_block(
+    packed: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, block: RowBlock, scaling: float
+) -> torch.Tensor:
+    """Attend from `packed [Hkv, G * rows, D]` to the block's keys; returns `[Hkv, G * rows, Dv]`."""
+    query, mask = packed[None], block.mask.to(packed.dtype)
+    plain_keys, plain_values = keys[None, :, block.plain], values[None, :, block.plain]
+    masked_keys, masked_values = keys[None, :, block.masked], values[None, :, block.masked]
+    if plain_keys.shape[2] == 0:
+        return F.scaled_dot_product_attention(query, masked_keys, masked_values, attn_mask=mask, scale=scaling)[0]
+    if _FLASH_CPU is None or query.device.type != "cpu" or keys.shape[-1] != values.shape[-1]:
+        padded = F.pad(mask, (plain_keys.shape[2], 0))
+        span = block.keys
+        return F.scaled_dot_product_attention(
+            query, keys[None, :, span], values[None, :, span], attn_mask=padded, scale=scaling
+        )[0]
+    # Two calls, so that most keys are read without a mask beside them; then joined: with the log-sum-exps a and b of
+    # the two parts, the softmax over both gives the first the weight e^a / (e^a + e^b).
+    plain, plain_lse = _FLASH_CPU(query, plain_keys, plain_values, scale=scaling)
+    masked, masked_lse = _FLASH_CPU(query, masked_keys, masked_values, attn_mask=mask, scale=scaling)
+    share = torch.sigmoid(plain_lse - masked_lse)[..., None].to(plain.dtype)
+    joined: torch.Tensor = torch.lerp(masked, plain, share)
+    return joined[0]
 
 
 def attend_and_score(
@@ -219,13 +273,13 @@ def attend_and_score(
     output = query.new_empty(num_rows, num_heads, values.shape[-1])
     mass = torch.zeros(keys.shape[1], dtype=torch.float32, device=keys.device)
     context_columns = context.float()
-    for rows, span, mask in blocks:
-        block_rows = rows.stop - rows.start
+    for block in blocks:
+        rows, span = block.rows, block.keys
         packed = _pack(query, rows, num_kv_heads)
-        block_sinks = _pack_sinks(sinks, block_rows, num_kv_heads)
-        weights = _probabilities(packed, keys[:, span], mask, scaling, softcap, block_sinks)
-        block = torch.matmul(weights.to(values.dtype), values[:, span])
-        output[rows] = block.reshape(num_heads, block_rows, -1).transpose(0, 1)
+        block_sinks = _pack_sinks(sinks, rows.stop - rows.start, num_kv_heads)
+        weights = _probabilities(packed, keys[:, span], block.mask, scaling, softcap, block_sinks)
+        attended = torch.matmul(weights.to(values.dtype), values[:, span])
+        output[rows] = attended.reshape(num_heads, -1, values.shape[-1]).transpose(0, 1)
 
         # Softmax over the context alone = the full row's weights divided by their context part. A row that sees no
         # context (a sliding window past it) has no say: its part is 0 and stays 0.

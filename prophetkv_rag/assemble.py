@@ -36,7 +36,7 @@ def assemble(
         chunks are 0 until a pass writes them (a masked row still takes part in the arithmetic, so it must be finite).
     """
     spans = [torch.arange(start, start + cache.num_tokens) for cache, start in zip(caches, starts, strict=True)]
-    tables = RopeTables(torch.cat(spans).to(device)) if spans else None
+    tables = RopeTables(torch.cat(spans).to(device))
     covered = torch.zeros(num_slots, dtype=torch.bool)
     for span in spans:
         covered[span] = True
@@ -48,14 +48,12 @@ def assemble(
         values = torch.empty(1, heads, num_slots, found.value_head_dim, dtype=dtype, device=device)
         keys.index_fill_(2, gaps, 0)
         values.index_fill_(2, gaps, 0)
-        if tables is not None:
-            joined = torch.cat([cache.keys[index].to(device, dtype) for cache in caches], dim=1)
-            rotated = tables.rotate(joined, found.rotation)
-            offset = 0
-            for cache, start in zip(caches, starts, strict=True):
-                length = cache.num_tokens
-                keys[0, :, start : start + length] = rotated[:, offset : offset + length]
-                values[0, :, start : start + length] = cache.values[index]
-                offset += length
+        offset = 0
+        for cache, start in zip(caches, starts, strict=True):
+            stop, rows = start + cache.num_tokens, slice(offset, offset + cache.num_tokens)
+            stored = cache.keys[index].to(device, dtype)
+            tables.rotate_into(keys[0, :, start:stop], stored, found.rotation, rows)
+            values[0, :, start:stop] = cache.values[index]
+            offset = rows.stop
         layers.append(RowsLayer(keys, values))
     return layers

@@ -101,11 +101,21 @@ class RowsPass(AttentionPass):
         rows: torch.Tensor,
         *,
         hidden_keys: torch.Tensor | None = None,
+        last_row_only: bool = False,
     ) -> None:
-        """Prepare the pass for `rows` (`[m]`, ascending positions); `hidden_keys` (`[n]`, bool) are seen by no row."""
+        """Prepare the pass.
+
+        Args:
+            layers: The probe's findings.
+            rows: `[m]`, ascending positions.
+            hidden_keys: `[n]`, bool: seen by no row.
+            last_row_only: Only the last row's final state is wanted (for its logits). The last layer's keys and values
+                come before its attention, so the other rows need not attend there.
+        """
         self.layers = layers
         self.rows = rows
         self.hidden_keys = hidden_keys
+        self.last_row_only = last_row_only
         self._blocks: dict[tuple[int, int | None], ops.RowBlocks] = {}
 
     def set_rows(self, rows: torch.Tensor) -> None:
@@ -125,6 +135,11 @@ class RowsPass(AttentionPass):
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """Attend over the cache, causally by position."""
+        num_rows = call.query.shape[2]
+        if self.last_row_only and call.layer_idx == len(self.layers) - 1 and num_rows > 1:
+            last = RowsPass(self.layers, self.rows[-1:], hidden_keys=self.hidden_keys)
+            output = last.attend(replace(call, query=call.query[:, :, -1:]))
+            return F.pad(output, (0, 0, 0, 0, num_rows - 1, 0))
         output = ops.selected_rows_attention(
             call.query[0],
             call.key[0],

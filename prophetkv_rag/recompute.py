@@ -64,7 +64,7 @@ def recompute(
     Returns:
         `[1, vocab]` logits of the prompt's last token, and the rows x layers that were run.
     """
-    rows_pass = RowsPass(support.layers, rows)
+    rows_pass = RowsPass(support.layers, rows, last_row_only=True)
     num_layers = len(support.layers)
     if prune is None:
         for layer in layers:

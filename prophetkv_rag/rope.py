@@ -55,3 +55,11 @@ class RopeTables:
             return states
         cos, sin = self.cos_sin(rotation)
         return ops.rotate(states, cos, sin, interleaved=rotation.interleaved)
+
+    def rotate_into(self, out: torch.Tensor, states: torch.Tensor, rotation: Rotation | None, rows: slice) -> None:
+        """Rotate `states` to the positions `position_ids[rows]` and write them to `out` (same shape, any dtype)."""
+        if rotation is None:
+            out.copy_(states)
+            return
+        cos, sin = self.cos_sin(rotation)
+        ops.rotate(states, cos[rows], sin[rows], interleaved=rotation.interleaved, out=out)

@@ -91,6 +91,30 @@ def test_attention_and_scores(shape, options):
         torch.testing.assert_close(scores.double(), mass[context_softmax], atol=2e-6, rtol=2e-4)
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_plain_and_masked_keys_are_joined(monkeypatch, joined):
+    """Small blocks, so that most keys of most blocks are read without a mask; and without the kernel that can."""
+    monkeypatch.setattr(reference, "MIN_PLAIN_KEYS", 8)
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 32)
+    if not joined:
+        monkeypatch.setattr(reference, "_FLASH_CPU", None)
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2)):
+        query, key, value, positions = (
+            tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in make((4, 2, 70, 200, 16))
+        )
+        key[:, :60] *= 3  # so that neither part of the softmax is negligible
+        blocks = ops.RowBlocks(positions, num_groups=2)
+        assert sum(block.plain.stop - block.plain.start > 0 for block in blocks) > 2
+        output = ops.selected_rows_attention(query, key, value, blocks, scaling=0.4)
+        for head in range(4):
+            for row in range(70):
+                weights, kv_head = weights_by_loop(
+                    query, key, positions, head, row, window=None, hidden=None, softcap=None, sink=None, scaling=0.4
+                )
+                expected = weights @ value[kv_head].double()
+                torch.testing.assert_close(output[row, head].double(), expected, atol=tolerance, rtol=tolerance)
+
+
 def test_masks_beyond_the_cache_are_made_again(monkeypatch):
     query, key, value, positions = make((9, 3, 130, 517, 64))
     roomy = ops.selected_rows_attention(query, key, value, ops.RowBlocks(positions, num_groups=3), scaling=0.1)

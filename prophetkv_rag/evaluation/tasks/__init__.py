@@ -1,0 +1,1 @@
+"""Quality tasks: where prompts come from, and how answers are marked."""
