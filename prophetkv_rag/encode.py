@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from prophetkv_rag.attention import cache_of, run_pass
+from prophetkv_rag.attention import cache_of, model_lock, run_pass
 from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.model_support import ModelSupport
 from prophetkv_rag.passes import EncodePass
@@ -27,7 +27,8 @@ def encode_prefix(model: Any, support: ModelSupport, prefix_ids: Sequence[int]) 
     """Encode the prefix that every chunk stands behind; `None` for an empty one."""
     if not prefix_ids:
         return None
-    encode, layers = _run(model, support, torch.tensor([list(prefix_ids)], device=model.device), None)
+    with model_lock(model):
+        encode, layers = _run(model, support, torch.tensor([list(prefix_ids)], device=model.device), None)
     rotated = tuple(
         (encode.tables.rotate(layer.keys[0], found.rotation), layer.values[0])
         for layer, found in zip(layers, support.layers, strict=True)
@@ -53,7 +54,8 @@ def encode_chunks(
         batch_tokens: Upper bound of tokens in a batch, padding included (one chunk is always allowed).
 
     Yields:
-        (index into `chunks`, its cache on the CPU's side of the model's device), batch by batch, in no given order.
+        (index into `chunks`, its cache: K/V on the model's device, token ids on the CPU), batch by batch, the longest
+        chunks first. The caller holds the model's lock while a batch is computed.
     """
     for batch in _batches([len(chunk) for chunk in chunks], batch_tokens):
         longest = max(len(chunks[index]) for index in batch)

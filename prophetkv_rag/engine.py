@@ -5,29 +5,30 @@ One sentence: ProphetKV is a function that builds a `past_key_values`; what foll
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from prophetkv_rag.attention import complete_cache
+from prophetkv_rag.attention import RowsLayer, complete_cache, model_lock
 from prophetkv_rag.chunk_cache import CacheIdentity
 from prophetkv_rag.chunk_index import ChunkIndex
-from prophetkv_rag.config import ProphetKVConfig, check_recompute_ratio
+from prophetkv_rag.config import LEAD_IN_TOKENS, ProphetKVConfig, check_recompute_ratio
 from prophetkv_rag.encode import encode_prefix
-from prophetkv_rag.errors import ContextWindowError, InputError
+from prophetkv_rag.errors import InputError
 from prophetkv_rag.generation import GenerationResult, SamplingSettings, StreamChunk, decode, end_token_ids
 from prophetkv_rag.layout import Message, PromptLayout, PromptReader
 from prophetkv_rag.library import ChunkLibrary
 from prophetkv_rag.model import load_model, model_fingerprint, tokenizer_fingerprint
 from prophetkv_rag.prefill import Prefiller, PrefillResult
 from prophetkv_rag.probe import probe_model
+from prophetkv_rag.profile import Profile, load_profile
 from prophetkv_rag.prompt import Prompt
 from prophetkv_rag.report import Timings
-from prophetkv_rag.selection import Strategy, make_strategy
+from prophetkv_rag.selection import QueryContext, Strategy, make_strategy
 from prophetkv_rag.store.base import ChunkStore
 from prophetkv_rag.store.memory import MemoryStore
 from prophetkv_rag.tokens import Tokens
@@ -38,7 +39,9 @@ AnyPrompt = str | Sequence[Message] | Prompt
 class ProphetKVEngine:
     """Caches chunks at index time; reuses and partly recomputes them at query time.
 
-    One engine may be used from many threads: the model runs for one caller at a time, step by step.
+    One engine, and several engines on one model, may be used from many threads: the model runs for one caller at a
+    time, step by step. Whoever calls `engine.model` directly while other threads are at work holds `engine.model_lock`
+    around the call. The weights, and which adapters are active, must not change after the engine is made.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class ProphetKVEngine:
         *,
         config: ProphetKVConfig | None = None,
         store: ChunkStore | None = None,
+        profile: str | Path | Profile | None = None,
     ) -> None:
         """Make an engine from what is loaded already.
 
@@ -56,23 +60,34 @@ class ProphetKVEngine:
             tokenizer: Its tokenizer; `None` if prompts and chunks are given as token ids only.
             config: Settings; the paper's by default.
             store: Keeps the chunk caches; in RAM by default.
+            profile: What `prophetkv-rag calibrate` wrote for this model; overrides the config's strategy and ratio.
 
         Raises:
             UnsupportedModelError: If the model's caches cannot be re-positioned exactly.
+            InputError: If the profile cannot be read or was made for other weights, or the strategy is unknown.
         """
         self.model = model.eval()
         self.tokenizer = tokenizer
+        fingerprint = model_fingerprint(model)
         self.config = config or ProphetKVConfig()
+        if profile is not None:
+            profile = profile if isinstance(profile, Profile) else load_profile(profile)
+            self.config = profile.apply_to(self.config, model_fingerprint=fingerprint)
         make_strategy(self.config.strategy)
         self.store = store if store is not None else MemoryStore()
-        self._lock = threading.RLock()
+        self.model_lock = model_lock(model)
         self.support = probe_model(model)
         limit = self.config.max_prompt_tokens or self.support.context_window
         self.context_window = min(limit, self.support.context_window)
         self._tokens = Tokens(tokenizer)
-        prefix_ids = self._encoding_prefix_ids()
+        prefix_ids = self._tokens.encoding_prefix(
+            self.config.encoding_prefix,
+            self.config.lead_in,
+            # A lead-in must leave most of a short window to the chunk.
+            max_lead_in_tokens=min(LEAD_IN_TOKENS, self.context_window // 8),
+        )
         self.identity = CacheIdentity(
-            model=model_fingerprint(model),
+            model=fingerprint,
             tokenizer=tokenizer_fingerprint(tokenizer),
             prefix_ids=prefix_ids,
             dtype=self.support.dtype,
@@ -86,11 +101,11 @@ class ProphetKVEngine:
             encode_prefix(model, self.support, prefix_ids),
             context_window=self.context_window,
             batch_tokens=self.config.index_batch_tokens,
-            model_lock=self._lock,
+            model_lock=self.model_lock,
         )
         self.end_tokens = end_token_ids(model, tokenizer)
         self._reader = PromptReader(self._tokens, self.identity, self.chunk_index)
-        self._prefiller = Prefiller(model, self.support, self.config, self.library, self._lock)
+        self._prefiller = Prefiller(model, self.support, self.config, self.library, self.model_lock)
 
     @classmethod
     def from_pretrained(
@@ -99,6 +114,7 @@ class ProphetKVEngine:
         *,
         config: ProphetKVConfig | None = None,
         store: ChunkStore | None = None,
+        profile: str | Path | Profile | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> ProphetKVEngine:
@@ -109,7 +125,7 @@ class ProphetKVEngine:
             UnsupportedModelError: If the model's caches cannot be re-positioned exactly.
         """
         model, tokenizer = load_model(name_or_path, dtype=dtype, device=device)
-        return cls(model, tokenizer, config=config, store=store)
+        return cls(model, tokenizer, config=config, store=store, profile=profile)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProphetKVEngine:
         """Frameworks copy their LLM objects; the model behind them is shared."""
@@ -129,14 +145,6 @@ class ProphetKVEngine:
     def has_chat_template(self) -> bool:
         """Whether prompts may be chat messages."""
         return self._tokens.has_chat_template
-
-    def _encoding_prefix_ids(self) -> tuple[int, ...]:
-        prefix = self.config.encoding_prefix
-        if prefix is None:
-            return self._tokens.default_encoding_prefix()
-        if isinstance(prefix, str):
-            return tuple(self._tokens.fresh(prefix, first=True))
-        return tuple(prefix)
 
     def add_chunks(
         self,
@@ -165,7 +173,7 @@ class ProphetKVEngine:
             raise InputError(msg)
         return self.library.add(texts, owner=owner, progress=progress)
 
-    def remove_chunks(self, keys: Iterable[str], *, owner: str) -> list[str]:
+    def remove_chunks(self, keys: Iterable[str], *, owner: str = "engine") -> list[str]:
         """Drop `owner`'s references; returns the keys of the caches that nobody refers to any more and are deleted."""
         return self.library.remove(keys, owner=owner)
 
@@ -192,29 +200,38 @@ class ProphetKVEngine:
             InputError: For an empty prompt, an unknown strategy or a ratio outside [0, 1].
             ContextWindowError: If the prompt is longer than the context window.
         """
+        return self._prefill(prompt, strategy, recompute_ratio, query, is_answered=False)
+
+    def _prefill(
+        self, prompt: AnyPrompt, strategy: Any, ratio: float | None, query: str | None, *, is_answered: bool
+    ) -> PrefillResult:
         started = time.perf_counter()
         chosen = strategy if isinstance(strategy, Strategy) else make_strategy(strategy or self.config.strategy)
-        ratio = self.config.recompute_ratio if recompute_ratio is None else recompute_ratio
         try:
-            ratio = check_recompute_ratio(ratio)
+            ratio = check_recompute_ratio(self.config.recompute_ratio if ratio is None else ratio)
         except ValueError as error:
             raise InputError(str(error)) from None
         self.library.refresh()
-        layout = self._reader.read(prompt, query=query)
-        self._check_window(layout)
+        layout = self.read(prompt, query=query)
+        is_reuse = bool(layout.chunks) and chosen.uses_caches
+        layout.check_fits(self.context_window, is_reuse=is_reuse, is_answered=is_answered)
         timings = Timings(match=time.perf_counter() - started)
-        if not layout.chunks or not chosen.uses_caches:
-            return self._prefiller.full(layout, chosen, timings, started)
-        return self._prefiller.reuse(layout, chosen, ratio, timings, started)
+        if is_reuse:
+            return self._prefiller.reuse(layout, chosen, ratio, timings, started)
+        return self._prefiller.full(layout, chosen, timings, started)
 
-    def _check_window(self, layout: PromptLayout) -> None:
-        needed = layout.num_tokens + len(layout.probe_ids)
-        if needed > self.context_window:
-            msg = (
-                f"the prompt has {needed} tokens but the context window is {self.context_window}; retrieve fewer or "
-                "smaller chunks (similarity_top_k, chunk_size) or use a model with a longer window"
-            )
-            raise ContextWindowError(msg)
+    def query_context(self, prompt: AnyPrompt, layers: Sequence[RowsLayer]) -> QueryContext:
+        """Return what a strategy sees of a prompt over caches of the caller's own, to measure or develop strategies.
+
+        Args:
+            prompt: As in `prefill`.
+            layers: One per decoder layer, with a row for each of the prompt's tokens; stage I writes into them.
+        """
+        return self._prefiller.query_context(self.read(prompt), layers, self.config.recompute_ratio)
+
+    def read(self, prompt: AnyPrompt, *, query: str | None = None) -> PromptLayout:
+        """Return a prompt's token ids and where its known chunks lie; takes what `prefill` takes."""
+        return self._reader.read(prompt, query=query)
 
     def stream(
         self,
@@ -255,34 +272,25 @@ class ProphetKVEngine:
             top_p=top_p,
             seed=seed,
         )
-        result = self.prefill(prompt, strategy=strategy, recompute_ratio=recompute_ratio, query=query)
+        result = self._prefill(prompt, strategy, recompute_ratio, query, is_answered=True)
         room = self.context_window - result.report.prompt_tokens
-        if room < 1:
-            msg = (
-                f"the prompt fills the context window of {self.context_window} tokens, so no answer fits; retrieve "
-                "fewer or smaller chunks"
-            )
-            raise ContextWindowError(msg)
-        yield from decode(
+        pieces = decode(
             self.model,
             complete_cache(result.past_key_values),
             result.input_ids,
             result.logits,
-            SamplingSettings(
-                max_new_tokens=min(settings.max_new_tokens, room),
-                stop=settings.stop,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seed=settings.seed,
-            ),
+            replace(settings, max_new_tokens=min(settings.max_new_tokens, room)),
             end_tokens=self.end_tokens,
             to_text=self._tokens.decode,
-            model_lock=self._lock,
+            model_lock=self.model_lock,
             report=result.report,
         )
+        del result  # decoding replaces the cache's tensors; the prompt's must not be kept beside them
+        yield from pieces
 
     def generate(self, prompt: AnyPrompt, **settings: Any) -> GenerationResult:
         """Answer a prompt at once; takes the arguments of `stream`."""
-        *_, last = self.stream(prompt, **settings)
+        for last in self.stream(prompt, **settings):  # noqa: B007  # only the last piece is kept
+            pass
         assert last.finish_reason is not None
         return GenerationResult(last.text, last.token_ids, last.finish_reason, last.report)

@@ -19,6 +19,10 @@ class UnknownModelError(InputError):
     """A model name or path that cannot be loaded."""
 
 
+class FetchError(ProphetKVError):
+    """A model could not be fetched: no registry, not the pinned bytes, or no room; the message says which."""
+
+
 class UnsupportedModelError(ProphetKVError):
     """The model's caches cannot be re-positioned exactly; the message names the reason."""
 

@@ -117,7 +117,7 @@ class _TextBuffer:
             return text[: min(found)], True
         if is_last:
             return text, False
-        safe = len(text) - (1 if text.endswith("\ufffd") else 0)
+        safe = len(text.rstrip("\ufffd"))  # decoders with byte fallback show one for each pending byte
         for stop in self.stop:
             for size in range(min(len(stop) - 1, safe), 0, -1):
                 if text[:safe].endswith(stop[:size]):

@@ -15,7 +15,7 @@ import torch
 
 from prophetkv_rag.chunk_cache import CacheIdentity
 from prophetkv_rag.chunk_index import ChunkIndex
-from prophetkv_rag.errors import InputError
+from prophetkv_rag.errors import ContextWindowError, InputError
 from prophetkv_rag.prompt import Prompt, TextOrIds
 from prophetkv_rag.tokens import Tokens
 
@@ -86,6 +86,26 @@ class PromptLayout:
     def num_chunk_tokens(self) -> int:
         """Tokens inside chunks."""
         return sum(len(chunk.input_ids) for chunk in self.chunks)
+
+    def check_fits(self, context_window: int, *, is_reuse: bool, is_answered: bool) -> None:
+        """Raise `ContextWindowError` if the prompt is too long for the window.
+
+        Args:
+            context_window: Most positions.
+            is_reuse: Whether stage I runs, where `probe_ids` take positions behind the prompt's end.
+            is_answered: Whether there must be room for an answer.
+        """
+        probe_rows = len(self.probe_ids) if is_reuse else 0
+        if self.num_tokens + probe_rows > context_window:
+            asking = f", and its question asks in {probe_rows} more rows behind it," if probe_rows else ""
+            problem = f"the prompt has {self.num_tokens} tokens{asking} but the context window is {context_window}"
+        elif is_answered and self.num_tokens == context_window:
+            problem = f"the prompt fills the context window of {context_window} tokens, so no answer fits"
+        else:
+            return
+        remedy = "retrieve fewer or smaller chunks (similarity_top_k, chunk_size) or use a model with a longer window"
+        msg = f"{problem}; {remedy}"
+        raise ContextWindowError(msg)
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 MAX_PENDING_WRITES = 16
 """Computed caches that may wait for the disk; bounds memory when it is slower than the model."""
 
-_Missing = dict[str, tuple[list[int], TextEntry | None]]
+_Wanted = dict[str, tuple[list[int], TextEntry | None]]
 
 
 class ChunkLibrary:
@@ -54,13 +55,21 @@ class ChunkLibrary:
         self.batch_tokens = batch_tokens
         self.model_lock = model_lock
         self.chunk_index = ChunkIndex()
+        self._owners_lock = threading.Lock()  # references and the index change together
+        self._has_warned = False
         for key, entry in store.entries(identity.fingerprint):
             self.chunk_index.add(key, entry)
 
     def refresh(self) -> None:
-        """Learn the texts that other processes have stored since."""
-        for key, entry in self.store.new_entries(self.identity.fingerprint):
-            self.chunk_index.add(key, entry)
+        """Learn the texts that other processes have stored since; a store that fails is logged once."""
+        try:
+            with self._owners_lock:
+                for key, entry in self.store.new_entries(self.identity.fingerprint):
+                    self.chunk_index.add(key, entry)
+        except StoreError as error:
+            if not self._has_warned:
+                logger.warning("chunks that other processes add are not found in prompts: %s", error)
+            self._has_warned = True
 
     def add(
         self,
@@ -70,35 +79,40 @@ class ChunkLibrary:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """Compute and store what is missing, refer to all of it, and find it in prompts from now on."""
-        keys, missing = [], _Missing()
-        entries = dict[str, TextEntry]()
+        keys, wanted, missing = [], _Wanted(), _Wanted()
         for number, chunk in enumerate(texts):
             input_ids, entry = self._chunk_ids(number, chunk)
             key = self.identity.key(input_ids)
             keys.append(key)
-            if entry is not None:
-                entries[key] = entry
-            if key not in self.store:
+            if key in wanted and entry is None:
+                continue
+            wanted[key] = (input_ids, entry)
+            is_unknown_text = entry is not None and key not in self.chunk_index
+            if key not in self.store or (is_unknown_text and not self._learn_text(key, input_ids, entry)):
                 missing[key] = (input_ids, entry)
-            elif entry is not None and key not in self.chunk_index:
-                self._learn_text(key, input_ids, entry)
         self._compute(missing, progress)
-        self.store.add_references(owner, dict.fromkeys(keys))
-        for key, entry in entries.items():
-            self.chunk_index.add(key, entry)
+        with self._owners_lock:
+            self.store.add_references(owner, wanted)
+            for key, (_, entry) in wanted.items():
+                if entry is not None:
+                    self.chunk_index.add(key, entry)
+        # Another owner may have dropped a cache between the look above and our reference, which holds it from now on.
+        self._compute({key: chunk for key, chunk in wanted.items() if key not in self.store}, None)
         return keys
 
-    def _learn_text(self, key: str, input_ids: Sequence[int], entry: TextEntry) -> None:
-        """Record the text of a chunk that was stored by its token ids alone."""
+    def _learn_text(self, key: str, input_ids: Sequence[int], entry: TextEntry | None) -> bool:
+        """Record the text of a chunk that was stored by its token ids alone; returns whether its cache is good."""
         cache, _ = self.store.get(key, fingerprint=self.identity.fingerprint, input_ids=input_ids)
         if cache is not None:
             self._put(key, cache, entry)
+        return cache is not None
 
     def remove(self, keys: Iterable[str], *, owner: str) -> list[str]:
         """Drop `owner`'s references; what nobody refers to any more is deleted and returned."""
-        deleted = self.store.drop_references(owner, keys)
-        for key in deleted:
-            self.chunk_index.remove(key)
+        with self._owners_lock:
+            deleted = self.store.drop_references(owner, keys)
+            for key in deleted:
+                self.chunk_index.remove(key)
         return deleted
 
     def _chunk_ids(self, number: int, chunk: str | Sequence[int]) -> tuple[list[int], TextEntry | None]:
@@ -112,16 +126,21 @@ class ChunkLibrary:
         if not input_ids:
             msg = f"chunk {number} is empty; leave it out"
             raise InputError(msg)
-        total = len(self.identity.prefix_ids) + len(input_ids)
-        if total > self.context_window:
-            msg = (
-                f"chunk {number} has {len(input_ids)} tokens, with the encoding prefix {total}, but the context window "
-                f"is {self.context_window}; split it into smaller chunks"
-            )
-            raise ContextWindowError(msg)
+        self._check_length(f"chunk {number}", input_ids, self.context_window)
         return input_ids, entry
 
-    def _compute(self, missing: _Missing, progress: Callable[[int, int], None] | None) -> None:
+    def _check_length(self, name: str, input_ids: Sequence[int], window: int) -> None:
+        total = len(self.identity.prefix_ids) + len(input_ids)
+        if total > window:
+            msg = (
+                f"{name} has {len(input_ids)} tokens, with the encoding prefix {total}, but the context window "
+                f"is {window}; split it into smaller chunks"
+            )
+            raise ContextWindowError(msg)
+
+    def _compute(self, missing: _Wanted, progress: Callable[[int, int], None] | None) -> None:
+        if not missing:
+            return
         keys = list(missing)
         encoding = encode_chunks(
             self.model,
@@ -152,7 +171,13 @@ class ChunkLibrary:
         self.store.put(key, cache, fingerprint=self.identity.fingerprint, entry=entry)
 
     def load(self, layout: PromptLayout) -> tuple[list[ChunkCache], list[ChunkStatus]]:
-        """Load the chunks' caches; what is missing or bad is encoded again, exactly as at index time, and stored."""
+        """Load the chunks' caches; what is missing or bad is encoded again, exactly as at index time.
+
+        It is stored if somebody refers to it. A chunk that was never added is encoded for this prompt alone.
+
+        Raises:
+            ContextWindowError: If a chunk that was never added does not fit the window behind the encoding prefix.
+        """
         found: dict[str, ChunkCache] = {}
         status: dict[str, ChunkStatus] = {}
         for chunk in layout.chunks:
@@ -167,6 +192,9 @@ class ChunkLibrary:
         wanted = {chunk.key: chunk for chunk in layout.chunks if chunk.key not in found}
         if wanted:
             keys = list(wanted)
+            for number, chunk in enumerate(layout.chunks):
+                if chunk.key in wanted:
+                    self._check_length(f"chunk {number} of the prompt", chunk.input_ids, self.support.context_window)
             with self.model_lock:
                 encoded = list(
                     encode_chunks(
@@ -180,7 +208,7 @@ class ChunkLibrary:
             for index, cache in encoded:
                 found[keys[index]] = cache
                 try:
-                    self.store.put(keys[index], cache, fingerprint=self.identity.fingerprint)
+                    self.store.put(keys[index], cache, fingerprint=self.identity.fingerprint, if_referenced=True)
                 except (StoreError, OSError) as error:
                     logger.warning("chunk cache %s could not be stored, it is used once: %s", keys[index][:12], error)
         return [found[chunk.key] for chunk in layout.chunks], [status[chunk.key] for chunk in layout.chunks]

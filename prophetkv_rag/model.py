@@ -21,6 +21,7 @@ _VOLATILE_CONFIG = {
     "use_cache",
     "quantization_config",
 }
+_VOLATILE_ADAPTER_CONFIG = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
 _SAMPLES_PER_TENSOR = 64
 _INTEGER_VIEW = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -54,7 +55,7 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **extra)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # also safetensors' own error, and RuntimeError for weights of another shape
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         msg = (
             f"cannot load a model from {str(name_or_path)!r}: {reason}. Give a folder that holds config.json, weights "
@@ -68,7 +69,8 @@ def model_fingerprint(model: Any) -> str:
     """Return 64 hex digits that change with any weight, adapter or configuration value that matters to K/V.
 
     Every tensor enters with its name, shape, dtype, the exact integer sum of its bits and a few sampled entries, so
-    one pass at memory speed is enough and the result does not depend on threads or device.
+    one pass at memory speed is enough and the result does not depend on threads or device. It says what the model is
+    now: weights and adapters must not change while caches are made under it.
     """
     digest = hashlib.sha256()
     config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE_CONFIG}
@@ -81,7 +83,29 @@ def model_fingerprint(model: Any) -> str:
             step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
             samples = bits[::step][:_SAMPLES_PER_TENSOR].cpu().numpy().tobytes()
             digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{total}|".encode() + samples)
+    digest.update(_adapters(model).encode())
     return digest.hexdigest()
+
+
+def _adapters(model: Any) -> str:
+    """Return what decides how adapters change K/V besides their weights; "" for a model without any (see `peft`)."""
+    settings = getattr(model, "peft_config", None)
+    if not settings:
+        return ""
+    configs = {
+        name: {key: value for key, value in config.to_dict().items() if key not in _VOLATILE_ADAPTER_CONFIG}
+        for name, config in settings.items()
+    }
+    states = [
+        [name, getattr(module, "active_adapters", None), getattr(module, "merged_adapters", None)]
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "disable_adapters", None), bool) and not module.disable_adapters
+    ]
+    return json.dumps([configs, states], sort_keys=True, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

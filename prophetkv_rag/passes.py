@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -102,6 +102,7 @@ class RowsPass(AttentionPass):
         *,
         hidden_keys: torch.Tensor | None = None,
         last_row_only: bool = False,
+        watched: Mapping[int, torch.Tensor] | None = None,
     ) -> None:
         """Prepare the pass.
 
@@ -111,11 +112,15 @@ class RowsPass(AttentionPass):
             hidden_keys: `[n]`, bool: seen by no row.
             last_row_only: Only the last row's final state is wanted (for its logits). The last layer's keys and values
                 come before its attention, so the other rows need not attend there.
+            watched: Per layer to watch, `[n]`, bool: the keys whose received attention is wanted (`received`).
         """
         self.layers = layers
         self.rows = rows
         self.hidden_keys = hidden_keys
         self.last_row_only = last_row_only
+        self.watched = watched or {}
+        self.received: dict[int, torch.Tensor] = {}
+        """Of the watched layers, `[n]` in fp32: the attention each key received, averaged over heads and rows."""
         self._blocks: dict[tuple[int, int | None], ops.RowBlocks] = {}
 
     def set_rows(self, rows: torch.Tensor) -> None:
@@ -140,6 +145,20 @@ class RowsPass(AttentionPass):
             last = RowsPass(self.layers, self.rows[-1:], hidden_keys=self.hidden_keys)
             output = last.attend(replace(call, query=call.query[:, :, -1:]))
             return F.pad(output, (0, 0, 0, 0, num_rows - 1, 0))
+        if call.layer_idx in self.watched:
+            output, self.received[call.layer_idx] = ops.attend_and_score(
+                call.query[0],
+                call.key[0],
+                call.value[0],
+                self.blocks(call),
+                context=self.watched[call.layer_idx],
+                scoring_rows=torch.ones(num_rows, dtype=torch.bool, device=call.query.device),
+                context_softmax=False,
+                scaling=call.scaling,
+                softcap=call.softcap,
+                sinks=call.sinks,
+            )
+            return output[None]
         output = ops.selected_rows_attention(
             call.query[0],
             call.key[0],

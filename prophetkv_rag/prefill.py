@@ -34,12 +34,14 @@ class PrefillResult:
         input_ids: `[1, N]`, int64.
         logits: `[1, vocab]` of the last token, fp32.
         report: What was reused and how long it took.
+        recomputed: Ascending positions of the chunk tokens that ran through every layer at query time.
     """
 
     past_key_values: Any
     input_ids: torch.Tensor
     logits: torch.Tensor
     report: ReuseReport
+    recomputed: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,12 @@ class Prefiller:
             recomputed_tokens=layout.num_chunk_tokens,
             fresh_tokens=layout.num_tokens - layout.num_chunk_tokens,
             row_layers=layout.num_tokens * len(self.support.layers),
+            charged_ratio=1.0,
             chunks=[ChunkReport(chunk.key, len(chunk.input_ids), "unused") for chunk in layout.chunks],
             timings_s=timings,
         )
         filled = resumable_cache([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
-        return PrefillResult(filled, input_ids, logits, report)
+        return PrefillResult(filled, input_ids, logits, report, layout.is_chunk.nonzero()[:, 0].to(logits.device))
 
     def reuse(
         self, layout: PromptLayout, strategy: Strategy, ratio: float, timings: Timings, started: float
@@ -101,7 +104,7 @@ class Prefiller:
             timings.assemble = time.perf_counter() - mark
 
             mark = time.perf_counter()
-            context = self._query_context(layout, layers, ratio)
+            context = self.query_context(layout, layers, ratio)
             selection = strategy.select(context)
             timings.score = time.perf_counter() - mark
 
@@ -114,7 +117,7 @@ class Prefiller:
             for layer in layers:
                 layer.keys = layer.keys[:, :, : layout.num_tokens]
                 layer.values = layer.values[:, :, : layout.num_tokens]
-            logits, row_layers = recompute(
+            done = recompute(
                 self.model,
                 self.support,
                 layers,
@@ -122,16 +125,19 @@ class Prefiller:
                 wanted.nonzero()[:, 0],
                 always=always,
                 prune=selection.prune,
+                watched=dict.fromkeys(selection.watched_layers, context.is_chunk),
             )
             seconds = time.perf_counter() - mark
-        num_selected = int(selection.positions.shape[0])
-        if num_selected:
+        if selection.positions.shape[0]:
             timings.recompute = seconds
         else:
             timings.suffix = seconds
         timings.ttft = time.perf_counter() - started
         # A chunk token at the very end of the prompt is always computed, as its logits are needed.
-        num_recomputed = num_selected + int(layout.chunks[-1].stop == layout.num_tokens)
+        recomputed = done.rows[context.is_chunk[done.rows]]
+        num_recomputed = recomputed.shape[0] + int(layout.chunks[-1].stop == layout.num_tokens)
+        num_layers, row_layers = len(self.support.layers), context.row_layers + done.row_layers
+        num_fresh = layout.num_tokens - layout.num_chunk_tokens
         report = ReuseReport(
             strategy=strategy.name,
             recompute_ratio=ratio,
@@ -139,8 +145,9 @@ class Prefiller:
             chunk_tokens=layout.num_chunk_tokens,
             reused_tokens=layout.num_chunk_tokens - num_recomputed,
             recomputed_tokens=num_recomputed,
-            fresh_tokens=layout.num_tokens - layout.num_chunk_tokens,
-            row_layers=context.row_layers + row_layers,
+            fresh_tokens=num_fresh,
+            row_layers=row_layers,
+            charged_ratio=(row_layers - num_fresh * num_layers) / (layout.num_chunk_tokens * num_layers),
             chunks=[
                 ChunkReport(chunk.key, len(chunk.input_ids), status)
                 for chunk, status in zip(layout.chunks, statuses, strict=True)
@@ -148,9 +155,10 @@ class Prefiller:
             timings_s=timings,
         )
         cache = resumable_cache([layer.keys for layer in layers], [layer.values for layer in layers])
-        return PrefillResult(cache, context.input_ids[None], logits, report)
+        return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed)
 
-    def _query_context(self, layout: PromptLayout, layers: Sequence[RowsLayer], ratio: float) -> QueryContext:
+    def query_context(self, layout: PromptLayout, layers: Sequence[RowsLayer], ratio: float) -> QueryContext:
+        """Return what a strategy sees of a prompt over the given caches."""
         device = self.model.device
         eligible = layout.is_chunk.clone()
         if layout.exact_first_chunk and not self.config.first_chunk_eligible:
@@ -164,5 +172,6 @@ class Prefiller:
             is_chunk=layout.is_chunk.to(device),
             eligible=eligible.to(device),
             budget=token_budget(ratio, layout.num_chunk_tokens),
+            recompute_ratio=ratio,
             config=self.config,
         )

@@ -13,7 +13,6 @@ No model is known by name. Four questions are put to the model itself, on tokens
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +25,7 @@ from prophetkv_rag.attention import (
     RowsLayer,
     backbone,
     cache_of,
+    model_lock,
     run_pass,
 )
 from prophetkv_rag.errors import UnsupportedModelError
@@ -40,8 +40,6 @@ MAX_MASK_POSITIONS = 1 << 20
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 # An angle computed in fp32, as models do, is off by up to this much per position.
 ANGLE_ERROR_PER_POSITION = 2.4e-7
-
-_lock = threading.Lock()
 
 
 def probe_model(model: Any) -> ModelSupport:
@@ -59,7 +57,7 @@ def probe_model(model: Any) -> ModelSupport:
     """
     name = str(getattr(model.config, "model_type", type(model).__name__))
     try:
-        with _lock:
+        with model_lock(model):
             return _probe(model, name)
     except UnsupportedModelError as error:
         msg = f"{name} cannot be used: {error}. Any model that `prophetkv-rag doctor MODEL` accepts will do"

@@ -15,8 +15,6 @@ from transformers.cache_utils import DynamicLayer
 from prophetkv_rag.attention import AttentionCall, AttentionPass, attention_implementation, backbone, cache_of
 from prophetkv_rag.errors import UnsupportedModelError
 
-PROBE_NAME = "prophetkv_probe"
-
 
 class CallRecorder(AttentionPass):
     """Notes each layer's call; a single token attends to itself only, so its output is its value."""
@@ -87,7 +85,7 @@ def run_single_tokens(
     recorder, masks = CallRecorder(), MaskRecorder(model.dtype, model.device)
     layers = [SeenLayer(seen) for _ in range(num_layers)]
     try:
-        with attention_implementation(model, recorder, name=PROBE_NAME, mask_function=masks), torch.no_grad():
+        with attention_implementation(model, recorder, mask_function=masks), torch.no_grad():
             backbone(model)(
                 input_ids=tokens[:, None],
                 position_ids=torch.full((tokens.shape[0], 1), position, device=tokens.device),

@@ -18,7 +18,8 @@ class Prompt:
 
     Attributes:
         prefix: Everything before the first chunk; always computed exactly.
-        chunks: The retrieved chunks, in prompt order.
+        chunks: The retrieved chunks, in prompt order. The cache of one that was never added (`engine.add_chunks`) is
+            computed for this prompt alone and not stored.
         suffix: Everything after the last chunk; holds the question, unless `query` says otherwise.
         query: The question, where it is known apart from the suffix. Its tokens then ask in stage I if the suffix
             does not contain them, or if `ProphetKVConfig.query_scope` is `"question"`.

@@ -7,7 +7,7 @@ position, to the merged cache. Tokens outside the chunks ride in the same pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,8 @@ class LayerView:
     """What a strategy that prunes between layers may look at after a layer: stale against fresh rows.
 
     All tensors are in the order of `rows`: keys `[Hkv, m, D]` (rotated), values `[Hkv, m, Dv]`. Only chunk tokens have
-    stale rows to compare with; those of other tokens are 0.
+    stale rows to compare with; those of other tokens are 0. `attention_received` is `[n]`, by position: the weight each
+    chunk token got in this layer, averaged over heads and rows (only of layers in `Selection.watched_layers`).
     """
 
     layer_idx: int
@@ -34,6 +35,22 @@ class LayerView:
     stale_values: torch.Tensor
     fresh_keys: torch.Tensor
     fresh_values: torch.Tensor
+    attention_received: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recomputed:
+    """What stage II did.
+
+    Attributes:
+        logits: `[1, vocab]` of the prompt's last token, fp32.
+        rows: The positions that ran through every layer.
+        row_layers: Rows x layers that were run.
+    """
+
+    logits: torch.Tensor
+    rows: torch.Tensor
+    row_layers: int
 
 
 Pruner = Callable[[LayerView], "torch.Tensor | None"]
@@ -49,7 +66,8 @@ def recompute(
     *,
     always: torch.Tensor | None = None,
     prune: Pruner | None = None,
-) -> tuple[torch.Tensor, int]:
+    watched: Mapping[int, torch.Tensor] | None = None,
+) -> Recomputed:
     """Run `rows` through all layers over the assembled cache.
 
     Args:
@@ -60,11 +78,9 @@ def recompute(
         rows: `[m]` ascending positions to compute; the last one must be the prompt's last token.
         always: Positions that pruning never drops (the tokens outside the chunks).
         prune: Called after each layer; what it drops keeps the fresh keys and values of the layers so far.
-
-    Returns:
-        `[1, vocab]` logits of the prompt's last token, and the rows x layers that were run.
+        watched: See `RowsPass`; what was received is handed to `prune`.
     """
-    rows_pass = RowsPass(support.layers, rows, last_row_only=True)
+    rows_pass = RowsPass(support.layers, rows, last_row_only=True, watched=watched)
     num_layers = len(support.layers)
     if prune is None:
         for layer in layers:
@@ -78,7 +94,7 @@ def recompute(
             logits=True,
         )
         assert logits is not None
-        return logits, rows.shape[0] * num_layers
+        return Recomputed(logits, rows, rows.shape[0] * num_layers)
 
     pruning = _Pruning(rows_pass, layers, prune, always)
     with ExitStack() as hooks:
@@ -94,7 +110,7 @@ def recompute(
             logits=True,
         )
     assert logits is not None
-    return logits, pruning.row_layers
+    return Recomputed(logits, rows_pass.rows, pruning.row_layers)
 
 
 class _Pruning:
@@ -139,7 +155,15 @@ class _Pruning:
         assert layer.stale is not None
         assert layer.fresh is not None
         rows = self.rows_pass.rows
-        view = LayerView(index, rows, layer.stale[0][0], layer.stale[1][0], layer.fresh[0][0], layer.fresh[1][0])
+        view = LayerView(
+            layer_idx=index,
+            rows=rows,
+            stale_keys=layer.stale[0][0],
+            stale_values=layer.stale[1][0],
+            fresh_keys=layer.fresh[0][0],
+            fresh_values=layer.fresh[1][0],
+            attention_received=self.rows_pass.received.get(index),
+        )
         layer.stale = layer.fresh = None
         kept = self.prune(view)
         if kept is None:

@@ -44,7 +44,10 @@ class ReuseReport:
 
     `prompt_tokens == reused_tokens + recomputed_tokens + fresh_tokens` and
     `chunk_tokens == reused_tokens + recomputed_tokens`; fresh tokens are those outside every chunk.
-    `row_layers` is the budget really spent: rows x layers run at query time, stage I included.
+    `recomputed_tokens` ran through every layer. `row_layers` is what really ran: rows x layers at query time, stage I
+    and layers run in full included. `charged_ratio` is that as a fraction of full prefill's work on the chunks: all
+    rows x layers beyond one pass of the fresh tokens, over chunk tokens x layers. Strategies of one `recompute_ratio`
+    may differ in it.
     """
 
     strategy: str
@@ -55,6 +58,7 @@ class ReuseReport:
     recomputed_tokens: int
     fresh_tokens: int
     row_layers: int = 0
+    charged_ratio: float = 0.0
     chunks: list[ChunkReport] = field(default_factory=list)
     timings_s: Timings = field(default_factory=Timings)
 

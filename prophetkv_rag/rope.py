@@ -33,12 +33,11 @@ class Rotation:
 
 
 class RopeTables:
-    """cos/sin tables for given positions, one pair per distinct rotation, made in float64 and rounded once."""
+    """cos/sin tables for given positions, one pair per distinct rotation, made in float64 and rounded once, to fp32."""
 
-    def __init__(self, position_ids: torch.Tensor, *, dtype: torch.dtype = torch.float32) -> None:
-        """Prepare tables for `position_ids` (`[n]`, int64); `dtype` is what the tables are rounded to."""
+    def __init__(self, position_ids: torch.Tensor) -> None:
+        """Prepare tables for `position_ids` (`[n]`, int64)."""
         self.position_ids = position_ids
-        self.dtype = dtype
         self._tables: dict[tuple[float, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def cos_sin(self, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +45,7 @@ class RopeTables:
         if rotation.inv_freq not in self._tables:
             inv_freq = torch.tensor(rotation.inv_freq, dtype=torch.float64, device=self.position_ids.device)
             angles = self.position_ids.to(torch.float64)[:, None] * inv_freq
-            self._tables[rotation.inv_freq] = (angles.cos().to(self.dtype), angles.sin().to(self.dtype))
+            self._tables[rotation.inv_freq] = (angles.cos().float(), angles.sin().float())
         return self._tables[rotation.inv_freq]
 
     def rotate(self, states: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:

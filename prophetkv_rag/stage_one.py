@@ -7,7 +7,6 @@ alone. A question that stands before the chunks asks from extra rows behind the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,8 +33,8 @@ class QueryContext:
         is_chunk: `[N]` bool on the model's device: tokens whose rows come from a chunk cache.
         eligible: `[N]` bool: tokens that may be selected.
         budget: Number of chunk tokens to recompute.
+        recompute_ratio: The ratio that the budget comes from.
         config: The engine's settings.
-        seconds: Time spent in stage I so far.
         row_layers: Rows x layers run in stage I so far.
         prefix_done: Whether the prefix's rows have been computed (they need not be again).
     """
@@ -48,8 +47,8 @@ class QueryContext:
     is_chunk: torch.Tensor
     eligible: torch.Tensor
     budget: int
+    recompute_ratio: float
     config: ProphetKVConfig
-    seconds: float = 0.0
     row_layers: int = 0
     prefix_done: bool = False
     _scores: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
@@ -64,9 +63,7 @@ class QueryContext:
         score_softmax = score_softmax or self.config.score_softmax
         query_scope = query_scope or self.config.query_scope
         if (score_softmax, query_scope) not in self._scores:
-            started = time.perf_counter()
             self._scores[score_softmax, query_scope] = self._run(score_softmax == "context", query_scope)
-            self.seconds += time.perf_counter() - started
         return self._scores[score_softmax, query_scope]
 
     def _run(self, context_softmax: bool, query_scope: str) -> torch.Tensor:

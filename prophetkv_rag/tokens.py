@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.prompt import TextOrIds
+
+logger = logging.getLogger(__name__)
 
 _SENTINEL = "\u2063prophetkv\u2063"
 # Put in front of a chat template, this macro hides the function that templates print today's date with.
@@ -25,6 +28,7 @@ class Tokens:
         # another thread's call on the shared one cannot turn a chunk's text into control tokens.
         self._chunk_tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
+        self._start: list[int] | None = None
 
     @property
     def has_chat_template(self) -> bool:
@@ -56,10 +60,12 @@ class Tokens:
         return ids
 
     def _start_ids(self) -> list[int]:
-        """Return what the tokenizer itself puts in front of a text: BOS, or nothing."""
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        ids = list(self.tokenizer("")["input_ids"])
-        return ids[:1] if bos is not None and ids[:1] == [bos] else []
+        """Return what the tokenizer itself puts in front of a text, asked once: BOS, or nothing."""
+        if self._start is None:
+            bos = getattr(self.tokenizer, "bos_token_id", None)
+            ids = list(self.tokenizer("")["input_ids"])
+            self._start = ids[:1] if bos is not None and ids[:1] == [bos] else []
+        return self._start
 
     def chunk(self, text: str) -> list[int]:
         """Tokenise a chunk; special-token strings in it stay text."""
@@ -101,16 +107,37 @@ class Tokens:
             msg = f"the model's chat template rejects these messages: {error}"
             raise InputError(msg) from error
 
+    def encoding_prefix(
+        self, configured: TextOrIds | None, lead_in: str | None, *, max_lead_in_tokens: int
+    ) -> tuple[int, ...]:
+        """Return the token ids that chunks are encoded behind.
+
+        Args:
+            configured: The whole prefix, where the user gave one; `None` for the default opening and the lead-in.
+            lead_in: Text behind the default opening, or `None`; left out without a tokenizer.
+            max_lead_in_tokens: Of the lead-in, only this many tokens from its start are used.
+        """
+        if configured is not None:
+            return tuple(self.fresh(configured, first=True))
+        lead_in_ids = self.fresh(lead_in)[:max_lead_in_tokens] if lead_in and self.tokenizer is not None else []
+        return (*self.default_encoding_prefix(), *lead_in_ids)
+
     def default_encoding_prefix(self) -> tuple[int, ...]:
-        """Return what chunks are encoded behind by default: BOS and the chat template's opening of a user message."""
+        """Return what chunks are encoded behind by default: BOS and the chat template's opening of a user message.
+
+        Of a template that rejects a lone user message it is BOS alone.
+        """
         if self.tokenizer is None:
             return ()
         text = ""
         if self.has_chat_template:
             # Some templates print today's date; a prefix that changes every night would lose every cache.
-            rendered = self.render(
-                [{"role": "user", "content": _SENTINEL}], chat_template=_FIXED_DAY + self.tokenizer.get_chat_template()
-            )
+            try:
+                template = _FIXED_DAY + self.tokenizer.get_chat_template()
+                rendered = self.render([{"role": "user", "content": _SENTINEL}], chat_template=template)
+            except ValueError as error:  # also transformers', of several templates with no default
+                logger.warning("chunks are encoded behind no chat template's opening: %s", error)
+                rendered = ""
             opening, found, _ = rendered.partition(_SENTINEL)
             text = opening if found else ""
         return tuple(self.fresh(text, first=True))

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from prophetkv_rag.errors import ProphetKVError
+from prophetkv_rag.errors import FetchError
 
 Progress = Callable[[str], None]
 """Told, in a few words, what is being done."""
@@ -24,10 +24,6 @@ Progress = Callable[[str], None]
 SOURCE_FILE = "source.json"
 _TEMPORARY_PREFIX = ".fetching-"
 _STALE_AFTER_S = 6 * 3600
-
-
-class FetchError(ProphetKVError):
-    """A model could not be fetched: no registry, not the pinned bytes, or no room; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)

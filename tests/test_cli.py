@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from prophetkv_rag import __version__
 from prophetkv_rag.cli.app import main
+from prophetkv_rag.cli.database import Database
+from prophetkv_rag.cli.indexing import IndexSummary, index_documents
+from prophetkv_rag.model import load_model
 from tests.tiny import save_tiny, save_tiny_encoder, text_of, tiny_tokenizer
 
 REPORT_KEYS = {
@@ -193,6 +197,62 @@ def test_an_interrupted_index_is_completed(run: Run, docs: Path, monkeypatch: py
     assert finished["total_chunks"] == whole["total_chunks"] == finished["caches"]["chunks"]
 
 
+def test_files_of_one_name_in_two_directories_are_two_files(run: Run, docs: Path) -> None:
+    before = index_tiny(run, docs)
+    other = Path("other")
+    other.mkdir()
+    (other / "one.txt").write_text((docs / "one.txt").read_text())  # the same text, so the same stamp
+    (other / "two.txt").write_text(text_of(40, seed=8))
+    both = index_tiny(run, other)
+    assert (both["indexed"], both["removed"]) == (["one.txt", "two.txt"], [])
+    assert both["total_chunks"] == before["total_chunks"] + both["new_chunks"]
+    for directory in (docs, other):
+        assert index_tiny(run, directory)["indexed"] == []
+    (other / "one.txt").unlink()
+    assert index_tiny(run, other)["removed"] == ["one.txt"]
+    assert index_tiny(run, docs)["indexed"] == []
+
+
+def test_an_interrupted_change_of_models_is_noticed(
+    run: Run, docs: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prophetkv_rag.chroma import KVCachingCollection
+
+    count = index_tiny(run, docs)["total_chunks"]
+    other = save_tiny(tmp_path / "other", seed=5)
+    proxies: list[KVCachingCollection] = []
+    renew = KVCachingCollection._renew
+
+    def interrupted(self: KVCachingCollection, stored: Any) -> None:
+        proxies.append(self)
+        if len(proxies) == 2:
+            raise KeyboardInterrupt
+        renew(self, stored)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("prophetkv_rag.chroma._QUERY_SIZE", 2)
+        patched.setattr(KVCachingCollection, "_renew", interrupted)
+        run("ask", "Who?", "--model", other, "--max-new-tokens", 1, status=130)
+    assert proxies[0].progress is None
+    # The first two chunks' caches are the other model's by now; the settings must not say that all are the first's.
+    answer = run("ask", "Who?", "--model", tiny_model, "--top-k", 50, "--max-new-tokens", 1, "--json")
+    assert [chunk["status"] for chunk in answer["report"]["chunks"]] == ["hit"] * count
+    assert run("cache", "stats", "--json")["chunks"] == count
+
+
+def test_what_is_no_text_file_is_left_out(run: Run, docs: Path) -> None:
+    import os
+
+    os.mkfifo(docs / "pipe")  # reading it would wait for somebody to write
+    run("index", docs, "--chunk-size", 64, "--db", docs)
+    report = run("index", docs, "--chunk-size", 64, "--db", docs, "--json")
+    assert report["indexed"] == []
+    assert report["skipped"]["pipe"] == "not a regular file"
+    assert "prophetkv-rag.json" not in report["skipped"]
+    report = index_tiny(run, docs, "--db", "elsewhere")  # another database's settings are no document either
+    assert report["indexed"] == ["deep/two.md", "one.txt"]
+
+
 def test_settings_are_remembered(run: Run, docs: Path, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "other", seed=5)
     index_tiny(run, docs, "--model", other)
@@ -247,6 +307,29 @@ def test_doctor_on_a_supported_model(run: Run, tiny_model: Path) -> None:
     assert "is supported: llama, 3 layers" in run("doctor", tiny_model)
 
 
+def test_a_terminal_shows_one_status_at_a_time(run: Run, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+    """rich refuses a second spinner inside the first."""
+    from contextlib import contextmanager
+
+    depth = 0
+
+    @contextmanager
+    def one_status(message: str) -> Any:
+        nonlocal depth
+        assert depth == 0, message
+        depth += 1
+        yield lambda text: None
+        depth -= 1
+
+    monkeypatch.setattr("prophetkv_rag.cli.doctor.status", one_status)
+    monkeypatch.setattr("prophetkv_rag.cli.model_choice.status", one_status)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: None)
+    monkeypatch.setattr(
+        "prophetkv_rag.model.load_model", lambda name, load=load_model: load(tiny_model) if name == "a/name" else None
+    )
+    assert run("doctor", "a/name", "--json")["supported"] is True
+
+
 def test_doctor_on_a_refused_model(run: Run, tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=480, n_embd=32, n_layer=2, n_head=2, n_positions=512)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
@@ -263,6 +346,15 @@ def test_version_and_help(run: Run) -> None:
         assert "--help" in run(*command, "--help")
 
 
+def no_time_at_all(index: Callable[..., IndexSummary]) -> Callable[..., IndexSummary]:
+    def indexed(*arguments: Any) -> IndexSummary:
+        summary = index(*arguments)
+        summary.seconds = 0.0
+        return summary
+
+    return indexed
+
+
 def test_demo(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model's answers are noise, but the path is the real one; the second run computes no cache."""
     monkeypatch.setattr("prophetkv_rag.cli.demo.MAX_NEW_TOKENS", 2)
@@ -274,6 +366,10 @@ def test_demo(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         assert question["prophetkv"]["sources"] == question["full_prefill"]["sources"]
         assert question["prophetkv"]["report"]["reused_tokens"] > 0
     assert {"machine", "model", "model_source", "versions"} <= set(first["conditions"])
+    bring = Database.bring_caches_up_to_date
+    monkeypatch.setattr(Database, "bring_caches_up_to_date", lambda self: (time.sleep(1), bring(self))[1])
+    monkeypatch.setattr("prophetkv_rag.cli.indexing.index_documents", no_time_at_all(index_documents))
+    assert run("demo", "--json")["indexing"]["seconds"] >= 1, "bringing the caches up to date counts"
     printed = run("demo")
     assert "KV caches reused from an earlier run, nothing computed" in printed
     assert "Time to first token" in printed
@@ -336,7 +432,7 @@ def test_unknown_models(fails: Run, run: Run, docs: Path) -> None:
         (["--recompute-ratio", "lots"], "Invalid value for '--recompute-ratio'"),
         (["--top-k", "0"], "Invalid value for '--top-k'"),
         (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
-        (["--strategy", "magic"], "'magic'; available: "),
+        (["--strategy", "magic"], "'magic'; allowed: "),
         (["--nonsense"], "No such option"),
     ],
 )

@@ -70,7 +70,7 @@ class ProphetKVLLM(QueryAwareLLM):
 
     model_name: str = Field(default="", description="Name shown in events and logs; by default the model's own.")
     context_window: int = Field(
-        default=0, description="Tokens of prompt and answer together; 0 for the engine's own window.", ge=0
+        default=0, description="Tokens of prompt and answer together; at most, and by default, the engine's.", ge=0
     )
     max_new_tokens: int = Field(default=256, description="Most tokens that one answer may have.", gt=0)
     temperature: float = Field(default=0.0, description="Sampling temperature; 0 takes the likeliest token.", ge=0.0)
@@ -90,8 +90,8 @@ class ProphetKVLLM(QueryAwareLLM):
             msg = f"ProphetKVLLM needs {missing}: ProphetKVLLM(engine=...) or ProphetKVLLM.from_pretrained(name)"
             raise InputError(msg)
         fields["model_name"] = fields.get("model_name") or _name_of(engine.model)
-        fields["context_window"] = fields.get("context_window") or engine.context_window
         super().__init__(**fields)
+        self.context_window = min(self.context_window or engine.context_window, engine.context_window)
         self._engine = engine
 
     @classmethod

@@ -24,25 +24,31 @@ def usage(result: GenerationResult | StreamChunk) -> dict[str, int]:
     }
 
 
-def raw(result: GenerationResult | StreamChunk) -> dict[str, Any]:
+def raw(result: GenerationResult | StreamChunk, report: dict[str, Any] | None = None) -> dict[str, Any]:
     """`ReuseReport.to_dict()`, the `usage` counts and the `finish_reason`; it survives `json.dumps`.
 
-    LlamaIndex keeps `raw` in responses, events and histories: tensors in it would stay alive as long as those do.
+    `report` is the report as a dictionary, where the caller has it already. LlamaIndex keeps `raw` in responses, events
+    and histories: tensors in it would stay alive as long as those do.
     """
-    return {**result.report.to_dict(), "usage": usage(result), "finish_reason": result.finish_reason}
+    report = result.report.to_dict() if report is None else report
+    return {**report, "usage": usage(result), "finish_reason": result.finish_reason}
 
 
-def to_completion(result: GenerationResult | StreamChunk, *, delta: str | None = None) -> CompletionResponse:
+def to_completion(
+    result: GenerationResult | StreamChunk, *, delta: str | None = None, report: dict[str, Any] | None = None
+) -> CompletionResponse:
     """Return a finished answer, or one step of a stream with its `delta`, as a completion."""
-    return CompletionResponse(text=result.text, delta=delta, raw=raw(result), additional_kwargs=usage(result))
+    return CompletionResponse(text=result.text, delta=delta, raw=raw(result, report), additional_kwargs=usage(result))
 
 
-def to_chat_response(result: GenerationResult | StreamChunk, *, delta: str | None = None) -> ChatResponse:
+def to_chat_response(
+    result: GenerationResult | StreamChunk, *, delta: str | None = None, report: dict[str, Any] | None = None
+) -> ChatResponse:
     """Return a finished answer, or one step of a stream with its `delta`, as an assistant message."""
     return ChatResponse(
         message=ChatMessage(role=MessageRole.ASSISTANT, content=result.text),
         delta=delta,
-        raw=raw(result),
+        raw=raw(result, report),
         additional_kwargs=usage(result),
     )
 
@@ -52,5 +58,7 @@ def responses(
 ) -> Generator[Response, None, None]:
     """Convert a stream step by step; closing this generator closes `chunks`, which stops the generation."""
     with closing(chunks):
+        report: dict[str, Any] | None = None  # one for all steps: they differ in text and counts only
         for chunk in chunks:
-            yield to_response(chunk, delta=chunk.delta)
+            report = chunk.report.to_dict() if report is None else report
+            yield to_response(chunk, delta=chunk.delta, report=report)

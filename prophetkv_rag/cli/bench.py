@@ -1,10 +1,9 @@
-"""`prophetkv-rag bench ttft|quality`: speed and fidelity on one's own machine, model and data."""
+"""`prophetkv-rag bench ttft`: speed and memory on one's own machine and model."""
 
 from __future__ import annotations
 
 import os
 import platform
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,6 @@ import typer
 
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
 from prophetkv_rag.cli.model_choice import chosen_model
-from prophetkv_rag.errors import InputError
 
 app = typer.Typer(help="Measure speed and fidelity on your own machine, model and data.", no_args_is_help=True)
 
@@ -22,7 +20,8 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 _Chunk = Annotated[int, typer.Option(min=16, help="Tokens per chunk.")]
 
 
-def _conditions(engine: Any, model: str) -> dict[str, Any]:
+def conditions_of(engine: Any, model: str) -> dict[str, Any]:
+    """Return what a measurement depends on besides its own options."""
     import torch
 
     return {
@@ -56,12 +55,14 @@ def ttft(
     from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.evaluation.memory import peak_memory_bytes
     from prophetkv_rag.evaluation.ttft import corpus_prompt, measure_index_throughput, measure_ttft
+    from prophetkv_rag.selection import make_strategy
     from prophetkv_rag.store.disk import DiskStore
 
+    make_strategy(strategy)
     name = chosen_model(model)
     with status(f"loading {Path(name).name}"):
         engine = ProphetKVEngine.from_pretrained(name)
-    report: dict[str, Any] = {"conditions": _conditions(engine, name), "ttft": [], "memory": []}
+    report: dict[str, Any] = {"conditions": conditions_of(engine, name), "ttft": [], "memory": []}
     with progress_bar("indexing against raw prefill", 1) as advance:
         report["index"] = measure_index_throughput(engine, chunk_tokens=chunk_tokens)
         advance(1)
@@ -144,87 +145,3 @@ def _print_ttft(report: dict[str, Any], strategy: str) -> None:
             f"{row['peak_ratio']:.2f} times full prefill's ({row['full_prefill']['peak'] / 2**20:.0f} MiB)"
         )
     console.print(", ".join(f"{key} {value}" for key, value in report["conditions"].items()))
-
-
-@app.command()
-def quality(
-    data: Annotated[list[Path], typer.Option(help="JSON lines with id, question, answers, passages; repeatable.")],
-    model: _Model = None,
-    rows: Annotated[int, typer.Option(min=1, help="Questions taken from the start of each file.")] = 25,
-    recompute_ratio: Annotated[list[float], typer.Option(min=0, max=1, help="Ratios; may be repeated.")] = [0.2],  # noqa: B006
-    strategy: Annotated[list[str], typer.Option(help="Strategies; may be repeated.")] = [  # noqa: B006
-        "full_reuse",
-        "random",
-        "prophetkv",
-    ],
-    chunk_tokens: _Chunk = 256,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer compared, in tokens.")] = 24,
-    raw: Annotated[
-        Path | None, typer.Option(help="Also write one JSON line per question and arm to this file.")
-    ] = None,
-    as_json: _Json = False,
-) -> None:
-    """Compare strategies with full prefill: mean KL over full prefill's answer, with paired bootstrap intervals."""
-    quiet_libraries()
-    import json
-
-    from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.evaluation.fidelity import Arm, measure, summarise
-    from prophetkv_rag.evaluation.questions import read_questions
-    from prophetkv_rag.selection import make_strategy
-
-    for one in strategy:
-        make_strategy(one)
-    questions = [question for path in data for question in read_questions(path, limit=rows)]
-    if not questions:
-        msg = f"no questions in {', '.join(map(str, data))}"
-        raise InputError(msg)
-    arms = list(dict.fromkeys(Arm(one, 0.0 if one == "full_reuse" else r) for one in strategy for r in recompute_ratio))
-    name = chosen_model(model)
-    with status(f"loading {Path(name).name}"):
-        engine = ProphetKVEngine.from_pretrained(name)
-    with progress_bar("questions", len(questions)) as advance:
-        found = measure(
-            engine,
-            questions,
-            arms,
-            chunk_tokens=chunk_tokens,
-            answer_tokens=answer_tokens,
-            on_step=advance,
-        )
-    if raw is not None:
-        raw.write_text("".join(json.dumps(asdict(row)) + "\n" for row in found), encoding="utf-8")
-    report = {
-        "conditions": _conditions(engine, name) | {"chunk_tokens": chunk_tokens, "data": [path.name for path in data]},
-        "arms": summarise(found),
-    }
-    if as_json:
-        print_json(report)
-    else:
-        _print_quality(report)
-
-
-def _print_quality(report: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    console = results()
-    table = Table(title="Distance to full prefill over its own answer (mean, 95% bootstrap interval)")
-    for column in ("strategy", "ratio", "questions", "KL", "KL above prophetkv (paired)", "same top token", "sooner"):
-        table.add_column(column, justify="left" if column == "strategy" else "right")
-    for arm in report["arms"]:
-        above = arm.get("kl_above_reference")
-        table.add_row(
-            arm["strategy"],
-            f"{arm['recompute_ratio']:.0%}",
-            str(arm["questions"]),
-            _interval(arm["kl"]),
-            "-" if above is None else _interval(above),
-            f"{arm['top1_agreement']:.1%}",
-            f"{arm['ttft_ratio']:.2f}",
-        )
-    console.print(table)
-    console.print(", ".join(f"{key} {value}" for key, value in report["conditions"].items()))
-
-
-def _interval(interval: dict[str, float]) -> str:
-    return f"{interval['mean']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prophetkv_rag.cli.console import progress_bar, status
+from prophetkv_rag.config import LEAD_IN_TOKENS, ProphetKVConfig
 from prophetkv_rag.errors import InputError
 
 if TYPE_CHECKING:
     from llama_index.core import VectorStoreIndex
 
     from prophetkv_rag.chroma import KVCachingCollection
-    from prophetkv_rag.config import ProphetKVConfig
     from prophetkv_rag.engine import ProphetKVEngine
 
 DEFAULT_DATABASE = Path(".prophetkv")
@@ -40,11 +40,18 @@ class DatabaseSettings:
         model: Local directory or hub name.
         chunk_size: Tokens per chunk.
         cached_for: Fingerprint of the model that the caches belong to; "" while they are being computed.
+        lead_in: What chunks are encoded behind (`ProphetKVConfig.lead_in`); "" for nothing.
     """
 
     model: str
     chunk_size: int
     cached_for: str = ""
+    lead_in: str = ""
+
+
+def lead_in_of(text: str) -> str:
+    """Return as much of a document as a lead-in can use (the engine cuts it to its number of tokens)."""
+    return text[: 8 * LEAD_IN_TOKENS]
 
 
 def find_settings(path: Path) -> DatabaseSettings | None:
@@ -56,7 +63,12 @@ def find_settings(path: Path) -> DatabaseSettings | None:
     file = path / SETTINGS_FILE
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        return DatabaseSettings(str(values["model"]), int(values["chunk_size"]), str(values.get("cached_for", "")))
+        return DatabaseSettings(
+            model=str(values["model"]),
+            chunk_size=int(values["chunk_size"]),
+            cached_for=str(values.get("cached_for", "")),
+            lead_in=str(values.get("lead_in", "")),
+        )
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -116,10 +128,14 @@ class Database:
         fingerprint = self.engine.identity.fingerprint
         is_current = self.settings.cached_for == fingerprint and (len(self.engine.chunk_index) > 0 or count == 0)
         if not is_current and count:
+            self.settings = replace(self.settings, cached_for="")  # interrupted, it is neither model's
+            save_settings(self.path, self.settings)
             with progress_bar("computing the KV caches for this model", count) as advance:
                 self.collection.progress = lambda done, total: advance(1)
-                self.collection.cache_existing()
-                self.collection.progress = None
+                try:
+                    self.collection.cache_existing()
+                finally:
+                    self.collection.progress = None
         self.settings = replace(self.settings, cached_for=fingerprint)
         save_settings(self.path, self.settings)
         return 0 if is_current else count
@@ -149,6 +165,7 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
 
     with status(f"loading {Path(settings.model).name}"):
         model, tokenizer = load_model(settings.model)
+        config = replace(config or ProphetKVConfig(), lead_in=settings.lead_in or None)
         engine = ProphetKVEngine(model, tokenizer, config=config, store=DiskStore(directory / BLOB_DIRECTORY))
         client, chroma_collection = _open_chroma(directory)
         collection = KVCachingCollection(chroma_collection, engine)

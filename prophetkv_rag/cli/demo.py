@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ from prophetkv_rag.cli.database import (
     Database,
     DatabaseSettings,
     find_settings,
+    lead_in_of,
     open_database,
     save_settings,
 )
@@ -45,7 +47,7 @@ def demo(
     path = _database_path(name)
     with speeches_directory() as speeches:
         documents = read_documents(speeches, exclude=path)
-        database = _open(path, name)
+        database = _open(path, name, documents.files[0].text)
         try:
             indexing = _index(database, speeches, documents)
             if not as_json:
@@ -74,10 +76,12 @@ def _database_path(model: str) -> Path:
     return cache_directory() / "demo" / Path(model).name
 
 
-def _open(path: Path, model: str) -> Database:
+def _open(path: Path, model: str, first_document: str) -> Database:
     remembered = find_settings(path)
     cached_for = remembered.cached_for if remembered else ""
-    database = open_database(path, DatabaseSettings(model, DEFAULT_CHUNK_SIZE, cached_for))
+    database = open_database(
+        path, DatabaseSettings(model, DEFAULT_CHUNK_SIZE, cached_for, lead_in=lead_in_of(first_document))
+    )
     save_settings(path, database.settings)
     return database
 
@@ -85,8 +89,10 @@ def _open(path: Path, model: str) -> Database:
 def _index(database: Database, speeches: Path, documents: Any) -> dict[str, Any]:
     from prophetkv_rag.cli.indexing import index_documents
 
+    started = time.perf_counter()
     recomputed = database.bring_caches_up_to_date()
     summary = asdict(index_documents(database, speeches, documents))
+    summary["seconds"] = time.perf_counter() - started  # those of both
     stats = database.engine.store.stats()
     summary["computed_chunks"] = max(recomputed, summary["new_chunks"])
     summary["caches"] = {"tokens": stats.tokens, "nbytes": stats.nbytes, "location": stats.location}

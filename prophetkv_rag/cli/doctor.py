@@ -23,8 +23,9 @@ def doctor(
     from prophetkv_rag.model import load_model
     from prophetkv_rag.probe import probe_model
 
+    name = chosen_model(model)  # shows a status of its own, and a terminal has room for one
     with status(f"loading {model}") as tell:
-        loaded, _ = load_model(chosen_model(model))
+        loaded, _ = load_model(name)
         tell(f"probing {model}")
         try:
             support = probe_model(loaded)

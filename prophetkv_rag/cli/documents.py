@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from prophetkv_rag.cli.database import SETTINGS_FILE
 from prophetkv_rag.errors import InputError
 
 MAX_FILE_BYTES = 64 << 20
@@ -30,8 +32,9 @@ class Documents:
 def read_documents(directory: Path, *, exclude: Path) -> Documents:
     """Read every text file below `directory`: anything that is UTF-8, whatever its ending.
 
-    Hidden files and directories are passed over silently, and so is `exclude`, the database. Binary, empty, unreadable
-    and very large files are skipped and named. Symbolic links to directories are not followed.
+    Hidden files and directories are passed over silently, and so are `exclude`, the database, and the settings file of
+    any other. Binary, empty, unreadable and very large files are skipped and named, and so is what is no file (a named
+    pipe would be waited for). Symbolic links to directories are not followed.
 
     Raises:
         InputError: If the directory is missing or holds no text file.
@@ -61,12 +64,16 @@ def _walk(directory: Path, exclude: Path) -> list[Path]:
     for parent, folders, names in os.walk(directory):
         base = Path(parent)
         folders[:] = sorted(f for f in folders if not f.startswith(".") and (base / f).resolve() != exclude)
-        found += [base / name for name in sorted(names) if not name.startswith(".")]
+        found += [base / name for name in sorted(names) if not name.startswith(".") and name != SETTINGS_FILE]
     return found
 
 
 def _read_text(path: Path) -> str:
-    if path.stat().st_size > MAX_FILE_BYTES:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        msg = "not a regular file"
+        raise ValueError(msg)
+    if found.st_size > MAX_FILE_BYTES:
         msg = f"larger than {MAX_FILE_BYTES >> 20} MiB"
         raise ValueError(msg)
     content = path.read_bytes()

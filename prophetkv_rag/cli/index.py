@@ -16,6 +16,7 @@ from prophetkv_rag.cli.database import (
     DatabaseSettings,
     check_writable,
     find_settings,
+    lead_in_of,
     open_database,
     save_settings,
 )
@@ -34,11 +35,20 @@ def index(
         int | None,
         typer.Option(min=64, help=f"Tokens per chunk; by default the database's, else {DEFAULT_CHUNK_SIZE}."),
     ] = None,
+    lead_in: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text file whose start all chunks are encoded behind, or 'none'; by default the database's, else the "
+            "first document. Another one means that all KV caches are computed again.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Split the text files of DIR into chunks, embed them into Chroma and compute their KV caches.
 
-    Files that did not change since the last time are skipped.
+    Files that did not change since the last time are skipped. What was indexed from other directories stays; a
+    directory is known by its path.
     """
     documents = read_documents(directory, exclude=db)
     check_writable(db)
@@ -47,6 +57,7 @@ def index(
         model=chosen_model(model, remembered.model if remembered else None),
         chunk_size=chunk_size or (remembered.chunk_size if remembered else DEFAULT_CHUNK_SIZE),
         cached_for=remembered.cached_for if remembered else "",
+        lead_in=_lead_in(lead_in, remembered.lead_in if remembered else lead_in_of(documents.files[0].text)),
     )
     quiet_libraries()
     fetch_embedding()
@@ -79,6 +90,18 @@ def cache_totals(database: Database) -> dict[str, Any]:
     """Number, tokens and bytes of the stored caches, and where they lie."""
     stats = database.engine.store.stats()
     return {"chunks": stats.chunks, "tokens": stats.tokens, "nbytes": stats.nbytes, "location": stats.location}
+
+
+def _lead_in(wanted: str | None, otherwise: str) -> str:
+    if wanted is None:
+        return otherwise
+    if wanted == "none":
+        return ""
+    try:
+        return lead_in_of(Path(wanted).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"--lead-in: {wanted} cannot be read as UTF-8 text ({error}); give a text file, or 'none'"
+        raise InputError(msg) from error
 
 
 def _print(report: dict[str, Any]) -> None:

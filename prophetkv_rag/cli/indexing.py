@@ -43,7 +43,6 @@ class _StoredFile:
 
     stamps: dict[str, str] = field(default_factory=dict)
     expected: int = 0
-    root: str = ""
 
     def is_current(self, stamp: str) -> bool:
         """Whether all of the file's chunks are there, and no others; after an interrupted run they may not be."""
@@ -53,9 +52,10 @@ class _StoredFile:
 def index_documents(database: Database, directory: Path, documents: Documents) -> IndexSummary:
     """Bring the database up to date with `documents`, read from `directory`.
 
-    A file is known by its name relative to the directory. A changed file's chunks are replaced; files of the same
-    directory that are gone are removed. Another chunk size counts as a change of every file. New chunks are written
-    before old ones are deleted, so the caches of chunks that a change left alone are kept.
+    A file is known by the directory and its name relative to it, so several directories may have a file of one name. A
+    changed file's chunks are replaced; files of the same directory that are gone are removed. Another chunk size counts
+    as a change of every file. New chunks are written before old ones are deleted, so the caches of chunks that a change
+    left alone are kept.
     """
     started = time.perf_counter()
     summary = IndexSummary(skipped=dict(documents.skipped))
@@ -64,16 +64,16 @@ def index_documents(database: Database, directory: Path, documents: Documents) -
     nodes: list[BaseNode] = []
     old_ids: set[str] = set()
     for file in documents.files:
-        stamp = _stamp(database, file)
-        if file.name in stored and stored[file.name].is_current(stamp):
+        stamp, held = _stamp(database, file), stored.get((root, file.name), _StoredFile())
+        if held.is_current(stamp):
             summary.unchanged.append(file.name)
             continue
-        old_ids.update(stored[file.name].stamps if file.name in stored else ())
+        old_ids.update(held.stamps)
         nodes += _split(database, file, stamp=stamp, root=root)
         summary.indexed.append(file.name)
     names = {file.name for file in documents.files}
-    for name, held in stored.items():
-        if held.root == root and name not in names:
+    for (directory_of, name), held in stored.items():
+        if directory_of == root and name not in names:
             old_ids.update(held.stamps)
             summary.removed.append(name)
     _insert(database, nodes)
@@ -99,15 +99,15 @@ def _stamp(database: Database, file: TextFile) -> str:
     return hashlib.sha256(f"{database.settings.chunk_size}:{file.text}".encode()).hexdigest()
 
 
-def _stored_files(database: Database) -> dict[str, _StoredFile]:
-    files: dict[str, _StoredFile] = defaultdict(_StoredFile)
+def _stored_files(database: Database) -> dict[tuple[str, str], _StoredFile]:
+    """Return what is stored by directory and name."""
+    files: dict[tuple[str, str], _StoredFile] = defaultdict(_StoredFile)
     found = database.collection.get(include=["metadatas"])
     for node_id, metadata in zip(found["ids"], found["metadatas"], strict=True):
         metadata = metadata or {}
-        held = files[str(metadata.get("file", ""))]
+        held = files[str(metadata.get("root", "")), str(metadata.get("file", ""))]
         held.stamps[node_id] = str(metadata.get("stamp", ""))
         held.expected = int(metadata.get("num_chunks", 0))
-        held.root = str(metadata.get("root", ""))
     return dict(files)
 
 
@@ -121,7 +121,7 @@ def _split(database: Database, file: TextFile, *, stamp: str, root: str) -> list
     metadata: dict[str, Any] = {"file": file.name, "root": root, "stamp": stamp, "num_chunks": 0}
     document = Document(
         text=file.text,
-        doc_id=file.name,
+        doc_id=f"{hashlib.sha256(root.encode()).hexdigest()[:8]}/{file.name}",
         metadata=metadata,
         # Neither the model nor the embedding sees the bookkeeping: a chunk in the prompt is its text alone.
         excluded_llm_metadata_keys=list(metadata),

@@ -1,177 +1,182 @@
-"""How close a reused prefill is to full prefill: KL divergence over full prefill's own answer, teacher-forced.
+"""How close a reused prefill is to full prefill, on one prompt.
 
-Far less noisy than comparing answers: every position of the answer counts, and 50 questions say something.
+The main measure is the KL divergence from full prefill, teacher-forced over full prefill's own greedy answer: every
+position of the answer counts, so it is far less noisy than comparing answers, and 50 prompts say something.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from prophetkv_rag.attention import complete_cache
+from prophetkv_rag.attention import RowsLayer, complete_cache
+from prophetkv_rag.config import check_recompute_ratio
 from prophetkv_rag.engine import ProphetKVEngine
-from prophetkv_rag.evaluation.questions import Question, join_passages
+from prophetkv_rag.errors import InputError
 from prophetkv_rag.prefill import PrefillResult
+from prophetkv_rag.prompt import Prompt
+from prophetkv_rag.selection import make_strategy
 
-# The default question template of LlamaIndex's query engines, so that what is measured is what users run.
-QUESTION_TEMPLATE = (
-    "Context information is below.\n---------------------\n{context}\n---------------------\n"
-    "Given the context information and not prior knowledge, answer the query.\nQuery: {question}\nAnswer: "
-)
+CORPUS = "corpus"
+"""Suffix `@corpus` of an arm: its chunks are encoded behind a lead-in, other text of the same task."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One thing to measure: a strategy at a ratio."""
+    """One thing to measure: a strategy (with its options, as `make_strategy` reads them) at a ratio.
+
+    `strategy` may end in `@corpus`, for caches that were encoded behind a lead-in (`ProphetKVConfig.lead_in`).
+    """
 
     strategy: str
     recompute_ratio: float
 
     @property
+    def spec(self) -> str:
+        """What `make_strategy` reads."""
+        return self.strategy.partition("@")[0]
+
+    @property
+    def has_lead_in(self) -> bool:
+        """Whether the caches are encoded behind a lead-in."""
+        return self.strategy.endswith(f"@{CORPUS}")
+
+    @property
     def label(self) -> str:
-        """For tables."""
+        """For tables and plots."""
         return self.strategy if self.recompute_ratio == 0 else f"{self.strategy} {self.recompute_ratio:.0%}"
+
+    def check(self, *, allow_lead_in: bool = True) -> None:
+        """Raise `InputError` for an unknown strategy, option or encoding, or a ratio outside [0, 1]."""
+        make_strategy(self.spec)
+        _, found, encoding = self.strategy.partition("@")
+        allowed = (CORPUS,) if allow_lead_in else ()
+        if found and encoding not in allowed:
+            msg = f"strategy {self.strategy!r}: unknown encoding {encoding!r}; allowed: {', '.join(allowed) or 'none'}"
+            raise InputError(msg)
+        try:
+            check_recompute_ratio(self.recompute_ratio)
+        except ValueError as error:
+            raise InputError(str(error)) from None
 
 
 @dataclass(frozen=True, slots=True)
-class FidelityRow:
-    """One question, one arm."""
+class Truth:
+    """Full prefill of a prompt and what it leads to.
 
-    id: str
-    strategy: str
-    recompute_ratio: float
+    Attributes:
+        result: The prefill.
+        answer: Token ids of its greedy answer.
+        log_probs: `[answer, vocab]`, float64: its distribution at every position of the answer.
+        attention: `[N]`, fp32: the attention each chunk token gets from the suffix under full prefill, summed over the
+            layers; 0 outside the chunks.
+    """
+
+    result: PrefillResult
+    answer: list[int]
+    log_probs: torch.Tensor
+    attention: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """An arm's prefill against full prefill.
+
+    Attributes:
+        kl: KL(full || arm) in nats, averaged over the answer's positions, the first token's included.
+        top1_agreement: Share of the answer's positions at which both would choose the same token.
+        answer: Token ids of the arm's own greedy answer, no longer than full prefill's limit.
+        attended_recall: Share of full prefill's most attended chunk tokens, as many as the arm recomputed, that it
+            recomputed (1 minus what is crowded out); `None` if it recomputed none.
+    """
+
     kl: float
     top1_agreement: float
-    prompt_tokens: int
-    recomputed_tokens: int
-    ttft_s: float
-    full_ttft_s: float
-
-
-def measure_question(
-    engine: ProphetKVEngine, question: Question, arms: Sequence[Arm], *, chunk_tokens: int, answer_tokens: int
-) -> list[FidelityRow]:
-    """Compare each arm with full prefill on one question.
-
-    The answer is full prefill's greedy one, of up to `answer_tokens` tokens. KL(full || arm) is averaged over the
-    answer's positions, the first token's included.
-    """
-    chunks = join_passages(question.passages, engine.tokenizer, chunk_tokens)
-    keys = engine.add_chunks(chunks, owner="evaluation")
-    content = QUESTION_TEMPLATE.format(context="\n\n".join(chunks), question=question.question)
-    prompt = [{"role": "user", "content": content}]
-    try:
-        full = engine.prefill(prompt, strategy="full_prefill", query=question.question)
-        answer, expected = _greedy_answer(engine, full, answer_tokens)
-        rows = []
-        for arm in arms:
-            result = engine.prefill(
-                prompt, strategy=arm.strategy, recompute_ratio=arm.recompute_ratio, query=question.question
-            )
-            actual = _forced(engine, result, answer)
-            divergence = (expected.exp() * (expected - actual)).sum(dim=-1)
-            rows.append(
-                FidelityRow(
-                    id=question.id,
-                    strategy=arm.strategy,
-                    recompute_ratio=arm.recompute_ratio,
-                    kl=float(divergence.mean()),
-                    top1_agreement=float((expected.argmax(-1) == actual.argmax(-1)).float().mean()),
-                    prompt_tokens=result.report.prompt_tokens,
-                    recomputed_tokens=result.report.recomputed_tokens,
-                    ttft_s=result.report.timings_s.ttft,
-                    full_ttft_s=full.report.timings_s.ttft,
-                )
-            )
-        return rows
-    finally:
-        engine.remove_chunks(keys, owner="evaluation")
+    answer: list[int]
+    attended_recall: float | None
 
 
 @torch.no_grad()
-def _greedy_answer(engine: ProphetKVEngine, full: PrefillResult, answer_tokens: int) -> tuple[list[int], torch.Tensor]:
-    """Return full prefill's greedy answer and its log-probabilities `[answer, vocab]`, in float64."""
-    logits, answer, rows = full.logits, list[int](), []
-    cache = complete_cache(full.past_key_values)
+def full_prefill(engine: ProphetKVEngine, prompt: Prompt, *, answer_tokens: int) -> Truth:
+    """Run full prefill and decode its greedy answer of at most `answer_tokens` tokens."""
+    result = engine.prefill(prompt, strategy="full_prefill")
+    logits, answer, rows = result.logits, list[int](), []
+    cache = complete_cache(result.past_key_values)
     while True:
         rows.append(torch.log_softmax(logits[0].double(), dim=-1))
-        token = int(logits.argmax(-1))
-        answer.append(token)
-        if token in engine.end_tokens or len(answer) >= answer_tokens:
-            return answer, torch.stack(rows)
-        step = torch.tensor([[token]], device=full.input_ids.device)
+        answer.append(int(logits.argmax(-1)))
+        if answer[-1] in engine.end_tokens or len(answer) >= answer_tokens:
+            break
+        step = torch.tensor([answer[-1:]], device=result.input_ids.device)
         logits = engine.model(input_ids=step, past_key_values=cache, use_cache=True).logits[:, -1]
+    return Truth(result, answer, torch.stack(rows), _attention_of(engine, prompt, result))
+
+
+def _attention_of(engine: ProphetKVEngine, prompt: Prompt, result: PrefillResult) -> torch.Tensor:
+    """Score the context on full prefill's own cache, as stage I does on the stale one."""
+    num_tokens = result.input_ids.shape[1]
+    layers = []
+    for filled in result.past_key_values.layers:
+        layers.append(RowsLayer(filled.keys[:, :, :num_tokens].clone(), filled.values[:, :, :num_tokens].clone()))
+    return engine.query_context(prompt, layers).attention_scores(query_scope="suffix")[:num_tokens]
 
 
 @torch.no_grad()
+def compare(engine: ProphetKVEngine, truth: Truth, result: PrefillResult, *, answer_tokens: int) -> Fidelity:
+    """Compare an arm's prefill of the same prompt with full prefill."""
+    actual = _forced(engine, result, truth.answer)
+    divergence = (truth.log_probs.exp() * (truth.log_probs - actual)).sum(dim=-1)
+    agrees = truth.log_probs.argmax(-1) == actual.argmax(-1)
+    recall = None
+    count = int(result.recomputed.shape[0])
+    if count:
+        wanted = truth.attention.topk(count).indices
+        recall = float(torch.isin(wanted, result.recomputed).float().mean())
+    return Fidelity(
+        kl=float(divergence.mean()),
+        top1_agreement=float(agrees.float().mean()),
+        answer=_greedy_from(engine, result, truth.answer, agrees, actual, answer_tokens),
+        attended_recall=recall,
+    )
+
+
 def _forced(engine: ProphetKVEngine, result: PrefillResult, answer: Sequence[int]) -> torch.Tensor:
     """Return log-probabilities `[answer, vocab]` of the answer's positions from another cache."""
     first = torch.log_softmax(result.logits.double(), dim=-1)
     if len(answer) == 1:
         return first
     forced = torch.tensor([list(answer[:-1])], device=result.input_ids.device)
-    cache = complete_cache(result.past_key_values)
-    logits = engine.model(input_ids=forced, past_key_values=cache, use_cache=True).logits[0]
+    logits = engine.model(input_ids=forced, past_key_values=_fork(result), use_cache=True).logits[0]
     return torch.cat([first, torch.log_softmax(logits.double(), dim=-1)])
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean with a 95% bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
+def _fork(result: PrefillResult) -> object:
+    """Return a cache to go on from; appending joins rows into new tensors, so the result's own stay as they are."""
+    return complete_cache(result.past_key_values)
 
 
-def bootstrap_mean(values: Sequence[float], *, samples: int = 10_000, seed: int = 0) -> Interval:
-    """Return the mean of `values` with a 95% percentile-bootstrap interval."""
-    data = np.asarray(values, dtype=np.float64)
-    draws = np.random.default_rng(seed).integers(0, len(data), size=(samples, len(data)))
-    low, high = np.quantile(data[draws].mean(axis=1), [0.025, 0.975])
-    return Interval(float(data.mean()), float(low), float(high))
-
-
-def summarise(rows: Sequence[FidelityRow], *, against: str = "prophetkv") -> list[dict[str, Any]]:
-    """Return one entry per arm: KL, agreement and speed, and the paired difference in KL to `against`'s arms."""
-    arms = list(dict.fromkeys(Arm(row.strategy, row.recompute_ratio) for row in rows))
-    by_arm = {arm: {r.id: r for r in rows if Arm(r.strategy, r.recompute_ratio) == arm} for arm in arms}
-    reference = next((arm for arm in arms if arm.strategy == against), None)
-    table = []
-    for arm, found in by_arm.items():
-        entry: dict[str, Any] = {
-            "strategy": arm.strategy,
-            "recompute_ratio": arm.recompute_ratio,
-            "questions": len(found),
-            "kl": asdict(bootstrap_mean([row.kl for row in found.values()])),
-            "top1_agreement": float(np.mean([row.top1_agreement for row in found.values()])),
-            "ttft_ratio": float(np.median([row.full_ttft_s / row.ttft_s for row in found.values()])),
-        }
-        if reference is not None and arm != reference:
-            shared = [(row.kl, by_arm[reference][row.id].kl) for row in found.values() if row.id in by_arm[reference]]
-            entry["kl_above_reference"] = asdict(bootstrap_mean([own - other for own, other in shared]))
-            entry["reference"] = reference.label
-        table.append(entry)
-    return table
-
-
-def measure(
+def _greedy_from(
     engine: ProphetKVEngine,
-    questions: Sequence[Question],
-    arms: Sequence[Arm],
-    *,
-    chunk_tokens: int = 256,
-    answer_tokens: int = 24,
-    on_step: Callable[[int], None] | None = None,
-) -> list[FidelityRow]:
-    """Measure all questions; `on_step(1)` is called after each."""
-    rows: list[FidelityRow] = []
-    for question in questions:
-        rows.extend(measure_question(engine, question, arms, chunk_tokens=chunk_tokens, answer_tokens=answer_tokens))
-        if on_step is not None:
-            on_step(1)
-    return rows
+    result: PrefillResult,
+    answer: list[int],
+    agrees: torch.Tensor,
+    log_probs: torch.Tensor,
+    answer_tokens: int,
+) -> list[int]:
+    """Return the arm's own greedy answer.
+
+    As long as it agrees with the forced answer it is that answer, so decoding starts where they part.
+    """
+    if bool(agrees.all()):
+        return answer
+    same = int(agrees.int().argmin())
+    own = [*answer[:same], int(log_probs[same].argmax())]
+    cache, fed = _fork(result), 0
+    while own[-1] not in engine.end_tokens and len(own) < answer_tokens:
+        step = torch.tensor([own[fed:]], device=result.input_ids.device)
+        fed = len(own)
+        logits = engine.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        own.append(int(logits.argmax(-1)))
+    return own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,21 +27,26 @@ def read_questions(path: Path, *, limit: int | None = None) -> list[Question]:
     """Read `{id, question, answers[], passages[{title, text}]}` rows from a `.jsonl` or `.jsonl.gz` file.
 
     Raises:
-        InputError: If the file is missing or a row lacks a field; the message names the line.
+        InputError: If the file is missing or cannot be read, or a row lacks a field or has something else in it; the
+            message names the line and the field.
     """
     if not path.is_file():
         msg = f"no file {path}; give JSON lines with the fields id, question, answers and passages"
         raise InputError(msg)
     questions: list[Question] = []
-    for number, line in _lines(path):
-        if limit is not None and len(questions) >= limit:
-            break
+    lines = _lines(path)
+    while limit is None or len(questions) < limit:
         try:
-            row = json.loads(line)
-            passages = tuple(_passage(passage) for passage in row["passages"])
-            questions.append(Question(str(row["id"]), row["question"], tuple(row["answers"]), passages))
-        except (KeyError, TypeError, ValueError) as error:
-            msg = f"{path}, line {number}: {type(error).__name__} {error}; needed: id, question, answers, passages"
+            number, line = next(lines)
+        except StopIteration:
+            break
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            msg = f"{path} cannot be read ({error}); give JSON lines in UTF-8, in a name that ends in .gz if compressed"
+            raise InputError(msg) from error
+        try:
+            questions.append(_question(json.loads(line)))
+        except ValueError as error:
+            msg = f"{path}, line {number}: {error}; needed: id, question, answers[], passages[{{title, text}}]"
             raise InputError(msg) from error
     return questions
 
@@ -52,9 +58,37 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-def _passage(passage: Any) -> str:
-    title = passage.get("title") or ""
-    return f"{title}\n{passage['text']}".strip()
+def _question(row: Any) -> Question:
+    if not isinstance(row, dict):
+        msg = f"a row is {_kind(row)}, not an object"
+        raise ValueError(msg)
+    for name, kind in (("id", (str, int)), ("question", str), ("answers", list), ("passages", list)):
+        if name not in row:
+            msg = f"{name} is missing"
+            raise ValueError(msg)
+        if not isinstance(row[name], kind):
+            wanted = "a list" if kind is list else "a text"
+            msg = f"{name} is {_kind(row[name])}, not {wanted}"
+            raise ValueError(msg)
+    if not all(isinstance(answer, str) for answer in row["answers"]):
+        msg = "answers holds something else than texts"
+        raise ValueError(msg)
+    passages = tuple(_passage(number, passage) for number, passage in enumerate(row["passages"]))
+    return Question(str(row["id"]), row["question"], tuple(row["answers"]), passages)
+
+
+def _passage(number: int, passage: Any) -> str:
+    is_passage = isinstance(passage, dict) and isinstance(passage.get("text"), str)
+    if not is_passage or not isinstance(passage.get("title"), (str, type(None))):
+        what = "an object without a text, or with a title that is none" if isinstance(passage, dict) else _kind(passage)
+        msg = f"passages[{number}] is {what}, not {{title, text}}"
+        raise ValueError(msg)
+    return f"{passage.get('title') or ''}\n{passage['text']}".strip()
+
+
+def _kind(value: Any) -> str:
+    names = {str: "a text", list: "a list", dict: "an object", type(None): "null", bool: "true or false"}
+    return names.get(type(value), "a number")
 
 
 def join_passages(passages: Sequence[str], tokenizer: Any, chunk_tokens: int) -> list[str]:

@@ -20,6 +20,7 @@ import torch
 from prophetkv_rag.attention import backbone
 from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.engine import ProphetKVEngine
+from prophetkv_rag.evaluation.tasks.prompting import user_turn
 from prophetkv_rag.prompt import Prompt
 from prophetkv_rag.store.disk import DiskStore
 
@@ -79,8 +80,8 @@ def corpus_prompt(engine: ProphetKVEngine, context_tokens: int, chunk_tokens: in
     corpus: list[int] = engine.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     corpus = (corpus * (1 + (skip + context_tokens) // len(corpus)))[skip : skip + context_tokens]
     chunks = [corpus[start : start + chunk_tokens] for start in range(0, context_tokens, chunk_tokens)]
-    suffix = engine.tokenizer(f"\n\n{QUESTION}\n", add_special_tokens=False)["input_ids"]
-    return Prompt(engine.identity.prefix_ids, chunks, suffix)
+    head, tail = user_turn(engine.tokenizer, "", f"\n\n{QUESTION}")
+    return Prompt(head, chunks, tail)
 
 
 def measure_ttft(

@@ -12,7 +12,7 @@ import torch
 from prophetkv_rag.recompute import Pruner
 from prophetkv_rag.stage_one import QueryContext
 
-__all__ = ["QueryContext", "Selection", "Strategy", "token_budget", "top_positions"]
+__all__ = ["QueryContext", "Selection", "Strategy", "allowed_option", "token_budget", "top_positions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +23,12 @@ class Selection:
         positions: `[k]` ascending positions of the chunk tokens that are recomputed from the embedding on.
         prune: For strategies that decide between layers (CacheBlend, hybrids that run the first layers in full):
             called after each layer with stale and fresh rows, returns the positions that go on. `None` keeps all.
+        watched_layers: Layers whose `LayerView` shall tell the attention that each token received there.
     """
 
     positions: torch.Tensor
     prune: Pruner | None = None
+    watched_layers: frozenset[int] = frozenset()
 
 
 class Strategy(ABC):
@@ -42,6 +44,14 @@ class Strategy(ABC):
     @abstractmethod
     def select(self, context: QueryContext) -> Selection:
         """Choose at most `context.budget` chunk tokens."""
+
+
+def allowed_option(strategy: Strategy, option: str, allowed: tuple[object, ...]) -> None:
+    """Raise `ValueError` unless a strategy's option has one of the allowed values."""
+    value = getattr(strategy, option)
+    if value not in allowed:
+        msg = f"{option} is {value!r}; allowed: {', '.join(map(str, allowed))}"
+        raise ValueError(msg)
 
 
 def token_budget(recompute_ratio: float, num_chunk_tokens: int) -> int:

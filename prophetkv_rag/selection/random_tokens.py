@@ -18,4 +18,4 @@ class RandomTokens(Strategy):
         """Select `context.budget` tokens at random, seeded by the prompt's token ids."""
         generator = torch.Generator().manual_seed(int(context.input_ids.sum()) * 1_000_003 + context.input_ids.shape[0])
         scores = torch.rand(context.is_chunk.shape[0], generator=generator).to(context.is_chunk.device)
-        return Selection(top_positions(scores, context.is_chunk, context.budget))
+        return Selection(top_positions(scores, context.eligible, context.budget))

@@ -64,8 +64,20 @@ class ChunkStore(ABC):
         """
 
     @abstractmethod
-    def put(self, key: str, cache: ChunkCache, *, fingerprint: str, entry: TextEntry | None = None) -> None:
-        """Store a cache (idempotent). After it returns the cache survives a crash, where the store is persistent."""
+    def put(
+        self,
+        key: str,
+        cache: ChunkCache,
+        *,
+        fingerprint: str,
+        entry: TextEntry | None = None,
+        if_referenced: bool = False,
+    ) -> None:
+        """Store a cache (idempotent). After it returns the cache survives a crash, where the store is persistent.
+
+        With `if_referenced` nothing happens unless somebody refers to the key: a query that computes a lost cache
+        again must not bring back one that was deleted meanwhile.
+        """
 
     @abstractmethod
     def __contains__(self, key: str) -> bool:

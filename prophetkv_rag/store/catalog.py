@@ -111,6 +111,11 @@ class Catalog:
                     unreferenced.append(key)
         return unreferenced
 
+    def has_references(self, key: str) -> bool:
+        """Whether anybody refers to this key."""
+        with self._transaction(is_write=False) as run:
+            return run.execute("SELECT 1 FROM refs WHERE key = ?", (key,)).fetchone() is not None
+
     def references(self, owner: str) -> list[str]:
         """Keys that `owner` refers to."""
         with self._transaction(is_write=False) as run:

@@ -42,7 +42,7 @@ class DiskStore(ChunkStore):
     """
 
     def __init__(self, directory: str | Path, ram_bytes: int = 1 << 30) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()  # a relative one would move with the working directory
         self._blobs = self.directory / "blobs"
         self._ram = RamTier(ram_bytes)
         self._directory_lock = DirectoryLock(self.directory / "lock")
@@ -70,9 +70,10 @@ class DiskStore(ChunkStore):
                 self._count(misses=1)
                 return None, False
             except BlobError as error:
-                self._report_corrupt(key, error)
-                self._drop_blob(key)
-                return None, True
+                cache = self._drop_if_bad(key, fingerprint=fingerprint, input_ids=input_ids)
+                if cache is None:
+                    self._report_corrupt(key, error)
+                    return None, True
             except OSError as error:  # not readable now, which says nothing about the blob
                 self._report_corrupt(key, error)
                 return None, True
@@ -80,16 +81,26 @@ class DiskStore(ChunkStore):
         self._count(hits=1)
         return cache, False
 
-    def put(self, key: str, cache: ChunkCache, *, fingerprint: str, entry: TextEntry | None = None) -> None:
+    def put(
+        self,
+        key: str,
+        cache: ChunkCache,
+        *,
+        fingerprint: str,
+        entry: TextEntry | None = None,
+        if_referenced: bool = False,
+    ) -> None:
         """See `ChunkStore.put`.
 
         Raises:
             StoreError: If it cannot be written (disk full, directory gone).
         """
         path = self._path(key)
-        cache = owned(cache)
         try:
-            with self._directory_lock.shared():
+            with self._directory_lock.shared():  # nothing is deleted meanwhile
+                if if_referenced and not self._catalog.has_references(key):
+                    return
+                cache = owned(cache)
                 if not path.exists():
                     write_file(path, encode_blob(cache, key=key, fingerprint=fingerprint))
                 self._catalog.upsert(CatalogRow(key, fingerprint, cache.num_tokens, path.stat().st_size), entry)
@@ -185,6 +196,22 @@ class DiskStore(ChunkStore):
             return "missing" if row.nbytes else None
         except (BlobError, OSError):
             return "bad"
+        return None
+
+    def _drop_if_bad(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> ChunkCache | None:
+        """Delete a blob that was found bad, unless somebody has replaced it since: then return what it holds now."""
+        try:
+            with self._directory_lock.exclusive():
+                try:
+                    return decode_blob(
+                        read_file(self._path(key)), key=key, fingerprint=fingerprint, input_ids=input_ids
+                    )
+                except FileNotFoundError:
+                    return None
+                except BlobError:
+                    self._drop_blob(key)
+        except OSError:
+            logger.debug("could not look at the chunk cache %s again", key, exc_info=True)
         return None
 
     def _drop_blob(self, key: str) -> None:

@@ -47,10 +47,20 @@ class MemoryStore(ChunkStore):
             self._corrupt += 1
             return None, True
 
-    def put(self, key: str, cache: ChunkCache, *, fingerprint: str, entry: TextEntry | None = None) -> None:
+    def put(
+        self,
+        key: str,
+        cache: ChunkCache,
+        *,
+        fingerprint: str,
+        entry: TextEntry | None = None,
+        if_referenced: bool = False,
+    ) -> None:
         """See `ChunkStore.put`."""
         check_key(key)
         with self._lock:
+            if if_referenced and not self._owners.get(key):
+                return
             known = self._chunks.get(key)
             if known is None:
                 self._chunks[key] = _Chunk(owned(cache), fingerprint, entry)

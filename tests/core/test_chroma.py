@@ -191,6 +191,27 @@ def test_more_records_than_chroma_takes_at_once(client: Any, collection: KVCachi
     assert_caches_are(collection)
 
 
+def test_a_write_that_fails_half_way_leaves_the_caches_of_what_stands_there(
+    collection: KVCachingCollection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(collection, a=A, b=B)
+    plain, upsert = collection.collection, collection.collection.upsert
+
+    def failing(*args: Any, **kwargs: Any) -> None:
+        if kwargs["ids"] != ["a"]:
+            msg = "connection lost"
+            raise ConnectionError(msg)
+        upsert(*args, **kwargs)
+
+    monkeypatch.setattr(type(plain), "upsert", lambda self, *args, **kwargs: failing(*args, **kwargs))
+    monkeypatch.setattr(collection, "_max_batch_size", lambda: 1)
+    with pytest.raises(ConnectionError):
+        collection.upsert(["a", "b"], embed(C, D), documents=[C, D])
+    monkeypatch.undo()
+    assert collection.get()["documents"] == [C, B]
+    assert_caches_are(collection, a=C, b=B)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import chromadb
 import pytest
 
+from prophetkv_rag import chroma
 from prophetkv_rag.chroma import PROPHETKV_ID, KVCachingCollection, default_blob_directory, open_store
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
@@ -123,6 +125,16 @@ def test_a_text_that_is_added_while_its_last_record_is_deleted_keeps_its_cache(
     add(KVCachingCollection(plain, caching_engine), second=A)
     deleting.join()
     assert_caches_are(caching, second=A)
+
+
+def test_locks_of_collections_that_are_gone_are_not_kept(caching_engine: ProphetKVEngine) -> None:
+    plain = ephemeral_collection()
+    one, two = (KVCachingCollection(plain, caching_engine) for _ in range(2))
+    with one._lock as _:
+        assert one.owner in chroma._LOCKS
+        assert one._lock is two._lock is chroma._LOCKS[one.owner]
+    gc.collect()
+    assert one.owner not in chroma._LOCKS
 
 
 def test_caches_are_kept_beside_chroma_and_found_again(tmp_path: Path) -> None:

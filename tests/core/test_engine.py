@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import logging
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from prophetkv_rag import (
     StoreError,
     UnknownModelError,
 )
+from prophetkv_rag.attention import complete_cache
 from prophetkv_rag.store.disk import DiskStore
 from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
 
@@ -107,20 +110,27 @@ def test_surrounding_space_is_not_part_of_a_chunk(engine):
     assert "Read:\n a chunk with space around it \nNow" in engine.tokenizer.decode(result.input_ids[0])
 
 
-def test_chunk_not_cached_is_encoded_and_stored(engine):
+def test_chunk_that_was_never_added_is_encoded_for_its_prompt_and_not_stored(engine):
     text = "This one was never indexed, but the caller names it as a chunk."
     prompt = Prompt("Read: ", [text], " Answer:")
+    before = engine.store.stats().chunks
     first, second = engine.prefill(prompt), engine.prefill(prompt)
-    assert [first.report.chunks[0].status, second.report.chunks[0].status] == ["miss", "hit"]
+    assert [first.report.chunks[0].status, second.report.chunks[0].status] == ["miss", "miss"]
+    assert engine.store.stats().chunks == before
+    engine.add_chunks([text])
+    third = engine.prefill(prompt)
+    assert third.report.chunks[0].status == "hit"
     assert torch.equal(first.logits, second.logits)
+    assert torch.equal(first.logits, third.logits)
 
 
 def test_lost_cache_is_computed_again(engine):
     expected = engine.prefill(chat(*CHUNKS))
-    engine.store.delete([expected.report.chunks[1].key])
+    del engine.store._chunks[expected.report.chunks[1].key]
     again = engine.prefill(chat(*CHUNKS))
     assert [chunk.status for chunk in again.report.chunks] == ["hit", "miss", "hit"]
     torch.testing.assert_close(again.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    assert [chunk.status for chunk in engine.prefill(chat(*CHUNKS)).report.chunks] == ["hit"] * 3
 
 
 def test_question_before_the_chunks_still_asks(engine):
@@ -195,7 +205,7 @@ def test_empty_input_is_refused(engine, prompt, message):
 
 
 def test_bad_settings_are_refused(engine):
-    with pytest.raises(InputError, match=r"unknown strategy 'magic'; allowed: full_prefill"):
+    with pytest.raises(InputError, match=r"unknown strategy 'magic'; allowed: prophetkv"):
         engine.prefill("hello", strategy="magic")
     with pytest.raises(InputError, match=r"recompute_ratio is 1\.5"):
         engine.prefill("hello", recompute_ratio=1.5)
@@ -225,6 +235,30 @@ def test_bad_chunks_are_refused_before_anything_is_stored(engine):
 def test_prompt_over_the_window_names_the_numbers(engine):
     with pytest.raises(ContextWindowError, match=r"prompt has \d{4,} tokens but the context window is 2048"):
         engine.prefill("word " * 3000)
+
+
+def test_rows_of_a_question_elsewhere_count_where_they_are_computed(engine):
+    question = "Who watches from the bank? " * 3
+    messages = [{"role": "user", "content": question}, {"role": "user", "content": CHUNKS[0]}]
+    tokens = engine.prefill(messages).report.prompt_tokens
+    small = ProphetKVEngine(engine.model, engine.tokenizer, config=ProphetKVConfig(max_prompt_tokens=tokens + 2))
+    small.add_chunks([CHUNKS[0]])
+    assert small.prefill(messages, strategy="full_prefill").report.prompt_tokens == tokens
+    numbers = rf"prompt has {tokens} tokens, and its question asks in \d+ more rows.*context window is {tokens + 2}"
+    with pytest.raises(ContextWindowError, match=numbers):
+        small.prefill(messages)
+
+
+def test_no_room_for_an_answer_is_noticed_before_the_prefill(engine):
+    prompt = "word " * 20
+    tokens = engine.prefill(prompt).report.prompt_tokens
+    full = ProphetKVEngine(engine.model, engine.tokenizer, config=ProphetKVConfig(max_prompt_tokens=tokens))
+    assert full.prefill(prompt).report.prompt_tokens == tokens
+    forwards = []
+    engine.model.register_forward_hook(lambda *_: forwards.append(1))
+    with pytest.raises(ContextWindowError, match=f"fills the context window of {tokens} tokens, so no answer fits"):
+        full.generate(prompt)
+    assert forwards == []
 
 
 def test_unknown_model_is_refused(tmp_path):
@@ -302,6 +336,44 @@ def test_closing_a_stream_stops_the_model(engine):
     engine.prefill(chat(*CHUNKS))  # the engine is free again
 
 
+def test_generation_holds_the_prompts_cache_once(engine, monkeypatch):
+    held = []
+
+    def spy(cache):
+        complete = complete_cache(cache)
+        held.extend(weakref.ref(tensor) for layer in complete.layers for tensor in (layer.keys, layer.values))
+        return complete
+
+    monkeypatch.setattr("prophetkv_rag.engine.complete_cache", spy)
+    stream = engine.stream(chat(*CHUNKS), max_new_tokens=20)
+    next(stream)
+    next(stream)  # the cache has grown by now, into new tensors
+    gc.collect()
+    assert len(held) == 6
+    assert [tensor() for tensor in held] == [None] * 6
+    stream.close()
+
+
+def test_generate_keeps_the_last_piece_only(engine, monkeypatch):
+    alive = weakref.WeakSet()
+
+    class Piece:  # as StreamChunk, but it can be watched
+        def __init__(self, number):
+            self.text, self.token_ids, self.report = "x" * number, (), None
+            self.finish_reason = "stop" if number == 9 else None
+
+    def stream(prompt):
+        for number in range(10):
+            piece = Piece(number)
+            alive.add(piece)
+            yield piece
+            del piece
+            assert len(alive) <= 1
+
+    monkeypatch.setattr(engine, "stream", stream)
+    assert engine.generate("hello").text == "x" * 9
+
+
 def test_sampling_is_repeatable(engine):
     settings = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 0.9}
     texts = [engine.generate(chat(*CHUNKS), seed=seed, **settings).token_ids for seed in (1, 1, 2)]
@@ -363,7 +435,7 @@ def test_store_that_cannot_be_written_at_query_time_does_not_fail_the_query(engi
         raise OSError(28, "No space left on device")
 
     expected = engine.prefill(chat(*CHUNKS))
-    engine.store.delete([expected.report.chunks[0].key])
+    del engine.store._chunks[expected.report.chunks[0].key]
     monkeypatch.setattr(engine.store, "put", refuse)
     with caplog.at_level(logging.WARNING):
         result = engine.prefill(chat(*CHUNKS))

@@ -120,6 +120,17 @@ def test_a_cache_lives_as_long_as_somebody_refers_to_it(store: ChunkStore) -> No
     assert store.references("b") == []
 
 
+def test_a_cache_that_is_stored_only_if_somebody_refers_to_it(store: ChunkStore) -> None:
+    for is_referenced in (False, True, False):
+        store.put(key_of(1), make_cache(1), fingerprint=FINGERPRINT, if_referenced=True)
+        assert (key_of(1) in store) == is_referenced
+        assert (get(store, 1)[0] is not None) == is_referenced
+        if is_referenced:
+            assert store.drop_references("a", [key_of(1)]) == [key_of(1)]
+        else:
+            store.add_references("a", [key_of(1)])
+
+
 def test_delete_takes_references_and_entries_along(store: ChunkStore) -> None:
     store.put(key_of(1), make_cache(1), fingerprint=FINGERPRINT, entry=entry_of("the first text of all"))
     store.add_references("a", [key_of(1)])

@@ -7,9 +7,9 @@ from datetime import datetime
 
 import pytest
 
-from prophetkv_rag import InputError
+from prophetkv_rag import InputError, ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.tokens import Tokens
-from tests.tiny import SYSTEM, tiny_tokenizer
+from tests.tiny import SYSTEM, tiny_llama, tiny_tokenizer
 
 
 def test_encoding_prefix_is_the_templates_opening():
@@ -70,3 +70,27 @@ def test_rows_of_a_span_cover_it(start, stop):
     ids = tokens.fresh(text)
     assert rows == list(range(rows[0], rows[-1] + 1))
     assert text[start:stop].strip() in tokens.tokenizer.decode([ids[row] for row in rows])
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('a system turn first') }}", "{{ nothing.at.all }}"])
+def test_template_that_rejects_a_lone_user_message_leaves_bos_alone(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    tokens = Tokens(tokenizer)
+    tokens._start = [1]  # what a tokenizer with a BOS of its own puts in front
+    assert tokens.default_encoding_prefix() == (1,)
+    engine = ProphetKVEngine(tiny_llama(), tokenizer, config=ProphetKVConfig(encoding_prefix=None))
+    engine.add_chunks(["A chunk of such a model."])
+    assert engine.prefill("Read: A chunk of such a model. So?").report.chunks[0].status == "hit"
+
+
+def test_what_stands_in_front_of_a_prompt_is_asked_once(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tokens = Tokens(tokenizer)
+    asked = []
+    real = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda self, text, **kw: asked.append(text) or real(self, text, **kw)
+    )
+    assert tokens.fresh("a prompt", first=True) == tokens.fresh("a prompt", first=True)
+    assert asked.count("") == 1

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from prophetkv_rag.errors import FetchError
 from prophetkv_rag.wheel_fetch import (
-    FetchError,
     PinnedWheel,
     cache_directory,
     download_wheel,

@@ -331,7 +331,7 @@ def test_own_data_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no file"):
         load_questions(tmp_path / "none.jsonl")
     missing = {name: value for name, value in QUESTION.items() if name != "answers"}
-    with pytest.raises(InputError, match=r"mine\.jsonl, line 2: KeyError 'answers'"):
+    with pytest.raises(InputError, match=r"mine\.jsonl, line 2: answers is missing"):
         load_questions(write(tmp_path / "mine.jsonl", QUESTION, missing))
     with pytest.raises(InputError, match="id '7' is there twice"):
         load_questions(write(tmp_path / "mine.jsonl", QUESTION, QUESTION))

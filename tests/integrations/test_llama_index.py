@@ -107,13 +107,13 @@ def test_the_engine_is_told_the_question(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     queries = []
-    real = llm.engine.prefill
+    real = llm.engine._reader.read
 
-    def spy(prompt: Any, *, query: str | None, **options: Any) -> Any:
+    def spy(prompt: Any, *, query: str | None) -> Any:
         queries.append(query)
-        return real(prompt, query=query, **options)
+        return real(prompt, query=query)
 
-    monkeypatch.setattr(llm.engine, "prefill", spy)
+    monkeypatch.setattr(llm.engine._reader, "read", spy)
     ask(indexes[True, True].as_query_engine(llm=llm, response_mode=mode, streaming="stream" in style), style)
     assert set(queries) == {QUESTION}
 

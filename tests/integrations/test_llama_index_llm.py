@@ -15,6 +15,7 @@ from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.llama_index import ProphetKVLLM
 from prophetkv_rag.integrations.llama_index.messages import alternate_roles, to_template_messages
+from prophetkv_rag.report import ReuseReport
 from tests.tiny import save_tiny, tiny_tokenizer
 
 STRICT_TEMPLATE = (
@@ -48,6 +49,8 @@ def test_metadata_follows_the_engine(chat_engine: ProphetKVEngine, completion_en
     assert llm.metadata.num_output == 12
     assert llm.metadata.model_name
     assert ProphetKVLLM(engine=chat_engine, context_window=512, model_name="m").metadata.context_window == 512
+    too_long = ProphetKVLLM(engine=chat_engine, context_window=chat_engine.context_window + 1)
+    assert too_long.metadata.context_window == chat_engine.context_window
 
 
 def test_per_call_arguments_override_the_fields(llm: ProphetKVLLM, seen: list[Any]) -> None:
@@ -195,11 +198,17 @@ def test_from_pretrained_makes_its_own_engine(tmp_path: Any) -> None:
     assert llm.complete("Hi").additional_kwargs["completion_tokens"] <= 3
 
 
-def test_streams_add_up_to_the_whole_answer(llm: ProphetKVLLM) -> None:
+def test_streams_add_up_to_the_whole_answer(llm: ProphetKVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = llm.complete("Tell me about the harbour.", max_new_tokens=20)
     steps = list(llm.stream_complete("Tell me about the harbour.", max_new_tokens=20))
     assert "".join(step.delta for step in steps) == steps[-1].text == whole.text
     assert steps[-1].additional_kwargs == whole.additional_kwargs
     assert steps[-1].raw["finish_reason"] == whole.raw["finish_reason"]
+    assert {json.dumps(step.raw["timings_s"]) for step in steps} == {json.dumps(steps[0].raw["timings_s"])}
+    made, to_dict = [], ReuseReport.to_dict
+    monkeypatch.setattr(ReuseReport, "to_dict", lambda report: made.append(1) or to_dict(report))
+    num_steps = len(list(llm.stream_complete("Tell me about the harbour.", max_new_tokens=20)))
+    assert num_steps == len(steps)
+    assert made == [1], "one dictionary for all steps"
     message = [ChatMessage(content="Tell me about the harbour.")]
     assert list(llm.stream_chat(message, max_new_tokens=20))[-1].message.content == whole.text

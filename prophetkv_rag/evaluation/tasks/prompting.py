@@ -18,14 +18,24 @@ def task_prompt(example: TaskExample, tokenizer: Any, chunk_tokens: int) -> Prom
     The answer prefix follows the chat template's opening of the assistant's turn, once, outside the cacheable context.
     """
     head, tail = example.before, example.after
-    if example.chat and getattr(tokenizer, "chat_template", None):
-        content = f"{example.before}{_CONTEXT}{example.after}"
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        head, _, tail = rendered.partition(_CONTEXT)
+    if example.chat:
+        head, tail = user_turn(tokenizer, head, tail)
     chunks = join_pieces(example.context, tokenizer, chunk_tokens)
     return Prompt(head, chunks, tail + example.answer_prefix, query=example.query)
+
+
+def user_turn(tokenizer: Any, before: str, after: str) -> tuple[str, str]:
+    """Return what stands before and after the context when it stands between `before` and `after` in a user's turn.
+
+    The second part ends with the opening of the assistant's turn. Without a chat template both come back as they are.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return before, after
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": f"{before}{_CONTEXT}{after}"}], tokenize=False, add_generation_prompt=True
+    )
+    head, _, tail = rendered.partition(_CONTEXT)
+    return head, tail
 
 
 def prompt_length(example: TaskExample, tokenizer: Any, chunk_tokens: int) -> int:

@@ -1,0 +1,99 @@
+"""`prophetkv-rag calibrate`: the smallest ratio per strategy that keeps a wanted fidelity, on one's own questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prophetkv_rag.cli.bench import conditions_of
+from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
+from prophetkv_rag.cli.model_choice import chosen_model
+
+RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+
+
+def calibrate(
+    model: Annotated[str | None, typer.Argument(help="Model directory or name; the default model if left out.")] = None,
+    data: Annotated[list[Path], typer.Option(help="JSON lines of id, question, answers, passages; repeatable.")] = [],  # noqa: B006
+    agreement: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of full prefill's answer tokens that must be the same.")
+    ] = 0.95,
+    strategy: Annotated[list[str], typer.Option(help="Strategies; repeatable.")] = ["prophetkv"],  # noqa: B006
+    recompute_ratio: Annotated[
+        list[float] | None, typer.Option(min=0, max=1, help="Ratios to try, 5% to 50% if left out; repeatable.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Questions per file.")] = 25,
+    length: Annotated[int, typer.Option(min=128, help="Longest prompt, in tokens.")] = 4096,
+    chunk_tokens: Annotated[int, typer.Option(min=16, help="Tokens per chunk.")] = 256,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer compared, in tokens.")] = 32,
+    out: Annotated[Path, typer.Option(help="Where to write the profile.")] = Path("prophetkv-profile.json"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Find the smallest ratio that keeps full prefill's answers on your own questions, and write it to a profile.
+
+    Measured rows are kept beside the profile, so an interrupted run goes on where it stopped.
+    """
+    quiet_libraries()
+    from dataclasses import asdict
+
+    from prophetkv_rag.engine import ProphetKVEngine
+    from prophetkv_rag.evaluation.calibration import calibrate as profile_of
+    from prophetkv_rag.evaluation.fidelity import Arm
+    from prophetkv_rag.evaluation.quality import Engines, ResultsFile, run_grid
+    from prophetkv_rag.evaluation.tasks.loading import load_examples
+
+    arms = [Arm(one, ratio) for one in dict.fromkeys(strategy) for ratio in sorted(set(recompute_ratio or RATIOS))]
+    for arm in arms:
+        arm.check(allow_lead_in=False)
+    name = chosen_model(model)
+    with status(f"loading {Path(name).name}"):
+        engine = ProphetKVEngine.from_pretrained(name)
+    with status("making prompts"):
+        examples, _ = load_examples(
+            [], data, tokenizer=engine.tokenizer, rows=rows, length=length, chunk_tokens=chunk_tokens
+        )
+    machine = conditions_of(engine, name)
+    conditions = {"length": length, "chunk_tokens": chunk_tokens, "answer_tokens": answer_tokens} | {
+        key: machine[key] for key in ("model", "dtype", "transformers")
+    }
+    file = ResultsFile(out.with_suffix(".rows.jsonl"), conditions)
+    with progress_bar(f"{len(examples)} questions x {len(arms)} arms", len(examples)) as advance:
+        run_grid(
+            Engines(engine),
+            examples,
+            arms,
+            file,
+            chunk_tokens=chunk_tokens,
+            answer_tokens=answer_tokens,
+            on_step=advance,
+        )
+    wanted = {(example.task, example.example_id) for example in examples}
+    specs = {arm.strategy for arm in arms} | {"full_prefill"}
+    profile = profile_of(
+        [row for row in file.rows if (row.task, row.example_id) in wanted and row.strategy in specs],
+        model=machine["model"],
+        model_fingerprint=engine.identity.model,
+        wanted_agreement=agreement,
+    )
+    profile.save(out)
+    if as_json:
+        print_json(asdict(profile))
+        return
+    from rich.table import Table
+
+    console = results()
+    title = f"Smallest ratio that keeps {agreement:.0%} of full prefill's answer tokens ({len(examples)} questions)"
+    table = Table(title=title)
+    for number, column in enumerate(("strategy", "ratio", "charged", "measured: ratio -> same tokens")):
+        table.add_column(column, justify="left" if number in (0, 3) else "right")
+    for one in profile.strategies:
+        table.add_row(
+            one.strategy,
+            "none" if one.recompute_ratio is None else f"{one.recompute_ratio:.0%}",
+            "-" if one.charged_ratio is None else f"{one.charged_ratio:.1%}",
+            ", ".join(f"{point['recompute_ratio']:.0%} -> {point['top1_agreement']:.1%}" for point in one.curve),
+        )
+    console.print(table)
+    console.print(f"written to {out}; use it with ProphetKVEngine.from_pretrained(..., profile={str(out)!r})")

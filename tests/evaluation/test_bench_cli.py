@@ -1,0 +1,120 @@
+"""`bench quality` and `calibrate` on a tiny random model: what they print and write, and a clear line for mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prophetkv_rag import ProphetKVEngine
+from prophetkv_rag.cli.app import main
+from tests.tiny import save_tiny, text_of
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [
+        {
+            "id": str(number),
+            "question": "What opens at nine?",
+            "answers": ["the library"],
+            "passages": [{"title": "T", "text": text_of(40, seed=10 * number + k)} for k in range(4)],
+        }
+        for number in range(3)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(capsys, *arguments):
+    status = main(list(map(str, arguments)))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+BASE = ("--rows", 2, "--length", 1000, "--chunk-tokens", 48, "--answer-tokens", 3)
+
+
+def test_quality_json_tables_and_pictures(model, data, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "rows.jsonl"
+    arguments = ("bench", "quality", "--model", model, "--data", data, *BASE, "--out", out, "--recompute-ratio", 0.2)
+    strategies = ("--strategy", "full_reuse", "--strategy", "prophetkv", "--strategy", "prophetkv@corpus")
+    extra = ("--plots", tmp_path / "plots", "--markdown", tmp_path / "t.md", "--json")
+    status, printed, _ = run(capsys, *arguments, *strategies, *extra)
+    assert status == 0
+    report = json.loads(printed)
+    pooled = [entry for entry in report["arms"] if entry["task"] == "all"]
+    assert [entry["strategy"] for entry in pooled] == ["full_prefill", "full_reuse", "prophetkv", "prophetkv@corpus"]
+    assert all(entry["examples"] == 2 for entry in pooled)
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"budget.png", "tasks_20.png", "picks.png"}
+    assert "| prophetkv@corpus | 20% |" in (tmp_path / "t.md").read_text()
+    # Again, with one strategy more: only that one is measured, and the tables show all.
+    before = out.read_text()
+    status, printed, _ = run(capsys, *arguments, *strategies, "--strategy", "epic:k=2", "--markdown", tmp_path / "t.md")
+    assert status == 0
+    assert out.read_text().startswith(before)
+    assert len(out.read_text().splitlines()) == len(before.splitlines()) + 2
+    assert "epic:k=2" in printed
+    assert "all tasks pooled" in printed
+
+
+def test_quality_on_a_generated_task(model, capsys):
+    pytest.importorskip("wonderwords")
+    arguments = ("--rows", 1, "--length", 1900, "--chunk-tokens", 256, "--answer-tokens", 2, "--recompute-ratio", 0.2)
+    status, printed, _ = run(
+        capsys, "bench", "quality", "--model", model, "--task", "ruler_niah_single_1", *arguments,
+        "--strategy", "prophetkv", "--json",
+    )  # fmt: skip
+    assert status == 0
+    arm = json.loads(printed)["arms"][0]
+    assert arm["score"]["mean"] == 0.0  # a random model finds no needle
+    assert run(capsys, "bench", "quality", "--task", "list")[1].split()[0] == "ruler_niah_single_1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--task", "ruler_niah"), "unknown task 'ruler_niah'; allowed: ruler_niah_single_1"),
+        ((), "nothing to measure"),
+        (("--data", "none.jsonl"), "no file none.jsonl"),
+        (("--data", "DATA", "--strategy", "prophet"), "unknown strategy 'prophet'"),
+        (("--data", "DATA", "--recompute-ratio", "1.2"), "Invalid value for '--recompute-ratio'"),
+        (("--data", "DATA", "--length", "130"), "no example fits 130 tokens"),
+        (("--data", "BAD"), "line 1"),
+    ],
+)
+def test_mistakes(model, data, tmp_path, capsys, arguments, message):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"id": "1", "question": "q", "answers": ["a"]}\n')
+    names = {"DATA": data, "BAD": bad}
+    given = [names.get(argument, argument) for argument in arguments]
+    status, printed, errors = run(capsys, "bench", "quality", "--model", model, *given)
+    assert (status, printed) == (2, "")
+    assert message in errors.splitlines()[-1]
+
+
+def test_calibrate_writes_a_profile_that_the_engine_loads(model, data, tmp_path, capsys):
+    out = tmp_path / "profiles" / "p.json"
+    arguments = ("calibrate", model, "--data", data, *BASE, "--out", out, "--agreement", 0.01)
+    ratios = ("--recompute-ratio", 0.1, "--recompute-ratio", 0.5)
+    status, printed, _ = run(capsys, *arguments, *ratios, "--json")
+    assert status == 0
+    profile = json.loads(printed)
+    assert profile["examples"] == 2
+    assert [point["recompute_ratio"] for point in profile["strategies"][0]["curve"]] == [0.1, 0.5]
+    engine = ProphetKVEngine.from_pretrained(model, profile=out)
+    assert engine.config.recompute_ratio == profile["strategies"][0]["recompute_ratio"]
+    rows = Path(out.with_suffix(".rows.jsonl")).read_text()
+    assert run(capsys, *arguments, *ratios)[0] == 0
+    assert Path(out.with_suffix(".rows.jsonl")).read_text() == rows  # nothing was measured twice
+    status, _, errors = run(capsys, "calibrate", model, "--data", data, "--strategy", "prophetkv@corpus")
+    assert status == 2
+    assert "unknown encoding" in errors
