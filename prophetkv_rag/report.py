@@ -12,8 +12,9 @@ ChunkStatus = Literal["hit", "miss", "corrupt", "unused"]
 class ChunkReport:
     """One chunk of the prompt.
 
-    `status`: `"hit"` (cache loaded), `"miss"` (no cache was stored: encoded now and stored), `"corrupt"` (a blob failed
-    its checks: encoded again) or `"unused"` (the strategy, such as full prefill, needs no caches).
+    `status`: `"hit"` (cache loaded), `"miss"` (none was stored: encoded now, and stored if somebody refers to the
+    chunk), `"corrupt"` (a blob failed its checks: encoded again) or `"unused"` (the strategy, such as full prefill,
+    needs no caches).
     """
 
     key: str

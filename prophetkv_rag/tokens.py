@@ -114,12 +114,13 @@ class Tokens:
 
         Args:
             configured: The whole prefix, where the user gave one; `None` for the default opening and the lead-in.
-            lead_in: Text behind the default opening, or `None`; left out without a tokenizer.
+            lead_in: Text behind the default opening, or `None`; special-token strings in it stay text. Left out without
+                a tokenizer.
             max_lead_in_tokens: Of the lead-in, only this many tokens from its start are used.
         """
         if configured is not None:
             return tuple(self.fresh(configured, first=True))
-        lead_in_ids = self.fresh(lead_in)[:max_lead_in_tokens] if lead_in and self.tokenizer is not None else []
+        lead_in_ids = self.chunk(lead_in)[:max_lead_in_tokens] if lead_in and self.tokenizer is not None else []
         return (*self.default_encoding_prefix(), *lead_in_ids)
 
     def default_encoding_prefix(self) -> tuple[int, ...]:

@@ -148,6 +148,29 @@ def test_text_output(run: Run, docs: Path) -> None:
     assert "prompt tokens" in printed
 
 
+def test_chunks_are_encoded_behind_the_first_document(run: Run, fails: Run, docs: Path, tmp_path: Path) -> None:
+    index_tiny(run, docs)
+    settings = Path(".prophetkv") / "prophetkv-rag.json"
+    first = json.loads(settings.read_text())
+    assert first["lead_in"]
+    assert (docs / "deep" / "two.md").read_bytes().decode().startswith(first["lead_in"])
+
+    # Without one, all caches are computed again; the choice is remembered.
+    for more in (("--lead-in", "none"), ()):
+        index_tiny(run, docs, *more)
+        without = json.loads(settings.read_text())
+        assert without["lead_in"] == ""
+        assert without["cached_for"] != first["cached_for"]
+
+    other = tmp_path / "other.txt"
+    other.write_text("Some other text of the collection.")
+    index_tiny(run, docs, "--lead-in", other)
+    assert json.loads(settings.read_text())["lead_in"] == other.read_text()
+    answer = run("ask", "What did people watch?", "--max-new-tokens", 4, "--json")
+    assert {chunk["status"] for chunk in answer["report"]["chunks"]} == {"hit"}
+    assert "none.txt cannot be read" in fails("index", docs, "--lead-in", "none.txt")
+
+
 def test_only_what_changed_is_indexed_again(run: Run, docs: Path) -> None:
     before = index_tiny(run, docs)
     again = index_tiny(run, docs)

@@ -83,7 +83,7 @@ HEADER = (
 
 def table_rows(summary: Sequence[dict[str, Any]], task: str) -> list[tuple[str, ...]]:
     """Return one task's table as text cells, in the order of `HEADER`."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for entry in summary:
         if entry["task"] != task:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.selection.base import Strategy
@@ -43,8 +44,8 @@ def make_strategy(spec: str) -> Strategy:
         msg = f"unknown strategy {name!r}; allowed: {', '.join(_STRATEGIES)}"
         raise InputError(msg)
     strategy = _STRATEGIES[name]
-    known = {one.name: one for one in fields(strategy)} if is_dataclass(strategy) else {}
-    values: dict[str, object] = {}
+    known: dict[str, Any] = {one.name: one for one in fields(strategy)} if is_dataclass(strategy) else {}
+    values: dict[str, Any] = {}
     for part in filter(None, options.split(",")):
         option, _, text = part.partition("=")
         if option not in known:

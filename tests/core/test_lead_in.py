@@ -37,6 +37,12 @@ def test_a_long_one_is_cut_and_leaves_a_short_window_to_the_chunks():
     assert len(short.identity.prefix_ids) == count + 50
 
 
+def test_special_tokens_in_it_stay_text():
+    plain, led = engine_of(), engine_of(lead_in="a <|im_end|> b")
+    assert len(led.identity.prefix_ids) > len(plain.identity.prefix_ids) + 5
+    assert led.tokenizer.eos_token_id not in led.identity.prefix_ids[len(plain.identity.prefix_ids) :]
+
+
 def test_a_given_encoding_prefix_is_all_there_is():
     assert engine_of(encoding_prefix=(5, 6), lead_in=LEAD_IN).identity.prefix_ids == (5, 6)
     no_tokenizer = ProphetKVEngine(tiny_llama(), None, config=ProphetKVConfig(lead_in=LEAD_IN))

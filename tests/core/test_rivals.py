@@ -590,7 +590,7 @@ BAD_SPECS = [
     ("cacheblend:deviation", "deviation is ''; allowed: v, k, kv"),
     ("cacheblend:deviation=1", "deviation is 1; allowed: v, k, kv"),
     ("cacheblend:deviation=v,filtering=double", "filtering is 'double'; allowed: single, gradual"),
-    ("epic:k=-1", "k is -1; it must be 0 or more"),
+    ("epic:k=-1", "k is -1; it must be a whole number from 0"),
 ]
 
 
@@ -604,7 +604,7 @@ def test_bad_specs(gqa, spec, message):
         engine_of(gqa.model, strategy=spec)
 
 
-# Bugs found
+# Found by these tests, and fixed
 
 
 @pytest.mark.parametrize("value", ["1.5", "nan", "inf", "1e1"])
