@@ -5,23 +5,29 @@ Shapes: H query heads, Hkv key/value heads, G = H // Hkv, m computed rows, n key
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-BLOCK_ELEMENTS = 384
-"""Query rows x groups handled per attention call: large enough for the matrix products, small enough that a block of
-scattered rows sees few keys beyond each row's own position."""
-MASK_CACHE_BYTES = 64 << 20
-"""Masks of a pass are shared by all its layers up to this size; beyond it each call makes its own again."""
-MIN_PLAIN_KEYS = 256
-"""Keys before a block that are worth an attention call of their own, without a mask."""
+from prophetkv_rag.kernels.row_blocks import RowBlock, RowBlocks
 
-# SDPA's CPU kernel as SDPA calls it: unlike the public function it also returns the log-sum-exp, with which two parts
-# of a softmax are joined exactly. It is not documented, so it may go; then the masked public function does the work.
-_FLASH_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+@cache
+def _flash_cpu() -> Any:
+    """Return SDPA's CPU kernel as SDPA calls it, or `None` where this torch has none of this form.
+
+    Unlike the public function it also returns the log-sum-exp, with which two parts of a softmax are joined exactly. It
+    is not documented, so it is tried on one number before it is relied on.
+    """
+    try:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        one = torch.ones(1, 1, 1, 8)
+        output, lse = kernel(one, one, one, attn_mask=torch.zeros(1, 1), scale=1.0)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+    return kernel if torch.equal(output, one) and abs(float(lse) - 8.0) < 1e-5 else None
 
 
 def rotate(
@@ -53,88 +59,6 @@ def rotate(
     if states.shape[-1] > 2 * half:
         rotated[..., 2 * half :] = states[..., 2 * half :]
     return rotated
-
-
-class RowBlock(NamedTuple):
-    """Some rows of a pass and the keys they may see."""
-
-    rows: slice
-    plain: slice
-    """Keys that every row of the block sees; may be empty."""
-    masked: slice
-    """The keys after them, up to the block's last row; never empty."""
-    mask: torch.Tensor
-    """Additive fp32 mask `[G * block rows, masked keys]`: 0 or -inf; each row sees at least one masked key, unless
-    `hidden_keys` hides them all."""
-
-    @property
-    def keys(self) -> slice:
-        """All keys of the block."""
-        return slice(self.plain.start, self.masked.stop)
-
-
-class RowBlocks:
-    """The rows of a pass cut into blocks, each with the keys it may see and the mask for it.
-
-    A dense `[m, n]` mask would waste work and memory traffic: sorted rows in blocks need keys only up to their own last
-    position (and, with a sliding window, from their own first), and only those after the block's first row need a
-    mask. Made once per pass and window, shared by the layers.
-    """
-
-    def __init__(
-        self,
-        rows: torch.Tensor,
-        *,
-        num_groups: int,
-        sliding_window: int | None = None,
-        hidden_keys: torch.Tensor | None = None,
-    ) -> None:
-        """Plan the blocks.
-
-        Args:
-            rows: `[m]`, int64, ascending: the position of each computed row; key i has position i.
-            num_groups: G, the query heads that share a key/value head.
-            sliding_window: A row at p sees keys at positions > p - sliding_window; `None` for all.
-            hidden_keys: `[n]`, bool: keys that no row may see (slots not filled yet), or `None`.
-        """
-        self.rows = rows
-        self.num_groups = num_groups
-        self.sliding_window = sliding_window
-        self.hidden_keys = hidden_keys
-        self._block_rows = max(16, BLOCK_ELEMENTS // num_groups)
-        # One copy to the host here rather than two synchronisations per block and layer.
-        self._positions = rows.tolist()
-        self._masks: dict[int, torch.Tensor] = {}
-        self._mask_bytes = 0
-
-    def __iter__(self) -> Iterator[RowBlock]:
-        """Yield the blocks in order."""
-        for start in range(0, len(self._positions), self._block_rows):
-            stop = min(start + self._block_rows, len(self._positions))
-            first, last = self._positions[start], self._positions[stop - 1]
-            key_start = 0 if self.sliding_window is None else max(0, first - self.sliding_window + 1)
-            # Up to the first row every key is plain, unless some are hidden or fall out of the last row's window.
-            everything = self.hidden_keys is None and (self.sliding_window is None or last < self.sliding_window)
-            boundary = first if everything and first - key_start >= MIN_PLAIN_KEYS else key_start
-            mask = self._mask(start, stop, boundary, last + 1)
-            yield RowBlock(slice(start, stop), slice(key_start, boundary), slice(boundary, last + 1), mask)
-
-    def _mask(self, start: int, stop: int, key_start: int, key_stop: int) -> torch.Tensor:
-        if start in self._masks:
-            return self._masks[start]
-        rows = self.rows[start:stop, None]
-        keys = torch.arange(key_start, key_stop, device=rows.device)[None, :]
-        masked = keys > rows
-        if self.sliding_window is not None:
-            masked |= keys <= rows - self.sliding_window
-        if self.hidden_keys is not None:
-            masked |= self.hidden_keys[None, key_start:key_stop]
-        mask = torch.zeros(masked.shape, dtype=torch.float32, device=rows.device).masked_fill_(masked, float("-inf"))
-        mask = mask.repeat(self.num_groups, 1)
-        if self._mask_bytes + mask.nbytes <= MASK_CACHE_BYTES:
-            self._masks[start] = mask
-            self._mask_bytes += mask.nbytes
-        return mask
 
 
 def _probabilities(
@@ -221,7 +145,8 @@ def _attend_block(
     masked_keys, masked_values = keys[None, :, block.masked], values[None, :, block.masked]
     if plain_keys.shape[2] == 0:
         return F.scaled_dot_product_attention(query, masked_keys, masked_values, attn_mask=mask, scale=scaling)[0]
-    if _FLASH_CPU is None or query.device.type != "cpu" or keys.shape[-1] != values.shape[-1]:
+    flash = _flash_cpu()
+    if flash is None or query.device.type != "cpu" or keys.shape[-1] != values.shape[-1]:
         padded = F.pad(mask, (plain_keys.shape[2], 0))
         span = block.keys
         return F.scaled_dot_product_attention(
@@ -229,8 +154,8 @@ def _attend_block(
         )[0]
     # Two calls, so that most keys are read without a mask beside them; then joined: with the log-sum-exps a and b of
     # the two parts, the softmax over both gives the first the weight e^a / (e^a + e^b).
-    plain, plain_lse = _FLASH_CPU(query, plain_keys, plain_values, scale=scaling)
-    masked, masked_lse = _FLASH_CPU(query, masked_keys, masked_values, attn_mask=mask, scale=scaling)
+    plain, plain_lse = flash(query, plain_keys, plain_values, scale=scaling)
+    masked, masked_lse = flash(query, masked_keys, masked_values, attn_mask=mask, scale=scaling)
     share = torch.sigmoid(plain_lse - masked_lse)[..., None].to(plain.dtype)
     joined: torch.Tensor = torch.lerp(masked, plain, share)
     return joined[0]

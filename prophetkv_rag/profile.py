@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.store.files import write_file
 
 VERSION = 1
 
@@ -74,11 +73,8 @@ class Profile:
 
     def save(self, path: Path) -> None:
         """Write the profile; an older file is replaced at once or not at all."""
-        text = json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            file.write(text)
-        os.replace(file.name, path)
+        write_file(path.absolute(), (json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n").encode())
 
 
 def load_profile(path: str | Path) -> Profile:

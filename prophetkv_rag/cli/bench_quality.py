@@ -10,6 +10,7 @@ import typer
 from prophetkv_rag.cli.bench import conditions_of
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
 from prophetkv_rag.cli.model_choice import chosen_model
+from prophetkv_rag.errors import InputError
 
 DEFAULT_STRATEGIES = ["full_reuse", "random", "prophetkv"]
 _Source = Annotated[Path | None, typer.Option(help="Source text of RULER; see docs/quality.md.")]
@@ -69,10 +70,17 @@ def quality(
     )
     for arm in arms:
         arm.check()
+    # What could go wrong after hours of measuring is tried before.
     if plots is not None:
-        from prophetkv_rag.evaluation.plots import plot_against_budget, plot_tasks
+        from prophetkv_rag.evaluation.plots import load_pyplot, plot_against_budget, plot_tasks
 
-        plots.mkdir(parents=True, exist_ok=True)
+        load_pyplot()
+    try:
+        for folder_wanted in filter(None, (plots, markdown and markdown.parent)):
+            folder_wanted.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"results cannot be written: {error}"
+        raise InputError(msg) from error
     name = chosen_model(model)
     with status(f"loading {Path(name).name}"):
         engine = ProphetKVEngine.from_pretrained(name)
@@ -96,7 +104,7 @@ def quality(
     with tempfile.TemporaryDirectory() as folder:
         file = ResultsFile(out or Path(folder) / "results.jsonl", fixed)
         with progress_bar(f"{len(examples)} examples x {len(arms)} arms", len(examples)) as advance:
-            run_grid(
+            found = run_grid(
                 engines,
                 examples,
                 arms,
@@ -105,8 +113,6 @@ def quality(
                 answer_tokens=answer_tokens,
                 on_step=advance,
             )
-        wanted = {(example.task, example.example_id) for example in examples}
-        found = [row for row in file.rows if (row.task, row.example_id) in wanted]
     summary = summarise(found, against=against)
     conditions = machine | measured
     if markdown is not None:

@@ -41,7 +41,7 @@ def calibrate(
     from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.evaluation.calibration import calibrate as profile_of
     from prophetkv_rag.evaluation.fidelity import Arm
-    from prophetkv_rag.evaluation.quality import Engines, ResultsFile, run_grid
+    from prophetkv_rag.evaluation.quality import FULL, Engines, ResultsFile, run_grid
     from prophetkv_rag.evaluation.tasks.loading import load_examples
 
     arms = [Arm(one, ratio) for one in dict.fromkeys(strategy) for ratio in sorted(set(recompute_ratio or RATIOS))]
@@ -60,7 +60,7 @@ def calibrate(
     }
     file = ResultsFile(out.with_suffix(".rows.jsonl"), conditions)
     with progress_bar(f"{len(examples)} questions x {len(arms)} arms", len(examples)) as advance:
-        run_grid(
+        found = run_grid(
             Engines(engine),
             examples,
             arms,
@@ -69,10 +69,9 @@ def calibrate(
             answer_tokens=answer_tokens,
             on_step=advance,
         )
-    wanted = {(example.task, example.example_id) for example in examples}
-    specs = {arm.strategy for arm in arms} | {"full_prefill"}
+    specs = {arm.strategy for arm in arms} | {FULL}
     profile = profile_of(
-        [row for row in file.rows if (row.task, row.example_id) in wanted and row.strategy in specs],
+        [row for row in found if row.strategy in specs],
         model=machine["model"],
         model_fingerprint=engine.identity.model,
         wanted_agreement=agreement,

@@ -13,7 +13,8 @@ from prophetkv_rag.evaluation.quality import FULL
 from prophetkv_rag.evaluation.tables import POOLED
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
+    """Return `matplotlib.pyplot`, set to draw into files; `InputError` if it is not installed."""
     try:
         import matplotlib as mpl
     except ImportError as error:
@@ -26,7 +27,7 @@ def _pyplot() -> Any:
 
 
 def _colours(strategies: Sequence[str]) -> dict[str, Any]:
-    palette = _pyplot().get_cmap("tab10" if len(strategies) <= 10 else "tab20")
+    palette = load_pyplot().get_cmap("tab10" if len(strategies) <= 10 else "tab20")
     return {name: palette(index % palette.N) for index, name in enumerate(strategies)}
 
 
@@ -36,7 +37,7 @@ def _strategies(summary: Sequence[dict[str, Any]]) -> list[str]:
 
 def plot_against_budget(summary: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw KL and score, pooled over the tasks, against the budget really charged, one line per strategy."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     colours = _colours(_strategies(summary))
     pooled = [entry for entry in summary if entry["task"] == POOLED]
@@ -64,7 +65,7 @@ def plot_against_budget(summary: Sequence[dict[str, Any]], path: Path) -> None:
 
 def plot_tasks(summary: Sequence[dict[str, Any]], path: Path, *, recompute_ratio: float) -> None:
     """Draw the KL of every strategy per task, at one nominal ratio (ratio 0 stands beside it)."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     tasks = [task for task in dict.fromkeys(entry["task"] for entry in summary) if task != POOLED]
     colours = _colours(_strategies(summary))
     chosen = {
@@ -99,7 +100,7 @@ def plot_picks(
         path: The picture.
         title: Says which prompt it is.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     start, stop = chunk_spans[0][0], chunk_spans[-1][1]
     bins = min(200, stop - start)
     edges = np.linspace(start, stop, bins + 1)

@@ -135,10 +135,18 @@ class ResultsFile:
         """Open or start the file.
 
         Raises:
-            InputError: If it exists and holds rows measured under other conditions, or is not such a file.
+            InputError: If it exists and holds rows measured under other conditions, is not such a file, or cannot be
+                written.
         """
         self.path = path
         self.rows: list[QualityRow] = []
+        try:
+            self._open(path, conditions)
+        except OSError as error:
+            msg = f"{path} cannot be used for results: {error.strerror or error}; give another file"
+            raise InputError(msg) from error
+
+    def _open(self, path: Path, conditions: dict[str, Any]) -> None:
         if path.exists() and path.stat().st_size:
             before, self.rows = read_results(path)
             changed = sorted(key for key in {*before, *conditions} if before.get(key) != conditions.get(key))
@@ -204,8 +212,8 @@ def run_grid(
     chunk_tokens: int,
     answer_tokens: int,
     on_step: Callable[[int], None] | None = None,
-) -> None:
-    """Measure what the results file lacks; `on_step(1)` is called after each example."""
+) -> list[QualityRow]:
+    """Measure what the results file lacks and return its rows of these examples; `on_step(1)` after each example."""
     for example in examples:
         missing = results.missing(example, arms)
         if missing:
@@ -214,3 +222,5 @@ def run_grid(
             )
         if on_step is not None:
             on_step(1)
+    wanted = {(example.task, example.example_id) for example in examples}
+    return [row for row in results.rows if (row.task, row.example_id) in wanted]

@@ -12,7 +12,7 @@ import torch
 from prophetkv_rag.recompute import Pruner
 from prophetkv_rag.stage_one import QueryContext
 
-__all__ = ["QueryContext", "Selection", "Strategy", "allowed_option", "token_budget", "top_positions"]
+__all__ = ["QueryContext", "Selection", "Strategy", "allowed_option", "token_budget", "top_positions", "without_choice"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,14 @@ class Strategy(ABC):
     @abstractmethod
     def select(self, context: QueryContext) -> Selection:
         """Choose at most `context.budget` chunk tokens."""
+
+
+def without_choice(context: QueryContext) -> Selection | None:
+    """Return the selection of no token or of all, where the budget leaves no choice; `None` where it does."""
+    everything = context.is_chunk.nonzero()[:, 0]
+    if context.budget == 0:
+        return Selection(everything[:0])
+    return Selection(everything) if context.budget >= everything.shape[0] else None
 
 
 def allowed_option(strategy: Strategy, option: str, allowed: tuple[object, ...]) -> None:

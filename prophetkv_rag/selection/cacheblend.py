@@ -9,7 +9,14 @@ from typing import ClassVar, Literal
 import torch
 
 from prophetkv_rag.recompute import LayerView, Pruner
-from prophetkv_rag.selection.base import QueryContext, Selection, Strategy, allowed_option, top_positions
+from prophetkv_rag.selection.base import (
+    QueryContext,
+    Selection,
+    Strategy,
+    allowed_option,
+    top_positions,
+    without_choice,
+)
 
 DECIDING_LAYER = 1
 """Index of the layer at which fresh and stale rows are compared; K and V of layer 0 depend on the token alone."""
@@ -44,12 +51,8 @@ class CacheBlend(Strategy):
 
     def select(self, context: QueryContext) -> Selection:
         """Start with every chunk token; the pruner keeps the most deviating."""
-        everything = context.is_chunk.nonzero()[:, 0]
-        if context.budget == 0:
-            return Selection(everything[:0])
-        if context.budget >= everything.shape[0]:
-            return Selection(everything)
-        return Selection(everything, prune=self._pruner(context))
+        decided = without_choice(context)
+        return decided or Selection(context.is_chunk.nonzero()[:, 0], prune=self._pruner(context))
 
     def _pruner(self, context: QueryContext) -> Pruner:
         num_layers = len(context.support.layers)

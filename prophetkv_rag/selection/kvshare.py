@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from prophetkv_rag.recompute import LayerView
-from prophetkv_rag.selection.base import QueryContext, Selection, Strategy, top_positions
+from prophetkv_rag.selection.base import QueryContext, Selection, Strategy, top_positions, without_choice
 from prophetkv_rag.selection.cacheblend import DECIDING_LAYER
 
 
@@ -26,11 +26,9 @@ class KVShare(Strategy):
 
     def select(self, context: QueryContext) -> Selection:
         """Start with every chunk token; the pruner keeps those with the highest score."""
-        everything = context.is_chunk.nonzero()[:, 0]
-        if context.budget == 0:
-            return Selection(everything[:0])
-        if context.budget >= everything.shape[0]:
-            return Selection(everything)
+        decided = without_choice(context)
+        if decided is not None:
+            return decided
 
         def prune(view: LayerView) -> torch.Tensor | None:
             if view.layer_idx != DECIDING_LAYER:
@@ -41,4 +39,4 @@ class KVShare(Strategy):
             scores[view.rows] = moved
             return top_positions(scores * view.attention_received, context.is_chunk, context.budget)
 
-        return Selection(everything, prune=prune, watched_layers=frozenset({DECIDING_LAYER}))
+        return Selection(context.is_chunk.nonzero()[:, 0], prune=prune, watched_layers=frozenset({DECIDING_LAYER}))

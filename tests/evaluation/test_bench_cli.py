@@ -9,7 +9,8 @@ import pytest
 
 from prophetkv_rag import ProphetKVEngine
 from prophetkv_rag.cli.app import main
-from tests.tiny import save_tiny, text_of
+from prophetkv_rag.evaluation.tasks.loading import load_examples
+from tests.tiny import save_tiny, text_of, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +90,33 @@ def test_quality_on_a_generated_task(model, capsys):
         (("--data", "DATA", "--recompute-ratio", "1.2"), "Invalid value for '--recompute-ratio'"),
         (("--data", "DATA", "--length", "130"), "no example fits 130 tokens"),
         (("--data", "BAD"), "line 1"),
+        (("--data", "DATA", "--data", "DATA"), "two tasks or files have the same name: mine, mine"),
+        (("--data", "DATA", "--markdown", "DATA/tables.md"), "results cannot be written"),
+        (("--data", "DATA", "--plots", "DATA/plots"), "results cannot be written"),
+        (("--data", "DATA", "--out", "DATA/rows.jsonl"), "cannot be used for results"),
+        (("--data", "DATA", "--rows", "3", "--strategy", "prophetkv@corpus"), "has no example to spare"),
     ],
 )
 def test_mistakes(model, data, tmp_path, capsys, arguments, message):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"id": "1", "question": "q", "answers": ["a"]}\n')
     names = {"DATA": data, "BAD": bad}
-    given = [names.get(argument, argument) for argument in arguments]
+    given = [str(argument).replace("DATA", str(data)) for argument in arguments]
+    given = [names.get(argument, argument) for argument in given]
     status, printed, errors = run(capsys, "bench", "quality", "--model", model, *given)
     assert (status, printed) == (2, "")
     assert message in errors.splitlines()[-1]
+
+
+def test_the_lead_in_does_not_depend_on_the_number_of_rows(data):
+    tokenizer = tiny_tokenizer()
+    settings = {"tokenizer": tokenizer, "length": 1000, "chunk_tokens": 48}
+    found = {rows: load_examples([], [data], rows=rows, **settings) for rows in (1, 2, 3)}
+    assert [len(examples) for examples, _ in found.values()] == [1, 2, 3]
+    last = "".join(found[3][0][-1].context)
+    assert found[1][1] == found[2][1]
+    assert found[1][1]["mine"] in last
+    assert found[3][1] == {}  # the last one is measured itself
 
 
 def test_calibrate_writes_a_profile_that_the_engine_loads(model, data, tmp_path, capsys):

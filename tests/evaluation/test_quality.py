@@ -174,6 +174,8 @@ def test_other_conditions_are_refused(tmp_path):
     ResultsFile(path, {"length": 64})
     with pytest.raises(InputError, match=r"other conditions \(length\)"):
         ResultsFile(path, {"length": 128})
+    with pytest.raises(InputError, match="cannot be used for results"):
+        ResultsFile(tmp_path, {})
     (tmp_path / "notes.txt").write_text("hello\n")
     with pytest.raises(InputError, match="not a results file"):
         ResultsFile(tmp_path / "notes.txt", {})

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from prophetkv_rag.kernels import ops, reference
+from prophetkv_rag.kernels import ops, reference, row_blocks
 
 SHAPES = [  # heads, kv heads, rows, keys, head dim
     (4, 4, 1, 1, 8),
@@ -94,10 +94,10 @@ def test_attention_and_scores(shape, options):
 @pytest.mark.parametrize("joined", [True, False])
 def test_plain_and_masked_keys_are_joined(monkeypatch, joined):
     """Small blocks, so that most keys of most blocks are read without a mask; and without the kernel that can."""
-    monkeypatch.setattr(reference, "MIN_PLAIN_KEYS", 8)
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 32)
+    monkeypatch.setattr(row_blocks, "MIN_PLAIN_KEYS", 8)
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 32)
     if not joined:
-        monkeypatch.setattr(reference, "_FLASH_CPU", None)
+        monkeypatch.setattr(reference, "_flash_cpu", lambda: None)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2)):
         query, key, value, positions = (
             tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in make((4, 2, 70, 200, 16))
@@ -118,7 +118,7 @@ def test_plain_and_masked_keys_are_joined(monkeypatch, joined):
 def test_masks_beyond_the_cache_are_made_again(monkeypatch):
     query, key, value, positions = make((9, 3, 130, 517, 64))
     roomy = ops.selected_rows_attention(query, key, value, ops.RowBlocks(positions, num_groups=3), scaling=0.1)
-    monkeypatch.setattr(reference, "MASK_CACHE_BYTES", 0)
+    monkeypatch.setattr(row_blocks, "MASK_CACHE_BYTES", 0)
     blocks = ops.RowBlocks(positions, num_groups=3)
     assert torch.equal(ops.selected_rows_attention(query, key, value, blocks, scaling=0.1), roomy)
 

@@ -44,8 +44,8 @@ def load_examples(
     """Return examples and lead-ins: `rows` examples of every task and data file, and per task a text from one more.
 
     The examples are interleaved, so that a run cut short has some of each task. A lead-in is text of the same kind that
-    no measured example holds: of a data file or LongBench from an example that is not measured, of RULER from the end
-    of a context of twice the length and another seed.
+    no measured example holds, the same whatever the number of rows: of a data file or LongBench from the last example,
+    unless it is measured, of RULER from the end of a context of twice the length and another seed.
 
     Args:
         tasks: Names of tasks (`task_names`).
@@ -71,6 +71,11 @@ def load_examples(
         msg = "nothing to measure; give a --task, or questions of your own with --data FILE.jsonl"
         raise InputError(msg)
 
+    names = [*tasks, *(path.name.split(".")[0] for path in data)]
+    if len(set(names)) < len(names):
+        msg = f"two tasks or files have the same name: {', '.join(names)}; results are kept by name, so rename one"
+        raise InputError(msg)
+
     def count(example: TaskExample) -> int:
         return prompt_length(example, tokenizer, chunk_tokens)
 
@@ -83,18 +88,20 @@ def load_examples(
                 name, max_seq_length=2 * length, num_samples=1, count_tokens=count, seed=seed + 1, sources=sources
             )
             return made, next(longer)
-        loaded = load_longbench(name.removeprefix(_LONGBENCH), longbench, rows + 1)
+        loaded = load_longbench(name.removeprefix(_LONGBENCH), longbench)
+        kept = loaded if len(loaded) <= rows else [*loaded[:rows], loaded[-1]]
         cut = [
             truncate_example(example, length, lambda text: tokenizer(text)["input_ids"], tokenizer.decode)
-            for example in loaded
+            for example in kept
         ]
         return cut[:rows], cut[rows] if len(cut) > rows else None
 
     def of_file(path: Path) -> tuple[list[TaskExample], TaskExample | None]:
         name = path.name.split(".")[0]
-        fitting = (replace(example, task=name) for example in load_questions(path) if count(example) <= length)
-        first = list(islice(fitting, rows + 1))
-        return first[:rows], first[rows] if len(first) > rows else None
+        questions = [replace(example, task=name) for example in load_questions(path)]
+        measured = list(islice((one for one in questions if count(one) <= length), rows))
+        spare = next((one for one in reversed(questions) if count(one) <= length), None)
+        return measured, None if spare in measured else spare
 
     groups = [*(of_task(name) for name in tasks), *(of_file(path) for path in data)]
     if not any(group for group, _ in groups):

@@ -1,0 +1,98 @@
+"""How the scattered rows of a pass are cut into blocks, and which keys and mask each block needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+BLOCK_ELEMENTS = 384
+"""Query rows x groups handled per attention call: large enough for the matrix products, small enough that a block of
+scattered rows sees few keys beyond each row's own position."""
+MASK_CACHE_BYTES = 64 << 20
+"""Masks of a pass are shared by all its layers up to this size; beyond it each call makes its own again."""
+MIN_PLAIN_KEYS = 256
+"""Keys before a block that are worth an attention call of their own, without a mask."""
+
+
+class RowBlock(NamedTuple):
+    """Some rows of a pass and the keys they may see."""
+
+    rows: slice
+    plain: slice
+    """Keys that every row of the block sees; may be empty."""
+    masked: slice
+    """The keys after them, up to the block's last row; never empty."""
+    mask: torch.Tensor
+    """Additive fp32 mask `[G * block rows, masked keys]`: 0 or -inf; each row sees at least one masked key, unless
+    `hidden_keys` hides them all."""
+
+    @property
+    def keys(self) -> slice:
+        """All keys of the block."""
+        return slice(self.plain.start, self.masked.stop)
+
+
+class RowBlocks:
+    """The rows of a pass cut into blocks, each with the keys it may see and the mask for it.
+
+    A dense `[m, n]` mask would waste work and memory traffic: sorted rows in blocks need keys only up to their own last
+    position (and, with a sliding window, from their own first), and only those after the block's first row need a
+    mask. Made once per pass and window, shared by the layers.
+    """
+
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        *,
+        num_groups: int,
+        sliding_window: int | None = None,
+        hidden_keys: torch.Tensor | None = None,
+    ) -> None:
+        """Plan the blocks.
+
+        Args:
+            rows: `[m]`, int64, ascending: the position of each computed row; key i has position i.
+            num_groups: G, the query heads that share a key/value head.
+            sliding_window: A row at p sees keys at positions > p - sliding_window; `None` for all.
+            hidden_keys: `[n]`, bool: keys that no row may see (slots not filled yet), or `None`.
+        """
+        self.rows = rows
+        self.num_groups = num_groups
+        self.sliding_window = sliding_window
+        self.hidden_keys = hidden_keys
+        self._block_rows = max(16, BLOCK_ELEMENTS // num_groups)
+        # One copy to the host here rather than two synchronisations per block and layer.
+        self._positions = rows.tolist()
+        self._masks: dict[int, torch.Tensor] = {}
+        self._mask_bytes = 0
+
+    def __iter__(self) -> Iterator[RowBlock]:
+        """Yield the blocks in order."""
+        for start in range(0, len(self._positions), self._block_rows):
+            stop = min(start + self._block_rows, len(self._positions))
+            first, last = self._positions[start], self._positions[stop - 1]
+            key_start = 0 if self.sliding_window is None else max(0, first - self.sliding_window + 1)
+            # Up to the first row every key is plain, unless some are hidden or fall out of the last row's window.
+            everything = self.hidden_keys is None and (self.sliding_window is None or last < self.sliding_window)
+            boundary = first if everything and first - key_start >= MIN_PLAIN_KEYS else key_start
+            mask = self._mask(start, stop, boundary, last + 1)
+            yield RowBlock(slice(start, stop), slice(key_start, boundary), slice(boundary, last + 1), mask)
+
+    def _mask(self, start: int, stop: int, key_start: int, key_stop: int) -> torch.Tensor:
+        if start in self._masks:
+            return self._masks[start]
+        rows = self.rows[start:stop, None]
+        keys = torch.arange(key_start, key_stop, device=rows.device)[None, :]
+        masked = keys > rows
+        if self.sliding_window is not None:
+            masked |= keys <= rows - self.sliding_window
+        if self.hidden_keys is not None:
+            masked |= self.hidden_keys[None, key_start:key_stop]
+        mask = torch.zeros(masked.shape, dtype=torch.float32, device=rows.device).masked_fill_(masked, float("-inf"))
+        mask = mask.repeat(self.num_groups, 1)
+        if self._mask_bytes + mask.nbytes <= MASK_CACHE_BYTES:
+            self._masks[start] = mask
+            self._mask_bytes += mask.nbytes
+        return mask
