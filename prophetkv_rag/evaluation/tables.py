@@ -19,17 +19,23 @@ def summarise(rows: Sequence[QualityRow], *, against: str = "prophetkv") -> list
     """Return one entry per task and arm, the pooled ones (task `"all"`) first.
 
     An entry holds the means with bootstrap intervals; `kl_above` is the paired difference in KL to the arm of strategy
-    `against` at the same ratio, example by example, and `score_lost` the paired difference of full prefill's score to
-    the arm's own.
+    `against` at the same ratio (of an arm whose ratio it was not measured at, such as plain reuse, at its smallest),
+    example by example, and `score_lost` the paired difference of full prefill's score to the arm's own.
     """
     by_arm: dict[Arm, dict[tuple[str, str], QualityRow]] = {}
     for row in rows:
         arm = Arm(row.strategy, row.recompute_ratio)
         by_arm.setdefault(arm, {})[row.task, row.example_id] = row
     full = {key: row for arm, found in by_arm.items() if arm.strategy == FULL for key, row in found.items()}
+    ratios = sorted(arm.recompute_ratio for arm in by_arm if arm.strategy == against)
+
+    def reference_of(arm: Arm) -> dict[tuple[str, str], QualityRow]:
+        ratio = arm.recompute_ratio if arm.recompute_ratio in ratios else next(iter(ratios), None)
+        return {} if ratio is None else by_arm[Arm(against, ratio)]
+
     tasks = [POOLED, *dict.fromkeys(row.task for row in rows)]
     return [
-        _entry(task, arm, found, full, by_arm.get(Arm(against, arm.recompute_ratio), {}), against)
+        _entry(task, arm, found, full, reference_of(arm), against)
         for task in tasks
         for arm, all_found in by_arm.items()
         if (found := {key: row for key, row in all_found.items() if task in (POOLED, key[0])})

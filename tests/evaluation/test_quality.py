@@ -216,6 +216,7 @@ def test_summary_is_paired():
     rows += [row(n, "prophetkv", 0.1, 0.1 * n) for n in range(4)]
     rows += [row(n, "prophetkv", 0.2, 1.0) for n in range(4)]
     rows += [row(n, "random", 0.1, 0.1 * n + 0.5, score=0.25) for n in range(4)]
+    rows += [row(n, "full_reuse", 0.0, 2.0) for n in range(4)]
     table = {(e["task"], e["strategy"], e["recompute_ratio"]): e for e in summarise(rows, against="prophetkv")}
     random = table["all", "random", 0.1]
     assert random["kl"]["mean"] == pytest.approx(0.65)
@@ -224,6 +225,8 @@ def test_summary_is_paired():
     assert random["kl_change"] == pytest.approx(0.65 / 0.15 - 1)
     assert random["score_lost"]["mean"] == pytest.approx(0.75)
     assert "kl_above" not in table["all", "prophetkv", 0.1]
+    # Plain reuse has no arm of its ratio to be compared with: the smallest ratio stands in.
+    assert table["all", "full_reuse", 0.0]["kl_above"]["mean"] == pytest.approx(2.0 - 0.15)
     text = markdown(summarise(rows), {"model": "m"})
     assert "| random | 10% | 15.0% | 4 |" in text
     assert "+0.500 (+0.500 to +0.500)" in text
