@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 LEAD_IN_TOKENS = 256
 """Longest lead-in, in tokens; in a short context window an eighth of it at most."""
+
+PLACEHOLDER = re.compile(r"\{context\w*\}")
+"""Where the chunks stand in `ProphetKVConfig.prompt_template`."""
 
 ScoreSoftmax = Literal["context", "full_row"]
 QueryScope = Literal["suffix", "question"]
@@ -30,13 +35,16 @@ class ProphetKVConfig:
             the `"question"`, where the caller or the prompt tells which tokens that is.
         first_chunk_eligible: *Open (c).* Whether tokens of a first chunk that is exact already (it follows the very
             prefix it was encoded behind) may be selected. True is the paper's reading (T_p is over all t <= C).
-        encoding_prefix: What every chunk is encoded behind: `None` for BOS, the chat template's opening and the
-            lead-in; or a text or a tuple of token ids, which is then all there is. It is part of every cache key.
+        encoding_prefix: What every chunk is encoded behind, as a text or a tuple of token ids, which is then all there
+            is; `None` for what `prompt_template` and `lead_in` say. It is part of every cache key.
+        prompt_template: The application's prompt, with `{context}` (or `{context_str}`, ...) where the chunks stand: a
+            text as it is, or chat messages (`[{"role": ..., "content": ...}]`). Chunks are encoded behind what stands
+            before it, as they will stand in prompts. `None` for BOS and the chat template's opening of a user message.
         lead_in: Text of the same kind as the chunks, such as one of the documents; its first 256 tokens stand behind
-            the default encoding prefix. A chunk's cache then resembles that of a passage in the middle of such a
-            prompt rather than at its start, at no cost at query time (docs/quality.md says what it gains). It leaves
-            its trace in every cache, so take a text that you trust and that all readers of the collection may see.
-            `None` for none, as in the papers. Only used if `encoding_prefix` is `None`.
+            the prompt's opening. A chunk's cache then resembles that of a passage in the middle of such a prompt
+            rather than at its start, at no cost at query time (docs/quality.md says what both gain). It leaves its
+            trace in every cache, so take a text that you trust and that all readers of the collection may see.
+            `None` for none, as in the papers.
         index_batch_tokens: Upper bound of tokens in one index-time forward pass; bounds memory while indexing.
         max_prompt_tokens: Own limit on a prompt's length, in tokens; `None` for the model's context window.
 
@@ -50,6 +58,7 @@ class ProphetKVConfig:
     query_scope: QueryScope = "suffix"
     first_chunk_eligible: bool = True
     encoding_prefix: str | tuple[int, ...] | None = None
+    prompt_template: str | Sequence[Mapping[str, str]] | None = None
     lead_in: str | None = None
     index_batch_tokens: int = 2048
     max_prompt_tokens: int | None = None
@@ -62,12 +71,26 @@ class ProphetKVConfig:
         if self.query_scope not in get_args(QueryScope):
             msg = f"query_scope is {self.query_scope!r}; allowed: {', '.join(get_args(QueryScope))}"
             raise ValueError(msg)
+        if self.prompt_template is not None:
+            _check_template(self.prompt_template)
         if self.index_batch_tokens < 1:
             msg = f"index_batch_tokens is {self.index_batch_tokens}; it must be at least 1"
             raise ValueError(msg)
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
             msg = f"max_prompt_tokens is {self.max_prompt_tokens}; it must be at least 1, or None for the model's own"
             raise ValueError(msg)
+
+
+def _check_template(template: str | Sequence[Mapping[str, str]]) -> None:
+    try:
+        texts = [template] if isinstance(template, str) else [message["content"] for message in template]
+        found = [PLACEHOLDER.search(text) for text in texts]
+    except (TypeError, KeyError):
+        msg = "prompt_template must be a text, or messages with 'role' and 'content'"
+        raise ValueError(msg) from None
+    if not any(found):
+        msg = "prompt_template has no {context} placeholder; write it where your prompt has the retrieved chunks"
+        raise ValueError(msg)
 
 
 def check_recompute_ratio(ratio: float) -> float:

@@ -81,8 +81,7 @@ class ProphetKVEngine:
         self.context_window = min(limit, self.support.context_window)
         self._tokens = Tokens(tokenizer)
         prefix_ids = self._tokens.encoding_prefix(
-            self.config.encoding_prefix,
-            self.config.lead_in,
+            self.config,
             # A lead-in must leave most of a short window to the chunk.
             max_lead_in_tokens=min(LEAD_IN_TOKENS, self.context_window // 8),
         )

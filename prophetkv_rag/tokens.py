@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prophetkv_rag.config import PLACEHOLDER, ProphetKVConfig
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.prompt import TextOrIds
 
@@ -107,21 +108,22 @@ class Tokens:
             msg = f"the model's chat template rejects these messages: {error}"
             raise InputError(msg) from error
 
-    def encoding_prefix(
-        self, configured: TextOrIds | None, lead_in: str | None, *, max_lead_in_tokens: int
-    ) -> tuple[int, ...]:
-        """Return the token ids that chunks are encoded behind.
+    def encoding_prefix(self, config: ProphetKVConfig, *, max_lead_in_tokens: int) -> tuple[int, ...]:
+        """Return the token ids that chunks are encoded behind; see `ProphetKVConfig`.
 
         Args:
-            configured: The whole prefix, where the user gave one; `None` for the default opening and the lead-in.
-            lead_in: Text behind the default opening, or `None`; special-token strings in it stay text. Left out without
-                a tokenizer.
-            max_lead_in_tokens: Of the lead-in, only this many tokens from its start are used.
+            config: Says what they are. Without a tokenizer only an `encoding_prefix` of token ids counts.
+            max_lead_in_tokens: Of the lead-in, only this many tokens from its start are used; special-token strings in
+                it stay text.
         """
-        if configured is not None:
-            return tuple(self.fresh(configured, first=True))
-        lead_in_ids = self.chunk(lead_in)[:max_lead_in_tokens] if lead_in and self.tokenizer is not None else []
-        return (*self.default_encoding_prefix(), *lead_in_ids)
+        if config.encoding_prefix is not None:
+            return tuple(self.fresh(config.encoding_prefix, first=True))
+        if self.tokenizer is None:
+            return ()
+        template = config.prompt_template
+        opening = self.default_encoding_prefix() if template is None else self._opening(template)
+        lead_in_ids = self.chunk(config.lead_in)[:max_lead_in_tokens] if config.lead_in else []
+        return (*opening, *lead_in_ids)
 
     def default_encoding_prefix(self) -> tuple[int, ...]:
         """Return what chunks are encoded behind by default: BOS and the chat template's opening of a user message.
@@ -130,18 +132,24 @@ class Tokens:
         """
         if self.tokenizer is None:
             return ()
-        text = ""
         if self.has_chat_template:
-            # Some templates print today's date; a prefix that changes every night would lose every cache.
             try:
-                template = _FIXED_DAY + self.tokenizer.get_chat_template()
-                rendered = self.render([{"role": "user", "content": _SENTINEL}], chat_template=template)
+                return self._opening([{"role": "user", "content": "{context}"}])
             except ValueError as error:  # also transformers', of several templates with no default
                 logger.warning("chunks are encoded behind no chat template's opening: %s", error)
-                rendered = ""
-            opening, found, _ = rendered.partition(_SENTINEL)
-            text = opening if found else ""
-        return tuple(self.fresh(text, first=True))
+        return tuple(self.fresh("", first=True))
+
+    def _opening(self, prompt_template: str | Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Return the token ids that an application's prompts have before the first chunk."""
+        if isinstance(prompt_template, str):
+            return tuple(self.fresh(PLACEHOLDER.split(prompt_template)[0], first=True))
+        marked = [
+            dict(message) | {"content": PLACEHOLDER.sub(_SENTINEL, message["content"])} for message in prompt_template
+        ]
+        # Some chat templates print today's date; a prefix that changes every night would lose every cache.
+        template = _FIXED_DAY + self._require("a chat").get_chat_template() if self.has_chat_template else None
+        opening, found, _ = self.render(marked, chat_template=template).partition(_SENTINEL)
+        return tuple(self.fresh(opening if found else "", first=True))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of generated tokens, without special tokens."""

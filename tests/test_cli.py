@@ -154,6 +154,7 @@ def test_chunks_are_encoded_behind_the_first_document(run: Run, fails: Run, docs
     first = json.loads(settings.read_text())
     assert first["lead_in"]
     assert (docs / "deep" / "two.md").read_bytes().decode().startswith(first["lead_in"])
+    assert first["behind_prompt"]
 
     # Without one, all caches are computed again; the choice is remembered.
     for more in (("--lead-in", "none"), ()):

@@ -22,7 +22,12 @@ PUBLIC = {
         "UnknownModelError",
         "UnsupportedModelError",
     ],
-    "prophetkv_rag.integrations.llama_index": ["MiniLMEmbedding", "ProphetKVChromaVectorStore", "ProphetKVLLM"],
+    "prophetkv_rag.integrations.llama_index": [
+        "MiniLMEmbedding",
+        "ProphetKVChromaVectorStore",
+        "ProphetKVLLM",
+        "prompt_template_of",
+    ],
     "prophetkv_rag.selection": [
         "QueryContext",
         "Selection",

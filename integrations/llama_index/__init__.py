@@ -2,6 +2,7 @@
 
 from prophetkv_rag.integrations.llama_index.embedding import MiniLMEmbedding
 from prophetkv_rag.integrations.llama_index.llm import ProphetKVLLM
+from prophetkv_rag.integrations.llama_index.templates import prompt_template_of
 from prophetkv_rag.integrations.llama_index.vector_store import ProphetKVChromaVectorStore
 
-__all__ = ["MiniLMEmbedding", "ProphetKVChromaVectorStore", "ProphetKVLLM"]
+__all__ = ["MiniLMEmbedding", "ProphetKVChromaVectorStore", "ProphetKVLLM", "prompt_template_of"]

@@ -31,7 +31,7 @@ def quality(
     recompute_ratio: Annotated[list[float], typer.Option(min=0, max=1, help="Ratios; repeatable.")] = [0.1, 0.2],  # noqa: B006
     strategy: Annotated[
         list[str],
-        typer.Option(help="Strategies, with options, and @corpus for a lead-in; repeatable."),
+        typer.Option(help="Strategies, with options; behind @: what chunks are encoded behind, prompt+corpus for all."),
     ] = DEFAULT_STRATEGIES,
     chunk_tokens: Annotated[int, typer.Option(min=16, help="Tokens per chunk.")] = 256,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer compared, in tokens.")] = 32,
@@ -85,7 +85,7 @@ def quality(
     with status(f"loading {Path(name).name}"):
         engine = ProphetKVEngine.from_pretrained(name)
     with status("making prompts"):
-        examples, lead_ins = load_examples(
+        examples, surroundings = load_examples(
             task or [],
             data or [],
             tokenizer=engine.tokenizer,
@@ -96,7 +96,7 @@ def quality(
             sources=Sources(essay, squad, hotpot),
             longbench=longbench,
         )
-    engines = Engines(engine, lead_ins)
+    engines = Engines(engine, surroundings)
     measured = {"length": length, "chunk_tokens": chunk_tokens, "answer_tokens": answer_tokens, "seed": seed}
     machine = conditions_of(engine, name)
     # What a number depends on; the machine may change between two runs of one file, the model may not.

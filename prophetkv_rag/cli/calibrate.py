@@ -46,7 +46,7 @@ def calibrate(
 
     arms = [Arm(one, ratio) for one in dict.fromkeys(strategy) for ratio in sorted(set(recompute_ratio or RATIOS))]
     for arm in arms:
-        arm.check(allow_lead_in=False)
+        arm.check(encodings=())
     name = chosen_model(model)
     with status(f"loading {Path(name).name}"):
         engine = ProphetKVEngine.from_pretrained(name)

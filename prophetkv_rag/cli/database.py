@@ -41,12 +41,15 @@ class DatabaseSettings:
         chunk_size: Tokens per chunk.
         cached_for: Fingerprint of the model that the caches belong to; "" while they are being computed.
         lead_in: What chunks are encoded behind (`ProphetKVConfig.lead_in`); "" for nothing.
+        behind_prompt: Whether that stands behind the opening of the prompt that `ask` sends
+            (`ProphetKVConfig.prompt_template`); databases made by early versions stand behind the chat template's.
     """
 
     model: str
     chunk_size: int
     cached_for: str = ""
     lead_in: str = ""
+    behind_prompt: bool = False
 
 
 def lead_in_of(text: str) -> str:
@@ -68,6 +71,7 @@ def find_settings(path: Path) -> DatabaseSettings | None:
             chunk_size=int(values["chunk_size"]),
             cached_for=str(values.get("cached_for", "")),
             lead_in=str(values.get("lead_in", "")),
+            behind_prompt=bool(values.get("behind_prompt", False)),
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -165,7 +169,11 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
 
     with status(f"loading {Path(settings.model).name}"):
         model, tokenizer = load_model(settings.model)
-        config = replace(config or ProphetKVConfig(), lead_in=settings.lead_in or None)
+        config = replace(
+            config or ProphetKVConfig(),
+            prompt_template=frameworks.prompt_template_of(tokenizer) if settings.behind_prompt else None,
+            lead_in=settings.lead_in or None,
+        )
         engine = ProphetKVEngine(model, tokenizer, config=config, store=DiskStore(directory / BLOB_DIRECTORY))
         client, chroma_collection = _open_chroma(directory)
         collection = KVCachingCollection(chroma_collection, engine)
@@ -204,6 +212,7 @@ class _Frameworks:
     index: Any
     vector_store: Any
     embedding: Any
+    prompt_template_of: Any
     set_global_tokenizer: Any
 
 
@@ -211,11 +220,13 @@ def _import_frameworks() -> _Frameworks:
     try:
         from llama_index.core import VectorStoreIndex, set_global_tokenizer
 
-        from prophetkv_rag.integrations.llama_index import ProphetKVChromaVectorStore
+        from prophetkv_rag.integrations.llama_index import ProphetKVChromaVectorStore, prompt_template_of
         from prophetkv_rag.integrations.llama_index.embedding import MiniLMEmbedding
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("llama_index"):
             raise
         msg = "this command needs LlamaIndex: pip install 'prophetkv-rag[llama-index]'"
         raise InputError(msg) from error
-    return _Frameworks(VectorStoreIndex, ProphetKVChromaVectorStore, MiniLMEmbedding, set_global_tokenizer)
+    return _Frameworks(
+        VectorStoreIndex, ProphetKVChromaVectorStore, MiniLMEmbedding, prompt_template_of, set_global_tokenizer
+    )

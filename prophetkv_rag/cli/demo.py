@@ -79,9 +79,9 @@ def _database_path(model: str) -> Path:
 def _open(path: Path, model: str, first_document: str) -> Database:
     remembered = find_settings(path)
     cached_for = remembered.cached_for if remembered else ""
-    database = open_database(
-        path, DatabaseSettings(model, DEFAULT_CHUNK_SIZE, cached_for, lead_in=lead_in_of(first_document))
-    )
+    lead_in = lead_in_of(first_document)
+    settings = DatabaseSettings(model, DEFAULT_CHUNK_SIZE, cached_for, lead_in=lead_in, behind_prompt=True)
+    database = open_database(path, settings)
     save_settings(path, database.settings)
     return database
 

@@ -58,6 +58,7 @@ def index(
         chunk_size=chunk_size or (remembered.chunk_size if remembered else DEFAULT_CHUNK_SIZE),
         cached_for=remembered.cached_for if remembered else "",
         lead_in=_lead_in(lead_in, remembered.lead_in if remembered else lead_in_of(documents.files[0].text)),
+        behind_prompt=remembered.behind_prompt if remembered else True,
     )
     quiet_libraries()
     fetch_embedding()

@@ -19,15 +19,18 @@ from prophetkv_rag.prefill import PrefillResult
 from prophetkv_rag.prompt import Prompt
 from prophetkv_rag.selection import make_strategy
 
-CORPUS = "corpus"
-"""Suffix `@corpus` of an arm: its chunks are encoded behind a lead-in, other text of the same task."""
+PROMPT, CORPUS = "prompt", "corpus"
+ENCODINGS = (PROMPT, CORPUS, f"{PROMPT}+{CORPUS}")
+"""Suffixes of an arm: its chunks are encoded behind the opening of the task's prompts (`@prompt`), behind a lead-in,
+other text of the same task (`@corpus`), or behind both."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
     """One thing to measure: a strategy (with its options, as `make_strategy` reads them) at a ratio.
 
-    `strategy` may end in `@corpus`, for caches that were encoded behind a lead-in (`ProphetKVConfig.lead_in`).
+    `strategy` may end in `@` and one of `ENCODINGS`, for caches that were encoded behind more than the chat template's
+    opening (`ProphetKVConfig.prompt_template`, `lead_in`).
     """
 
     strategy: str
@@ -39,22 +42,21 @@ class Arm:
         return self.strategy.partition("@")[0]
 
     @property
-    def has_lead_in(self) -> bool:
-        """Whether the caches are encoded behind a lead-in."""
-        return self.strategy.endswith(f"@{CORPUS}")
+    def encoding(self) -> str:
+        """What the caches are encoded behind: one of `ENCODINGS`, or ""."""
+        return self.strategy.partition("@")[2]
 
     @property
     def label(self) -> str:
         """For tables and plots."""
         return self.strategy if self.recompute_ratio == 0 else f"{self.strategy} {self.recompute_ratio:.0%}"
 
-    def check(self, *, allow_lead_in: bool = True) -> None:
+    def check(self, *, encodings: Sequence[str] = ENCODINGS) -> None:
         """Raise `InputError` for an unknown strategy, option or encoding, or a ratio outside [0, 1]."""
         make_strategy(self.spec)
-        _, found, encoding = self.strategy.partition("@")
-        allowed = (CORPUS,) if allow_lead_in else ()
-        if found and encoding not in allowed:
-            msg = f"strategy {self.strategy!r}: unknown encoding {encoding!r}; allowed: {', '.join(allowed) or 'none'}"
+        if "@" in self.strategy and self.encoding not in encodings:
+            allowed = ", ".join(encodings) or "none"
+            msg = f"strategy {self.strategy!r}: unknown encoding {self.encoding!r}; allowed: {allowed}"
             raise InputError(msg)
         try:
             check_recompute_ratio(self.recompute_ratio)

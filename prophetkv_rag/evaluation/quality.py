@@ -10,9 +10,10 @@ from typing import Any
 
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import ContextWindowError, InputError
-from prophetkv_rag.evaluation.fidelity import Arm, compare, full_prefill
+from prophetkv_rag.evaluation.fidelity import CORPUS, PROMPT, Arm, compare, full_prefill
 from prophetkv_rag.evaluation.metrics import score
 from prophetkv_rag.evaluation.tasks.example import TaskExample
+from prophetkv_rag.evaluation.tasks.loading import Surroundings
 from prophetkv_rag.evaluation.tasks.prompting import task_prompt
 
 FULL = "full_prefill"
@@ -43,29 +44,35 @@ class QualityRow:
 
 
 class Engines:
-    """The engine as configured, and one per task whose chunks are encoded behind a lead-in; all run one model."""
+    """The engine as configured, and one per task and encoding; all run one model."""
 
-    def __init__(self, default: ProphetKVEngine, lead_ins: Mapping[str, str] | None = None) -> None:
-        """Start from an engine without a lead-in; `lead_ins` holds a text per task."""
+    def __init__(self, default: ProphetKVEngine, surroundings: Mapping[str, Surroundings] | None = None) -> None:
+        """Start from an engine that encodes chunks behind the chat template's opening."""
         self.default = default
-        self.lead_ins = lead_ins or {}
-        self._with_lead_in: dict[str, ProphetKVEngine] = {}
+        self.surroundings = surroundings or {}
+        self._others: dict[tuple[str, str], ProphetKVEngine] = {}
 
     def of(self, arm: Arm, task: str) -> ProphetKVEngine:
         """Return the engine that holds an arm's caches.
 
         Raises:
-            InputError: If the arm needs a lead-in and the task has none.
+            InputError: If the arm has an encoding and the task no example to spare for it.
         """
-        if not arm.has_lead_in:
+        if not arm.encoding:
             return self.default
-        if not self.lead_ins.get(task):
-            msg = f"{arm.strategy}: task {task!r} has no example to spare for a lead-in; give fewer --rows"
+        if task not in self.surroundings:
+            msg = f"{arm.strategy}: task {task!r} has no example to spare for {arm.encoding!r}; give fewer --rows"
             raise InputError(msg)
-        if task not in self._with_lead_in:
-            config = replace(self.default.config, lead_in=self.lead_ins[task])
-            self._with_lead_in[task] = ProphetKVEngine(self.default.model, self.default.tokenizer, config=config)
-        return self._with_lead_in[task]
+        if (task, arm.encoding) not in self._others:
+            around = self.surroundings[task]
+            config = replace(
+                self.default.config,
+                prompt_template=f"{around.opening}{{context}}" if PROMPT in arm.encoding else None,
+                lead_in=around.lead_in if CORPUS in arm.encoding else None,
+            )
+            engine = ProphetKVEngine(self.default.model, self.default.tokenizer, config=config)
+            self._others[task, arm.encoding] = engine
+        return self._others[task, arm.encoding]
 
 
 def measure_example(

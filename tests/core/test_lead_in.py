@@ -43,8 +43,53 @@ def test_special_tokens_in_it_stay_text():
     assert led.tokenizer.eos_token_id not in led.identity.prefix_ids[len(plain.identity.prefix_ids) :]
 
 
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Read {context_str}, then answer {query_str}."},
+]
+
+
+@pytest.mark.parametrize("template", [MESSAGES, tuple(MESSAGES), "Be brief.<|im_end|>Read {context} and {question}"])
+def test_chunks_stand_behind_the_opening_of_the_applications_prompt(template):
+    engine = engine_of(prompt_template=template)
+    chunk, question = text_of(30, seed=1), "Why?"
+    engine.add_chunks([chunk])
+    if isinstance(template, str):
+        prompt = template.replace("{context}", chunk).replace("{question}", question)
+    else:
+        prompt = [
+            message | {"content": message["content"].replace("{context_str}", chunk).replace("{query_str}", question)}
+            for message in template
+        ]
+    # The first chunk of such a prompt follows exactly what it was encoded behind: reuse is exact.
+    assert engine.read(prompt).exact_first_chunk
+    full = engine.prefill(prompt, strategy="full_prefill")
+    reused = engine.prefill(prompt, strategy="full_reuse")
+    assert reused.report.reused_tokens > 0
+    torch.testing.assert_close(reused.logits, full.logits, atol=1e-4, rtol=1e-4)
+    led = engine_of(prompt_template=template, lead_in=LEAD_IN)
+    assert led.identity.prefix_ids[: len(engine.identity.prefix_ids)] == engine.identity.prefix_ids
+    assert len(led.identity.prefix_ids) > len(engine.identity.prefix_ids) + 20
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("Answer {question}", "no {context} placeholder"),
+        ([{"role": "user", "content": "hi"}], "no {context} placeholder"),
+        ([], "no {context} placeholder"),
+        ([{"role": "user"}], "'role' and 'content'"),
+        ([{"role": "user", "content": "{context}"}, {"role": "user", "content": None}], "'role' and 'content'"),
+        (5, "'role' and 'content'"),
+    ],
+)
+def test_a_template_that_says_nothing_is_refused(template, message):
+    with pytest.raises(ValueError, match=message):
+        ProphetKVConfig(prompt_template=template)
+
+
 def test_a_given_encoding_prefix_is_all_there_is():
-    assert engine_of(encoding_prefix=(5, 6), lead_in=LEAD_IN).identity.prefix_ids == (5, 6)
+    assert engine_of(encoding_prefix=(5, 6), lead_in=LEAD_IN, prompt_template=MESSAGES).identity.prefix_ids == (5, 6)
     no_tokenizer = ProphetKVEngine(tiny_llama(), None, config=ProphetKVConfig(lead_in=LEAD_IN))
     assert no_tokenizer.identity.prefix_ids == ()
 

@@ -10,6 +10,7 @@ import pytest
 from prophetkv_rag import ProphetKVEngine
 from prophetkv_rag.cli.app import main
 from prophetkv_rag.evaluation.tasks.loading import load_examples
+from prophetkv_rag.evaluation.tasks.prompting import task_prompt
 from tests.tiny import save_tiny, text_of, tiny_tokenizer
 
 
@@ -115,7 +116,9 @@ def test_the_lead_in_does_not_depend_on_the_number_of_rows(data):
     assert [len(examples) for examples, _ in found.values()] == [1, 2, 3]
     last = "".join(found[3][0][-1].context)
     assert found[1][1] == found[2][1]
-    assert found[1][1]["mine"] in last
+    assert found[1][1]["mine"].lead_in in last
+    heads = {str(task_prompt(example, tokenizer, 48).prefix) for example in found[2][0]}
+    assert heads == {found[1][1]["mine"].opening}
     assert found[3][1] == {}  # the last one is measured itself
 
 

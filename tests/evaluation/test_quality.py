@@ -18,11 +18,13 @@ from prophetkv_rag.evaluation.picks import YARDSTICK, picks_of
 from prophetkv_rag.evaluation.quality import Engines, QualityRow, ResultsFile, measure_example, read_results, run_grid
 from prophetkv_rag.evaluation.tables import markdown, summarise
 from prophetkv_rag.evaluation.tasks.example import TaskExample
+from prophetkv_rag.evaluation.tasks.loading import Surroundings
 from prophetkv_rag.evaluation.tasks.prompting import join_pieces, prompt_length, task_prompt
 from prophetkv_rag.profile import load_profile
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 ARMS = [Arm("full_reuse", 0.0), Arm("prophetkv", 0.2), Arm("prophetkv@corpus", 0.2), Arm("random", 1.0)]
+ENCODINGS = ["full_reuse", "full_reuse@prompt", "full_reuse@corpus", "full_reuse@prompt+corpus"]
 
 
 def example(number=0, pieces=4):
@@ -43,7 +45,9 @@ def example(number=0, pieces=4):
 
 @pytest.fixture(scope="module")
 def engines():
-    return Engines(ProphetKVEngine(tiny_llama(), tiny_tokenizer()), {"toy": text_of(30, seed=7)})
+    return Engines(
+        ProphetKVEngine(tiny_llama(), tiny_tokenizer()), {"toy": Surroundings(text_of(30, seed=7), "Read this.\n")}
+    )
 
 
 def test_chunks_joined_are_the_context():
@@ -94,6 +98,16 @@ def test_rows(engines):
     assert ours.kl != behind_lead_in.kl  # other caches
     assert 0.2 < ours.charged_ratio < 0.6  # stage I is charged too
     assert ours.recomputed_tokens == ours.chunk_tokens // 5
+
+
+def test_each_encoding_is_of_its_own(engines):
+    arms = [Arm(strategy, 0.0) for strategy in ENCODINGS]
+    rows = measure_example(engines, example(), arms, chunk_tokens=64, answer_tokens=5)
+    assert len({row.kl for row in rows}) == 1 + len(arms)
+    prefixes = [engines.of(arm, "toy").identity.prefix_ids for arm in arms]
+    tokenizer = engines.default.tokenizer
+    assert tokenizer.decode(prefixes[1]) == "Read this.\n"
+    assert prefixes[3] == (*prefixes[1], *prefixes[2][len(prefixes[0]) :])
 
 
 def test_kl_and_agreement_by_an_independent_forward(engines):

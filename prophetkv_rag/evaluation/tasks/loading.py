@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import islice, zip_longest
+from dataclasses import dataclass, replace
+from itertools import islice, takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,26 @@ from prophetkv_rag.evaluation.tasks.longbench import (
     truncate_example,
 )
 from prophetkv_rag.evaluation.tasks.own_data import load_questions
-from prophetkv_rag.evaluation.tasks.prompting import join_pieces, prompt_length
+from prophetkv_rag.evaluation.tasks.prompting import join_pieces, prompt_length, task_prompt
 from prophetkv_rag.evaluation.tasks.ruler import RULER_TASKS, Sources, generate
 
 _LONGBENCH = "longbench_"
 LEAD_IN_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a task's chunks may be encoded behind, for the arms that ask for it.
+
+    Attributes:
+        lead_in: Text of the same kind as the contexts that no measured example holds: the last whole chunk of
+            `LEAD_IN_TOKENS` of the spare example's context.
+        opening: What the task's prompts begin with before the context, chat template included: what the spare and the
+            first measured example share (few-shot examples that change from row to row are not part of it).
+    """
+
+    lead_in: str
+    opening: str
 
 
 def task_names() -> tuple[str, ...]:
@@ -40,12 +55,12 @@ def load_examples(
     seed: int = 42,
     sources: Sources | None = None,
     longbench: Path | None = None,
-) -> tuple[list[TaskExample], dict[str, str]]:
-    """Return examples and lead-ins: `rows` examples of every task and data file, and per task a text from one more.
+) -> tuple[list[TaskExample], dict[str, Surroundings]]:
+    """Return `rows` examples of every task and data file, and per task its `Surroundings`, from one example more.
 
-    The examples are interleaved, so that a run cut short has some of each task. A lead-in is text of the same kind that
-    no measured example holds, the same whatever the number of rows: of a data file or LongBench from the last example,
-    unless it is measured, of RULER from the end of a context of twice the length and another seed.
+    The examples are interleaved, so that a run cut short has some of each task. The example to spare is the same
+    whatever the number of rows: of a data file or LongBench the last one, unless it is measured (the task then has no
+    surroundings), of RULER one of twice the length and another seed.
 
     Args:
         tasks: Names of tasks (`task_names`).
@@ -107,12 +122,16 @@ def load_examples(
     if not any(group for group, _ in groups):
         msg = f"no example fits {length} tokens; give a longer --length"
         raise InputError(msg)
-    lead_ins = {spare.task: _lead_in(spare, tokenizer) for _, spare in groups if spare is not None}
+    surroundings = {
+        spare.task: _surroundings(spare, measured[0], tokenizer) for measured, spare in groups if spare and measured
+    }
     interleaved = zip_longest(*(group for group, _ in groups))
-    return [example for together in interleaved for example in together if example is not None], lead_ins
+    return [example for together in interleaved for example in together if example is not None], surroundings
 
 
-def _lead_in(spare: TaskExample, tokenizer: Any) -> str:
-    """Return the context's last whole chunk of `LEAD_IN_TOKENS`."""
+def _surroundings(spare: TaskExample, other: TaskExample, tokenizer: Any) -> Surroundings:
     chunks = join_pieces(spare.context, tokenizer, LEAD_IN_TOKENS)
-    return chunks[-2] if len(chunks) > 1 else chunks[0]
+    heads = [str(task_prompt(example, tokenizer, LEAD_IN_TOKENS).prefix).splitlines(True) for example in (spare, other)]
+    shared = takewhile(lambda lines: lines[0] == lines[1], zip(*heads, strict=False))
+    opening = "".join(first for first, _ in shared)
+    return Surroundings(lead_in=chunks[-2] if len(chunks) > 1 else chunks[0], opening=opening)
