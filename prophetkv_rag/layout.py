@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ class PromptLayout:
         question_rows: Positions of the question inside the suffix, where they are known; else empty.
         probe_ids: Tokens of a question that stands elsewhere in the prompt; they ask in stage I from behind the
             prompt's end. Empty when the suffix itself asks.
+        known_prefix: How many of the first tokens, before the context, are those of the encoding prefix, whose rows
+            were computed once for all.
         exact_first_chunk: Whether the first chunk follows exactly the prefix that chunks are encoded behind.
     """
 
@@ -53,6 +56,7 @@ class PromptLayout:
     chunks: tuple[ChunkSpan, ...]
     question_rows: tuple[int, ...] = ()
     probe_ids: tuple[int, ...] = ()
+    known_prefix: int = 0
     exact_first_chunk: bool = False
 
     @property
@@ -223,6 +227,7 @@ class PromptReader:
             chunks=tuple(pieces.chunks),
             question_rows=question_rows,
             probe_ids=probe_ids,
+            known_prefix=_shared_length(prefix, self.identity.prefix_ids),
             exact_first_chunk=bool(pieces.chunks) and prefix == self.identity.prefix_ids,
         )
 
@@ -241,6 +246,11 @@ class PromptReader:
             if words:
                 return str(words)
         return None
+
+
+def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences have in common at their starts."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _find_ids(haystack: Sequence[int], needle: Sequence[int]) -> range | None:

@@ -101,17 +101,18 @@ class Prefiller:
                 device=device,
             )
             del caches
+            self._copy_prefix(layers, layout.known_prefix)
             timings.assemble = time.perf_counter() - mark
 
             mark = time.perf_counter()
             context = self.query_context(layout, layers, ratio)
+            context.exact_rows = layout.known_prefix
             selection = strategy.select(context)
             timings.score = time.perf_counter() - mark
 
             mark = time.perf_counter()
             wanted = ~context.is_chunk
-            if context.prefix_done:
-                wanted[: layout.context_start] = False
+            wanted[: context.exact_rows] = False
             always = wanted.nonzero()[:, 0]
             wanted[selection.positions] = True
             for layer in layers:
@@ -138,6 +139,7 @@ class Prefiller:
         num_recomputed = recomputed.shape[0] + int(layout.chunks[-1].stop == layout.num_tokens)
         num_layers, row_layers = len(self.support.layers), context.row_layers + done.row_layers
         num_fresh = layout.num_tokens - layout.num_chunk_tokens
+        unavoidable = (num_fresh - layout.known_prefix) * num_layers
         report = ReuseReport(
             strategy=strategy.name,
             recompute_ratio=ratio,
@@ -147,7 +149,7 @@ class Prefiller:
             recomputed_tokens=num_recomputed,
             fresh_tokens=num_fresh,
             row_layers=row_layers,
-            charged_ratio=(row_layers - num_fresh * num_layers) / (layout.num_chunk_tokens * num_layers),
+            charged_ratio=(row_layers - unavoidable) / (layout.num_chunk_tokens * num_layers),
             chunks=[
                 ChunkReport(chunk.key, len(chunk.input_ids), status)
                 for chunk, status in zip(layout.chunks, statuses, strict=True)
@@ -156,6 +158,14 @@ class Prefiller:
         )
         cache = resumable_cache([layer.keys for layer in layers], [layer.values for layer in layers])
         return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed)
+
+    def _copy_prefix(self, layers: Sequence[RowsLayer], num_rows: int) -> None:
+        """Write the first rows of the encoding prefix, which the prompt begins with, into the assembled cache."""
+        if self.library.prefix is None or num_rows == 0:
+            return
+        for layer, (keys, values) in zip(layers, self.library.prefix.layers, strict=True):
+            layer.keys[0, :, :num_rows] = keys[:, :num_rows]
+            layer.values[0, :, :num_rows] = values[:, :num_rows]
 
     def query_context(self, layout: PromptLayout, layers: Sequence[RowsLayer], ratio: float) -> QueryContext:
         """Return what a strategy sees of a prompt over the given caches."""

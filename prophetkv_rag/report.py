@@ -47,8 +47,9 @@ class ReuseReport:
     `chunk_tokens == reused_tokens + recomputed_tokens`; fresh tokens are those outside every chunk.
     `recomputed_tokens` ran through every layer. `row_layers` is what really ran: rows x layers at query time, stage I
     and layers run in full included. `charged_ratio` is that as a fraction of full prefill's work on the chunks: all
-    rows x layers beyond one pass of the fresh tokens, over chunk tokens x layers. Strategies of one `recompute_ratio`
-    may differ in it.
+    rows x layers beyond one pass of the fresh tokens (without those that begin the prompt as they begin the encoding
+    prefix, whose rows are only copied), over chunk tokens x layers. Strategies of one `recompute_ratio` may differ in
+    it.
     """
 
     strategy: str

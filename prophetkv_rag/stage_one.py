@@ -1,6 +1,7 @@
 """Stage I: the question attends to the stale caches, and its attention says which tokens matter.
 
-Run on the assembled cache before anything is recomputed. Rows: the prompt's prefix (exact, and kept) and the suffix;
+Run on the assembled cache before anything is recomputed. Rows: the prompt's prefix (exact, and kept), as far as it is
+not that of the encoding prefix, whose rows are known, and the suffix;
 tokens between the chunks are left out of this pass, neither computed nor seen, as the paper's context is the chunks
 alone. A question that stands before the chunks asks from extra rows behind the prompt's end.
 """
@@ -35,8 +36,9 @@ class QueryContext:
         budget: Number of chunk tokens to recompute.
         recompute_ratio: The ratio that the budget comes from.
         config: The engine's settings.
+        exact_rows: How many of the first rows, all before the context, the caches hold exactly already: what the
+            prompt shares with the encoding prefix, and after stage I the whole prefix.
         row_layers: Rows x layers run in stage I so far.
-        prefix_done: Whether the prefix's rows have been computed (they need not be again).
     """
 
     model: Any
@@ -49,8 +51,8 @@ class QueryContext:
     budget: int
     recompute_ratio: float
     config: ProphetKVConfig
+    exact_rows: int = 0
     row_layers: int = 0
-    prefix_done: bool = False
     _scores: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
     def attention_scores(self, *, score_softmax: str | None = None, query_scope: str | None = None) -> torch.Tensor:
@@ -72,7 +74,7 @@ class QueryContext:
         probe_ids = torch.tensor(layout.probe_ids, dtype=torch.int64, device=device)
         token_ids = torch.cat([self.input_ids, probe_ids])
 
-        prefix = torch.arange(layout.context_start, device=device)
+        prefix = torch.arange(self.exact_rows, layout.context_start, device=device)
         suffix = torch.arange(layout.suffix_start, num_tokens + num_probe, device=device)
         rows = torch.cat([prefix, suffix])
         asking = torch.zeros(num_tokens + num_probe, dtype=torch.bool, device=device)
@@ -84,6 +86,7 @@ class QueryContext:
             asking[layout.suffix_start :] = True
 
         hidden = torch.ones(num_tokens + num_probe, dtype=torch.bool, device=device)
+        hidden[: layout.context_start] = False
         hidden[rows] = False
         hidden[:num_tokens] &= ~self.is_chunk
         scoring = ScoringPass(
@@ -103,6 +106,6 @@ class QueryContext:
             position_ids=rows[None],
             cache=cache_of(self.layers),
         )
-        self.prefix_done = True
+        self.exact_rows = layout.context_start
         self.row_layers += rows.shape[0] * len(self.support.layers)
         return scoring.scores[:num_tokens]

@@ -74,6 +74,14 @@ def context_of(prompt):
     return context_positions(segments_of(prompt))
 
 
+def known_rows(prompt):
+    """The prompt's first rows that are those of the encoding prefix: copied, not run."""
+    known = 0
+    while known < min(len(PREFIX), len(prompt.prefix)) and prompt.prefix[known] == PREFIX[known]:
+        known += 1
+    return set(range(known))
+
+
 def noisy_positions(prompt):
     """An exact first chunk: its tokens do not deviate, so which of them fill a budget up is float noise."""
     segments = segments_of(prompt)
@@ -231,6 +239,7 @@ def assert_stale_where_not_run(engine, prompt, result, rows, *, moving_from=1):
 def check_against_naive(setting, prompt, spec, ratio):
     segments, context, noise = segments_of(prompt), context_of(prompt), noisy_positions(prompt)
     fresh = fresh_positions(segments)
+    run_anyway = set(fresh) - known_rows(prompt)
     schedule = setting.schedule(prompt, spec, ratio)
     result, rows = run(setting.engine, prompt, spec, ratio)
 
@@ -238,8 +247,8 @@ def check_against_naive(setting, prompt, spec, ratio):
     assert len(rows) == len(schedule) == LAYERS
     for ran, scheduled in zip(rows, schedule, strict=True):
         assert ran == sorted(set(ran))
-        assert len(ran) == len(scheduled) + len(fresh)
-        assert set(ran) - noise == {*scheduled, *fresh} - noise
+        assert len(ran) == len(scheduled) + len(run_anyway)
+        assert set(ran) - noise == {*scheduled, *run_anyway} - noise
 
     naive = rivals.run_with_schedule(setting.naive, segments, setting.caches(prompt), schedule)
     close(result.logits[0], naive.logits)
@@ -248,7 +257,7 @@ def check_against_naive(setting, prompt, spec, ratio):
 
     report = result.report
     assert report.charged_ratio == pytest.approx(naive.charged / (len(context) * LAYERS), rel=1e-12)
-    assert report.row_layers == naive.charged + len(fresh) * LAYERS == sum(map(len, rows))
+    assert report.row_layers == naive.charged + len(run_anyway) * LAYERS == sum(map(len, rows))
     assert result.recomputed.tolist() == sorted(set(rows[-1]) - set(fresh))
     assert report.recomputed_tokens == len(schedule[-1])
     assert report.reused_tokens == len(context) - len(schedule[-1])
@@ -326,7 +335,8 @@ def test_nothing_is_plain_reuse(gqa, prompt, spec):
         result = gqa.engine.prefill(prompt, strategy=spec, recompute_ratio=ratio)
         assert_same_bits(result, plain)
         assert (result.report.recomputed_tokens, result.report.charged_ratio) == (0, 0.0)
-        assert result.report.row_layers == plain.report.row_layers == plain.report.fresh_tokens * LAYERS
+        fresh = plain.report.fresh_tokens - len(known_rows(prompt))
+        assert result.report.row_layers == plain.report.row_layers == fresh * LAYERS
     assert plain.report.charged_ratio == 0.0
 
 
@@ -335,12 +345,14 @@ def test_everything_is_full_prefill(gqa, prompt, spec):
     num_context = len(context_of(prompt))
     result, rows = run(gqa.engine, prompt, spec, 1.0)
     assert_full(gqa.engine, result)
-    assert rows == [list(range(len(result.input_ids[0])))] * LAYERS
+    known = len(known_rows(prompt))
+    assert rows == [list(range(known, len(result.input_ids[0])))] * LAYERS
     full = gqa.engine.prefill(prompt, strategy="full_prefill")
     close(result.logits, full.logits, FULL)
     for report in (result.report, full.report):
         assert (report.recomputed_tokens, report.reused_tokens, report.charged_ratio) == (num_context, 0, 1.0)
-        assert report.row_layers == LAYERS * report.prompt_tokens
+    assert result.report.row_layers == LAYERS * (result.report.prompt_tokens - known)
+    assert full.report.row_layers == LAYERS * full.report.prompt_tokens
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -444,7 +456,7 @@ def test_attention_received_and_rows_against_naive(gqa, prompt):
     assert [view.layer_idx for view in watcher.views] == list(range(LAYERS - 1))
     for view, naive in zip(watcher.views, expected, strict=False):
         rows = view.rows.tolist()
-        assert rows == sorted({*naive.rows, *fresh})
+        assert rows == sorted({*naive.rows, *fresh} - known_rows(prompt))
         of_chunks = [index for index, row in enumerate(rows) if row in context]
         of_prompt = [rows[index] for index in of_chunks]
         close(view.fresh_keys, naive.keys[:, rows])
@@ -493,7 +505,7 @@ def test_kvshare_by_transformers_attention_weights(name):
     received = torch.zeros(num_keys, dtype=torch.float64)
     for head in range(num_heads):
         for row in range(num_rows):
-            received += weights[head, row] / (num_heads * num_rows)
+            received += weights[head, row] / (num_heads * (num_rows - len(known_rows(prompt))))
     if name == "sinks":
         assert float(weights[:, -1].sum(-1).max()) < 0.999  # the sinks take their part
     elif name == "softcap":
@@ -528,7 +540,7 @@ def test_families(family, spec):
     context = context_of(FAMILY_PROMPT)
     full, rows = run(family, FAMILY_PROMPT, spec, 1.0)
     assert_full(family, full)
-    assert rows == [list(range(len(full.input_ids[0])))] * LAYERS
+    assert rows == [list(range(len(known_rows(FAMILY_PROMPT)), len(full.input_ids[0])))] * LAYERS
     assert (full.report.recomputed_tokens, full.report.charged_ratio) == (len(context), 1.0)
 
     budget = 11
@@ -631,5 +643,6 @@ def test_charged_ratio_of_a_prompt_that_ends_with_a_chunk(gqa):
     """The report's docstring: all rows x layers beyond one pass of the fresh tokens, over chunk tokens x layers."""
     for spec in ("full_prefill", "cacheblend", "kvshare", "epic"):
         report = gqa.engine.prefill(Prompt(PREFIX, CHUNKS[:2], []), strategy=spec, recompute_ratio=1.0).report
-        want = (report.row_layers - report.fresh_tokens * LAYERS) / (report.chunk_tokens * LAYERS)
+        known = 0 if spec == "full_prefill" else len(PREFIX)
+        want = (report.row_layers - (report.fresh_tokens - known) * LAYERS) / (report.chunk_tokens * LAYERS)
         assert (report.charged_ratio, want) == (1.0, 1.0)
