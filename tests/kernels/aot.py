@@ -118,10 +118,11 @@ def facts(compiled: Any, target: str) -> dict[str, Any]:
     if target == "gfx942":
         text = compiled.asm["amdgcn"]
         numbers = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", text)}
-        spilled = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+        # Scalar registers spill into lanes of vector registers, not into memory.
         return found | {
             "registers": numbers["vgpr_count"],
-            "spilled": spilled + numbers["private_segment_fixed_size"],
+            "spilled": numbers["vgpr_spill_count"] + numbers["private_segment_fixed_size"],
+            "scalar_spilled": numbers["sgpr_spill_count"],
             "matrix": len(re.findall(r"\bv_mfma_", text)),
             "wide_loads": len(re.findall(r"global_load_dwordx4|buffer_load_dwordx4", text)),
         }

@@ -239,8 +239,9 @@ def check_gather(setting, *, gather=ops.rope_gather, around=None):
     tables = (cos, sin) if half else (None, None)
     if around is None:
         gather(key_out, value_out, sources, starts, *tables, interleaved=interleaved)
-    else:
-        with around(*(tensor for source in sources for tensor in source.as_plain() if tensor is not None)):
+    else:  # the kernel finds the sources by their addresses
+        sources = [source.as_plain() for source in sources]
+        with around(*(tensor for source in sources for tensor in source if tensor is not None)):
             gather(key_out, value_out, sources, starts, *tables, interleaved=interleaved)
     filled = torch.zeros(capacity, dtype=torch.bool)
     for length, start in zip(lengths, starts, strict=True):
