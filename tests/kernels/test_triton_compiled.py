@@ -67,10 +67,12 @@ def not_well(kind, target, options, found) -> bool:
     """Whether what came out is over a limit. fp32 products are exact, so on NVIDIA they are not matrix instructions."""
     has_matrix = options["dtype"] != "fp32" or target == "gfx942"
     needed = LIMITS["matrix_instructions"].get(kind, {}).get(target, 0) if has_matrix else 0
+    shape = f"{target} {options['dtype']} {options['dim']}"
+    spilled = LIMITS["spilled_bytes_instead"].get(shape, LIMITS["spilled_bytes"][target])
     wide = LIMITS["wide_loads"].get(kind, {}).get(target, 0) if options["dim"] == 128 and not options.get("interleaved") else 0
     return (
         found["shared"] > LIMITS["shared_bytes"][target]
-        or found["spilled"] > LIMITS["spilled_bytes"][target]
+        or found["spilled"] > spilled
         or found["registers"] > LIMITS["registers"][target]
         or found["matrix"] < needed
         or found["wide_loads"] < wide
