@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
+from prophetkv_rag.evaluation.kernel_bench import count_lines, measure_kernels
+from prophetkv_rag.evaluation.kernel_works import Shape
 from prophetkv_rag.kernels import ops, triton_ops
 from tests import families
 from tests.kernels.triton_cases import DEVICE, IS_INTERPRETED
@@ -96,3 +98,27 @@ def test_encoding_and_the_full_row_softmax(launched):
         for a, b in zip((*own.keys, *own.values), (*other.keys, *other.values), strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert torch.equal(results[0].recomputed, results[1].recomputed)
+
+
+def test_the_bench_runs_everything_it_times():
+    """With a timer that only runs: on a machine without a GPU, nothing else of the bench would be executed."""
+    runs = []
+
+    def count(function):
+        runs.append((function(), function()))
+        return [2.0, 1.0, 3.0]
+
+    shape = Shape(heads=4, kv_heads=2, head_dim=64, keys=256, rows=20, question=8, chunk=64, dtype="float32")
+    report = measure_kernels(shape, device=DEVICE, timer=count, ceiling_size=64)
+    assert len(runs) == 2 + len(report["kernels"]) == 2 + count_lines(shape)
+    assert {row["variant"] for row in report["kernels"]} == {
+        "Triton", "PyTorch", "SDPA with a mask", "FlexAttention", "SDPA of all rows",
+    }  # fmt: skip
+    for row in report["kernels"]:
+        assert row["ms"] == 2.0
+        assert row["share_of_roofline"] == pytest.approx(row["limit_ms"] / 2)
+        assert row["gigabytes"] > 0
+    # All ways of one attention come to one result.
+    own, torch_way, masked, flex = (runs[2 + i][0] for i in range(4))
+    for other in (torch_way, masked[0].transpose(0, 1), flex[0].transpose(0, 1)):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4)
