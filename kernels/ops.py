@@ -132,7 +132,12 @@ def rope_gather(
     interleaved: bool = False,
 ) -> None:
     """See `reference_rows.rope_gather`."""
-    kernels = _triton_for(key_out, value_out) or reference_rows
+    kernels = _triton_for(key_out, value_out)
+    reason = kernels.why_not_sources(sources) if kernels is not None else None
+    if reason is not None:
+        _say_once(reason)
+        kernels = None
+    kernels = kernels or reference_rows
     kernels.rope_gather(key_out, value_out, sources, starts, cos, sin, interleaved=interleaved)
 
 

@@ -116,9 +116,7 @@ def log_sum_exp_kernel(
     peak = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_ROWS,), tl.float32)
     for first in range(start, stop, BLOCK_KEYS):
-        key = tl.load(
-            keys + key_offsets, mask=(first + in_block < stop)[None, :] & (channel < DIM)[:, None], other=0.0
-        )
+        key = tl.load(keys + key_offsets, mask=(first + in_block < stop)[None, :] & (channel < DIM)[:, None], other=0.0)
         logits = tl.dot(query, key, input_precision=PRECISION)
         if HAS_SOFTCAP:
             logits = soft_capped(logits * scaling, softcap) * 1.4426950408889634

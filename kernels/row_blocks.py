@@ -76,7 +76,7 @@ class RowBlocks:
         return positions
 
     def hidden_outside(self, context: torch.Tensor | None) -> torch.Tensor | None:
-        """Return `[n]`, bool: keys that are hidden or not in `context` (`None`: all keys are); `None` if there are none."""
+        """Return `[n]`, bool: keys that are hidden or outside `context` (`None`: none is); `None` for none."""
         if context is None:
             return self.hidden_keys
         if self._outside is None or self._outside[0] is not context:

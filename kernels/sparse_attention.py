@@ -151,7 +151,9 @@ def sparse_attention_kernel(
     keys, values = key_ptr + kv_head * key_stride_head, value_ptr + kv_head * value_stride_head
     plain_stop = start
     if not HAS_WINDOW and not HAS_HIDDEN:
-        plain_stop = tl.maximum(start, tl.minimum((lowest + 1) // BLOCK_KEYS * BLOCK_KEYS, stop // BLOCK_KEYS * BLOCK_KEYS))
+        plain_stop = tl.maximum(
+            start, tl.minimum((lowest + 1) // BLOCK_KEYS * BLOCK_KEYS, stop // BLOCK_KEYS * BLOCK_KEYS)
+        )
         total, peak, mass = _attend_keys(
             total, peak, mass, query, position, keys, values, hidden_ptr, key_stride_row, value_stride_row,
             start, plain_stop, scaling, softcap, window,
@@ -200,7 +202,7 @@ def selected_rows_attention(
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
-    """As `reference.selected_rows_attention`; `tile` and `splits` (ranges of keys) override what the device suggests."""
+    """As `reference.selected_rows_attention`; `tile` and `splits` (ranges of keys) override the device's."""
     heads, num_rows, dim = query.shape
     kv_heads, num_keys, value_dim = values.shape
     groups = heads // kv_heads

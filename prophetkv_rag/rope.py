@@ -64,7 +64,7 @@ class RopeTables:
         starts: Sequence[int],
         rotation: Rotation | None,
     ) -> None:
-        """Put chunks into one cache (`ops.rope_gather`), rotating keys to `position_ids`, which are the chunks' joined."""
+        """Put chunks into one cache (`ops.rope_gather`), keys rotated to `position_ids`: the chunks', joined."""
         if rotation is None:
             ops.rope_gather(key_out, value_out, sources, starts, None, None)
             return

@@ -67,7 +67,8 @@ def _print(report: dict[str, Any]) -> None:
     console = results()
     console.print(
         f"{report['model']} is supported: {report['model_type']}, {len(rows)} layers, "
-        f"context window {report['context_window']}, computes in {report['dtype']} on {report['device']} (kernels: {report['kernels']})",
+        f"context window {report['context_window']}, computes in {report['dtype']} on {report['device']} "
+        f"(kernels: {report['kernels']})",
         markup=False,
     )
     table = Table()

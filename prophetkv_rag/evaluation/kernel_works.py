@@ -140,12 +140,10 @@ def _attention(shape: Shape, device: str) -> list[Work]:
             return key <= where[row]
 
         mask = create_block_mask(is_seen, None, None, shape.rows, shape.keys, device=device)
-        attention: Callable[..., object] = torch.compile(flex_attention) if device == "cuda" else flex_attention
+        attention: Any = torch.compile(flex_attention) if device == "cuda" else flex_attention
         return _rotating(
             inputs,
-            lambda q, k, v: attention(
-                q[None], k[None], v[None], block_mask=mask, scale=shape.scaling, enable_gqa=True
-            ),
+            lambda q, k, v: attention(q[None], k[None], v[None], block_mask=mask, scale=shape.scaling, enable_gqa=True),
         )
 
     def causal() -> Callable[[], object]:

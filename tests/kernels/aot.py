@@ -23,7 +23,11 @@ from triton.compiler import ASTSource
 
 from prophetkv_rag.kernels import query_scores, rope_gather, rope_scatter, sparse_attention, tiles
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
 DTYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16, "int8": tl.int8, "uint8": tl.uint8}
 SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 NOT_DIVISIBLE = {"num_rows", "num_keys", "window"}

@@ -1,8 +1,8 @@
 """Triton's interpreter made fit for tests: bf16 as a GPU computes it, and a sanitizer for memory.
 
-Import it in a process where TRITON_INTERPRET=1 was set before Triton was loaded. As shipped (3.7.1) the interpreter keeps
-bf16 as 16-bit integers and computes with those, without a word; it truncates where a GPU rounds; it reads 0 where a
-masked load names no other value, and it reads and writes anywhere. It runs programs one after another, so races
+Import it in a process where TRITON_INTERPRET=1 was set before Triton was loaded. As shipped (3.7.1) the interpreter
+keeps bf16 as 16-bit integers and computes with those, without a word; it truncates where a GPU rounds; it reads 0 where
+a masked load names no other value, and it reads and writes anywhere. It runs programs one after another, so races
 between programs leave no trace in the numbers.
 """
 
@@ -17,10 +17,10 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, interpreter_builder
 
-_shipped = {
-    name: getattr(InterpreterBuilder, name)
-    for name in ("create_dot", "cast_impl", "create_fp_to_fp", "binary_op", "unary_op", "create_masked_load", "create_masked_store")
-}  # fmt: skip
+_PATCHED = (
+    "binary_op", "cast_impl", "create_dot", "create_fp_to_fp", "create_masked_load", "create_masked_store", "unary_op",
+)  # fmt: skip
+_shipped = {name: getattr(InterpreterBuilder, name) for name in _PATCHED}
 
 
 class MemoryFault(Exception):
@@ -64,9 +64,7 @@ def _arithmetic(name: str) -> Any:
     return checked
 
 
-def _load(
-    self: Any, ptrs: TensorHandle, mask: TensorHandle, other: TensorHandle | None, *rest: Any
-) -> TensorHandle:
+def _load(self: Any, ptrs: TensorHandle, mask: TensorHandle, other: TensorHandle | None, *rest: Any) -> TensorHandle:
     if other is None and not mask.data.all():  # undefined on a GPU
         dtype = ptrs.get_element_ty()
         undefined = {2: 0x7FFF, 4: 0x7FFFFFFF}.get(dtype.primitive_bitwidth // 8, 0x7F)

@@ -59,7 +59,9 @@ def test_a_wrong_choice_is_refused(choice):
 def test_the_variable_is_obeyed():
     code = "from prophetkv_rag.kernels import ops; print(ops.in_use('cuda'))"
     environment = os.environ | {"PROPHETKV_KERNELS": "reference"}
-    done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "pytorch\n"
 
 

@@ -43,7 +43,9 @@ def jobs(target: str) -> list[tuple[str, str, dict[str, object]]]:
             chosen += [(kind, {**base, "hidden": True}) for kind in ("scores", "log_sum_exp")]
         for dim, half in ((64, 32), (80, 16), (96, 48), (256, 128)):
             for source in ("bf16", "fp16", "fp32", "int8", "uint8"):
-                chosen.append(("gather", {"dtype": "bf16", "source": source, "dim": dim, "scale": "none", "half": half}))
+                chosen.append(
+                    ("gather", {"dtype": "bf16", "source": source, "dim": dim, "scale": "none", "half": half})
+                )
             chosen.append(("scatter", {"dtype": "bf16", "dim": dim, "half": half}))
     return [(kind, target, options) for kind, options in chosen]
 
@@ -69,7 +71,11 @@ def not_well(kind, target, options, found) -> bool:
     needed = LIMITS["matrix_instructions"].get(kind, {}).get(target, 0) if has_matrix else 0
     shape = f"{target} {options['dtype']} {options['dim']}"
     spilled = LIMITS["spilled_bytes_instead"].get(shape, LIMITS["spilled_bytes"][target])
-    wide = LIMITS["wide_loads"].get(kind, {}).get(target, 0) if options["dim"] == 128 and not options.get("interleaved") else 0
+    wide = (
+        LIMITS["wide_loads"].get(kind, {}).get(target, 0)
+        if options["dim"] == 128 and not options.get("interleaved")
+        else 0
+    )
     return (
         found["shared"] > LIMITS["shared_bytes"][target]
         or found["spilled"] > spilled

@@ -1,4 +1,4 @@
-"""Runs the kernels' tests in Triton's interpreter, in processes of their own: it must be chosen before Triton is loaded."""
+"""Runs the kernels' tests in Triton's interpreter, which must be chosen before Triton is loaded: hence processes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The kernels against float64: run by `test_triton_interpreter.py` (in a process of its own) and, on a GPU, by itself.
 
-    TRITON_INTERPRET=1 pytest tests/kernels/triton_cases.py          # PROPHETKV_WIDE=1 for every combination
-    pytest tests/kernels/triton_cases.py                             # on a machine with a GPU
+TRITON_INTERPRET=1 pytest tests/kernels/triton_cases.py          # PROPHETKV_WIDE=1 for every combination
+pytest tests/kernels/triton_cases.py                             # on a machine with a GPU
 """
 
 from __future__ import annotations
@@ -93,8 +93,11 @@ def test_attention(shape):
 
 
 TILES = [
-    (Tile(16, 16, 4, 1), 1), (Tile(16, 32, 4, 1), 3), (Tile(64, 16, 4, 1), 5), (Tile(128, 64, 4, 1), 2), (Tile(32, 32, 4, 1), 9),
-]  # fmt: skip
+    (Tile(16, 16, 4, 1), 1),
+    (Tile(16, 32, 4, 1), 3),
+    (Tile(64, 16, 4, 1), 5),
+    (Tile(128, 64, 4, 1), 2),
+]
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 60, "sinks": True}, {"hidden": True}], ids=str)

@@ -34,13 +34,16 @@ PROMPT = Prompt(PREFIX, CHUNKS, draw(9, 5), glue=draw(3, 4))
 def launched(monkeypatch):
     """How often each launcher ran; falling back to PyTorch is an error."""
     counts = dict.fromkeys(LAUNCHERS, 0)
+
+    def counting(name, run):
+        def counted(*args, **options):
+            counts[name] += 1
+            return run(*args, **options)
+
+        return counted
+
     for name in LAUNCHERS:
-
-        def counted(*args, _name=name, _run=getattr(triton_ops, name), **options):
-            counts[_name] += 1
-            return _run(*args, **options)
-
-        monkeypatch.setattr(triton_ops, name, counted)
+        monkeypatch.setattr(triton_ops, name, counting(name, getattr(triton_ops, name)))
 
     def refuse(reason):
         raise AssertionError(reason)

@@ -54,7 +54,13 @@ def check_rows(gather, scatter):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"window": 31, "sinks": True}, {"hidden": True, "softcap": 5.0}, {"rows": 1, "splits": 3}, {"dim": 80, "heads": 14}],
+    [
+        {},
+        {"window": 31, "sinks": True},
+        {"hidden": True, "softcap": 5.0},
+        {"rows": 1, "splits": 3},
+        {"dim": 80, "heads": 14},
+    ],
     ids=str,
 )
 def test_attention_stays_inside(options):
@@ -88,8 +94,14 @@ BUGS = {
     "a row does not see itself": ("(key <= position)", "(key < position)"),
     "too many keys without a mask": ("(lowest + 1) // BLOCK_KEYS", "(lowest + BLOCK_KEYS) // BLOCK_KEYS"),
     "no rescaling": ("total * rescale[:, None], input", "total, input"),
-    "wrong head": ("head = kv_head * GROUPS + packed % GROUPS", "head = kv_head + packed % GROUPS * tl.num_programs(1)"),
-    "a store without its mask": ("mask=valid[:, None] & (value_channel", "mask=(valid | True)[:, None] & (value_channel"),
+    "wrong head": (
+        "head = kv_head * GROUPS + packed % GROUPS",
+        "head = kv_head + packed % GROUPS * tl.num_programs(1)",
+    ),
+    "a store without its mask": (
+        "mask=valid[:, None] & (value_channel",
+        "mask=(valid | True)[:, None] & (value_channel",
+    ),
     "values of the tail not masked": ("value_mask = in_range[:, None]", "value_mask = (in_range | True)[:, None]"),
     # The numbers come out right: two programs compute the same row. Only the race check sees it.
     "tiles overlap": (FIRST_ROW, FIRST_ROW.replace("BLOCK_ROWS + tl", "(BLOCK_ROWS - 1) + tl")),
@@ -100,7 +112,11 @@ MORE_BUGS = {
     "log-sum-exp of one part only": (query_scores, "torch.logsumexp(parts, dim=0)", "parts[0]"),
     "fp8 loses its sign": (row_moves, "((code & 0x80) << 8) | ", ""),
     "a scale of another row": (rope_gather, 'src_row if KEY_SCALE == "row"', 'src_row + 1 if KEY_SCALE == "row"'),
-    "keys go to their own index": (rope_scatter, "target * key_out_stride_row", "(row + 0 * target) * key_out_stride_row"),
+    "keys go to their own index": (
+        rope_scatter,
+        "target * key_out_stride_row",
+        "(row + 0 * target) * key_out_stride_row",
+    ),
 }
 CAUGHT = (AssertionError, InterpreterError, MemoryFault)
 
@@ -120,16 +136,15 @@ def test_planted_bugs_of_the_others_are_caught(name, tmp_path):
     module = mutated(original, old, new, tmp_path)
     gather, scatter = rope_gather.rope_gather, rope_scatter.rope_scatter
     if original is row_moves:
-        gather = mutated(rope_gather, "from prophetkv_rag.kernels.row_moves", f"from {module.__name__}", tmp_path).rope_gather
+        gather = mutated(
+            rope_gather, "from prophetkv_rag.kernels.row_moves", f"from {module.__name__}", tmp_path
+        ).rope_gather
     elif original is rope_gather:
         gather = module.rope_gather
     elif original is rope_scatter:
         scatter = module.rope_scatter
     with pytest.raises(CAUGHT):
-        if original is query_scores:
-            check_scores(module)
-        else:
-            check_rows(gather, scatter)
+        check_scores(module) if original is query_scores else check_rows(gather, scatter)
 
 
 def test_the_sanitizer_sees_races_and_undefined_lanes(tmp_path):
@@ -162,5 +177,7 @@ def test_the_switch_says_why_not():
     reasons = []
     with pytest.MonkeyPatch.context() as patch, ops.force("triton"):
         patch.setattr(ops, "_say_once", reasons.append)
-        ops.selected_rows_attention(case.query, case.key.nan_to_num(), case.value.nan_to_num(), case.blocks(), scaling=1.0)
+        ops.selected_rows_attention(
+            case.query, case.key.nan_to_num(), case.value.nan_to_num(), case.blocks(), scaling=1.0
+        )
     assert reasons == ["head dim 300 is above 256"]
