@@ -1,10 +1,193 @@
 """The tensor operations of the reuse path, and the one place where an implementation is picked.
 
-Every operation has a PyTorch implementation in `reference.py`, which is also the CPU path. There are no GPU kernels
-yet: a CUDA tensor takes the same PyTorch code.
+Every operation has a PyTorch implementation (`reference.py`, `reference_rows.py`, `reference_scores.py`), which is also
+the CPU path, and a Triton kernel of the same signature, which runs whenever the tensors are on a CUDA or ROCm device.
+`PROPHETKV_KERNELS=reference` (or `triton`, or `auto`) and `force` override that, for debugging.
 """
 
-from prophetkv_rag.kernels.reference import attend_and_score, rotate, selected_rows_attention
-from prophetkv_rag.kernels.row_blocks import RowBlocks
+from __future__ import annotations
 
-__all__ = ["RowBlocks", "attend_and_score", "rotate", "selected_rows_attention"]
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from prophetkv_rag.kernels import reference, reference_rows, reference_scores
+from prophetkv_rag.kernels.row_blocks import RowBlocks
+from prophetkv_rag.kernels.row_source import RowSource
+
+__all__ = [
+    "CHOICES",
+    "RowBlocks",
+    "RowSource",
+    "add_query_scores",
+    "attend_and_score",
+    "force",
+    "in_use",
+    "log_sum_exp",
+    "rope_gather",
+    "rope_scatter",
+    "rotate",
+    "selected_rows_attention",
+]
+
+logger = logging.getLogger(__name__)
+
+CHOICES = ("auto", "triton", "reference")
+VARIABLE = "PROPHETKV_KERNELS"
+
+_forced: str | None = None
+
+
+def _checked(choice: str, source: str) -> str:
+    if choice not in CHOICES:
+        msg = f"{source} is {choice!r}; allowed: {', '.join(CHOICES)}"
+        raise ValueError(msg)
+    return choice
+
+
+_from_environment = _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
+
+
+@contextmanager
+def force(choice: str) -> Iterator[None]:
+    """Use one implementation inside the block, in all threads: `"triton"`, `"reference"`, or `"auto"`.
+
+    `"triton"` makes tensors on a CPU take the kernels too, which works in Triton's interpreter only.
+
+    Raises:
+        ValueError: For any other choice.
+    """
+    global _forced
+    previous, _forced = _forced, _checked(choice, "the implementation")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+@cache
+def _triton_ops() -> Any:
+    """Return the module of Triton kernels, or `None`, said once, where Triton is missing."""
+    if importlib.util.find_spec("triton") is None:
+        logger.warning("triton is not installed: GPU tensors take the PyTorch code, which is slower")
+        return None
+    from prophetkv_rag.kernels import triton_ops
+
+    return triton_ops
+
+
+@cache
+def _say_once(reason: str) -> None:
+    logger.warning("the Triton kernels are not used: %s", reason)
+
+
+def _triton_for(*tensors: torch.Tensor) -> Any:
+    """Return the module of Triton kernels if these tensors take them, else `None`."""
+    choice = _forced or _from_environment
+    if choice == "reference" or (choice == "auto" and not tensors[0].is_cuda):
+        return None
+    kernels = _triton_ops()
+    if kernels is None:
+        return None
+    reason = kernels.why_not(tensors)
+    if reason is not None:
+        _say_once(reason)
+        return None
+    return kernels
+
+
+def in_use(device: torch.device | str) -> str:
+    """Name the implementation that tensors on `device` take, for reports: `"triton 3.7.1"` or `"pytorch"`."""
+    choice = _forced or _from_environment
+    is_gpu = torch.device(device).type == "cuda"
+    if choice == "reference" or (choice == "auto" and not is_gpu) or _triton_ops() is None:
+        return "pytorch"
+    return f"triton {version('triton')}"
+
+
+def rotate(
+    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See `reference.rotate`."""
+    kernels = _triton_for(states) or reference
+    rotated: torch.Tensor = kernels.rotate(states, cos, sin, interleaved=interleaved, out=out)
+    return rotated
+
+
+def rope_gather(
+    key_out: torch.Tensor,
+    value_out: torch.Tensor,
+    sources: Sequence[RowSource],
+    starts: Sequence[int],
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    *,
+    interleaved: bool = False,
+) -> None:
+    """See `reference_rows.rope_gather`."""
+    kernels = _triton_for(key_out, value_out)
+    reason = kernels.why_not_sources(sources) if kernels is not None else None
+    if reason is not None:
+        _say_once(reason)
+        kernels = None
+    kernels = kernels or reference_rows
+    kernels.rope_gather(key_out, value_out, sources, starts, cos, sin, interleaved=interleaved)
+
+
+def rope_scatter(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    key_out: torch.Tensor,
+    value_out: torch.Tensor,
+    **options: Any,
+) -> torch.Tensor | None:
+    """See `reference_rows.rope_scatter`."""
+    kernels = _triton_for(key, value, key_out, value_out) or reference_rows
+    query: torch.Tensor | None = kernels.rope_scatter(key, value, rows, key_out, value_out, **options)
+    return query
+
+
+def selected_rows_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: RowBlocks, **options: Any
+) -> torch.Tensor:
+    """See `reference.selected_rows_attention`."""
+    kernels = _triton_for(query, keys, values) or reference
+    output: torch.Tensor = kernels.selected_rows_attention(query, keys, values, blocks, **options)
+    return output
+
+
+def attend_and_score(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: RowBlocks, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `reference.attend_and_score`."""
+    kernels = _triton_for(query, keys, values) or reference
+    result: tuple[torch.Tensor, torch.Tensor] = kernels.attend_and_score(query, keys, values, blocks, **options)
+    return result
+
+
+def log_sum_exp(query: torch.Tensor, keys: torch.Tensor, blocks: RowBlocks, **options: Any) -> torch.Tensor:
+    """See `reference_scores.log_sum_exp`."""
+    kernels = _triton_for(query, keys) or reference_scores
+    lse: torch.Tensor = kernels.log_sum_exp(query, keys, blocks, **options)
+    return lse
+
+
+def add_query_scores(
+    mass: torch.Tensor,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    lse: torch.Tensor,
+    blocks: RowBlocks,
+    **options: Any,
+) -> None:
+    """See `reference_scores.add_query_scores`."""
+    kernels = _triton_for(query, keys) or reference_scores
+    kernels.add_query_scores(mass, query, keys, lse, blocks, **options)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from prophetkv_rag.kernels.reference_scores import log_sum_exp
 from prophetkv_rag.kernels.row_blocks import RowBlock, RowBlocks
 
 
@@ -105,6 +106,7 @@ def selected_rows_attention(
     scaling: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of scattered rows over the full cache, causal by position.
 
@@ -116,10 +118,13 @@ def selected_rows_attention(
         scaling: Factor on the logits.
         softcap: Gemma 2's logit soft-capping, or `None`.
         sinks: `[H]`, gpt-oss's learned sink logits, or `None`.
+        lse: `[H, m]`, fp32: filled with the natural log-sum-exp of what each row sees, sinks included; or `None`.
 
     Returns:
         `[m, H, Dv]` in the dtype of `query`.
     """
+    if lse is not None:
+        lse.copy_(log_sum_exp(query, keys, blocks, scaling=scaling, softcap=softcap, sinks=sinks))
     num_heads, num_rows, _ = query.shape
     num_kv_heads = keys.shape[0]
     output = query.new_empty(num_rows, num_heads, values.shape[-1])

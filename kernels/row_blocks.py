@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -63,10 +64,37 @@ class RowBlocks:
         self.sliding_window = sliding_window
         self.hidden_keys = hidden_keys
         self._block_rows = max(16, BLOCK_ELEMENTS // num_groups)
-        # One copy to the host here rather than two synchronisations per block and layer.
-        self._positions = rows.tolist()
         self._masks: dict[int, torch.Tensor] = {}
         self._mask_bytes = 0
+        self._outside: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._tile_rows: dict[tuple[int, int], torch.Tensor] = {}
+
+    @cached_property
+    def _positions(self) -> list[int]:
+        """One copy to the host, rather than two synchronisations per block and layer; the GPU kernels need none."""
+        positions: list[int] = self.rows.tolist()
+        return positions
+
+    def hidden_outside(self, context: torch.Tensor | None) -> torch.Tensor | None:
+        """Return `[n]`, bool: keys that are hidden or outside `context` (`None`: none is); `None` for none."""
+        if context is None:
+            return self.hidden_keys
+        if self._outside is None or self._outside[0] is not context:
+            hidden = ~context if self.hidden_keys is None else ~context | self.hidden_keys
+            self._outside = (context, hidden)
+        return self._outside[1]
+
+    def rows_of_tiles(self, num_keys: int, tile_keys: int) -> torch.Tensor:
+        """Return `[2, tiles]`, int64: of each tile of keys, the first row that may see any of it, and the last + 1."""
+        if (num_keys, tile_keys) not in self._tile_rows:
+            starts = torch.arange(0, num_keys, tile_keys, device=self.rows.device)
+            begin = torch.searchsorted(self.rows, starts)
+            if self.sliding_window is None:
+                end = torch.full_like(begin, self.rows.shape[0])
+            else:
+                end = torch.searchsorted(self.rows, starts + (tile_keys - 1 + self.sliding_window))
+            self._tile_rows[num_keys, tile_keys] = torch.stack([begin, end])
+        return self._tile_rows[num_keys, tile_keys]
 
     def __iter__(self) -> Iterator[RowBlock]:
         """Yield the blocks in order."""

@@ -8,6 +8,7 @@ import torch
 
 from prophetkv_rag.attention import RowsLayer
 from prophetkv_rag.chunk_cache import ChunkCache
+from prophetkv_rag.kernels import ops
 from prophetkv_rag.model_support import ModelSupport
 from prophetkv_rag.rope import RopeTables
 
@@ -48,12 +49,7 @@ def assemble(
         values = torch.empty(1, heads, num_slots, found.value_head_dim, dtype=dtype, device=device)
         keys.index_fill_(2, gaps, 0)
         values.index_fill_(2, gaps, 0)
-        offset = 0
-        for cache, start in zip(caches, starts, strict=True):
-            stop, rows = start + cache.num_tokens, slice(offset, offset + cache.num_tokens)
-            stored = cache.keys[index].to(device, dtype)
-            tables.rotate_into(keys[0, :, start:stop], stored, found.rotation, rows)
-            values[0, :, start:stop] = cache.values[index]
-            offset = rows.stop
+        sources = [ops.RowSource(cache.keys[index], cache.values[index]).to(device) for cache in caches]
+        tables.gather(keys[0], values[0], sources, starts, found.rotation)
         layers.append(RowsLayer(keys, values))
     return layers

@@ -24,6 +24,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from prophetkv_rag.kernels import ops
+
 ATTENTION_NAME = "prophetkv"
 """Of passes on models that were loaded with SDPA, which other threads' calls can be given as well."""
 
@@ -186,8 +188,7 @@ class RowsLayer(DynamicLayer):
         if self.keep_stale:
             self.stale = (self.keys[:, :, self.rows], self.values[:, :, self.rows])
             self.fresh = (key_states, value_states)
-        self.keys.index_copy_(2, self.rows, key_states)
-        self.values.index_copy_(2, self.rows, value_states)
+        ops.rope_scatter(key_states, value_states, self.rows, self.keys, self.values)
         return self.keys, self.values
 
 

@@ -6,6 +6,7 @@ not. Which rotation a layer uses is found by the probe (`probe.py`), not by the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +56,17 @@ class RopeTables:
         cos, sin = self.cos_sin(rotation)
         return ops.rotate(states, cos, sin, interleaved=rotation.interleaved)
 
-    def rotate_into(self, out: torch.Tensor, states: torch.Tensor, rotation: Rotation | None, rows: slice) -> None:
-        """Rotate `states` to the positions `position_ids[rows]` and write them to `out` (same shape, any dtype)."""
+    def gather(
+        self,
+        key_out: torch.Tensor,
+        value_out: torch.Tensor,
+        sources: Sequence[ops.RowSource],
+        starts: Sequence[int],
+        rotation: Rotation | None,
+    ) -> None:
+        """Put chunks into one cache (`ops.rope_gather`), keys rotated to `position_ids`: the chunks', joined."""
         if rotation is None:
-            out.copy_(states)
+            ops.rope_gather(key_out, value_out, sources, starts, None, None)
             return
         cos, sin = self.cos_sin(rotation)
-        ops.rotate(states, cos[rows], sin[rows], interleaved=rotation.interleaved, out=out)
+        ops.rope_gather(key_out, value_out, sources, starts, cos, sin, interleaved=rotation.interleaved)

@@ -24,10 +24,13 @@ def conditions_of(engine: Any, model: str) -> dict[str, Any]:
     """Return what a measurement depends on besides its own options."""
     import torch
 
+    from prophetkv_rag.kernels import ops
+
     return {
         "model": Path(model).name,
         "dtype": engine.support.dtype,
         "device": str(engine.model.device),
+        "kernels": ops.in_use(engine.model.device),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "machine": platform.machine(),

@@ -20,6 +20,7 @@ def doctor(
     Exit status: 0 for a supported model, 1 for one that is refused, 2 for one that cannot be loaded.
     """
     quiet_libraries()
+    from prophetkv_rag.kernels import ops
     from prophetkv_rag.model import load_model
     from prophetkv_rag.probe import probe_model
 
@@ -42,6 +43,8 @@ def doctor(
         "model_type": support.model_type,
         "context_window": support.context_window,
         "dtype": support.dtype,
+        "device": str(loaded.device),
+        "kernels": ops.in_use(loaded.device),
         "layers": support.to_rows(),
     }
     if as_json:
@@ -64,7 +67,8 @@ def _print(report: dict[str, Any]) -> None:
     console = results()
     console.print(
         f"{report['model']} is supported: {report['model_type']}, {len(rows)} layers, "
-        f"context window {report['context_window']}, computes in {report['dtype']}",
+        f"context window {report['context_window']}, computes in {report['dtype']} on {report['device']} "
+        f"(kernels: {report['kernels']})",
         markup=False,
     )
     table = Table()

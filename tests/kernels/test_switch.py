@@ -1,0 +1,91 @@
+"""Which implementation runs, and what is said where none of the GPU's can."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from prophetkv_rag.cli.app import main
+from prophetkv_rag.evaluation import kernel_bench
+from prophetkv_rag.kernels import ops
+
+
+def test_tensors_on_a_cpu_take_pytorch(monkeypatch):
+    def refuse():
+        raise AssertionError("Triton was asked for")
+
+    monkeypatch.setattr(ops, "_triton_ops", refuse)
+    assert ops.in_use("cpu") == "pytorch"
+    states, table = torch.ones(1, 2, 8), torch.ones(2, 4)
+    assert ops.rotate(states, table, table, interleaved=False).shape == states.shape
+    with ops.force("reference"):
+        assert ops.in_use("cuda") == "pytorch"
+
+
+def test_tensors_on_a_gpu_take_triton():
+    """Asked of a device that need not be there."""
+    pytest.importorskip("triton")
+    assert ops.in_use("cuda").startswith("triton ")
+
+
+def test_without_triton_a_gpu_takes_pytorch_and_it_is_said(monkeypatch, caplog):
+    ops._triton_ops.cache_clear()
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
+    try:
+        assert ops.in_use("cuda") == "pytorch"
+        assert ops.in_use("cuda") == "pytorch"
+    finally:
+        ops._triton_ops.cache_clear()
+    assert [record.message for record in caplog.records] == [
+        "triton is not installed: GPU tensors take the PyTorch code, which is slower"
+    ]
+
+
+@pytest.mark.parametrize("choice", ["cuda", "Triton", "reference,"])
+def test_a_wrong_choice_is_refused(choice):
+    with pytest.raises(ValueError, match="allowed: auto, triton, reference"), ops.force(choice):
+        pass
+    code = "import prophetkv_rag.kernels.ops"
+    environment = os.environ | {"PROPHETKV_KERNELS": choice}
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
+    assert f"PROPHETKV_KERNELS is {choice!r}; allowed: auto, triton, reference" in done.stderr
+
+
+def test_the_variable_is_obeyed():
+    code = "from prophetkv_rag.kernels import ops; print(ops.in_use('cuda'))"
+    environment = os.environ | {"PROPHETKV_KERNELS": "reference"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "pytorch\n"
+
+
+def test_bench_kernels_without_a_device(capsys, monkeypatch):
+    monkeypatch.setattr(kernel_bench, "has_device", lambda: False)
+    assert main(["bench", "kernels"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "not measured: no CUDA or ROCm device"
+    assert sum("not measured" in line for line in lines[1:]) == kernel_bench.count_lines(kernel_bench.Shape())
+    assert main(["bench", "kernels", "--json", "--context", "2048"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["note"] == "not measured: no CUDA or ROCm device"
+    assert report["shape"]["rows"] == 409
+    assert all(row["ms"] is None for row in report["kernels"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--heads", "7", "--kv-heads", "2"], "--heads is 7; it must be a multiple of --kv-heads (2)"),
+        (["--dtype", "int8"], "allowed: bfloat16, float16, float32"),
+        (["--question", "128", "--context", "128"], "it must be less than --context (128)"),
+    ],
+)
+def test_bench_kernels_refuses(arguments, said, capsys):
+    assert main(["bench", "kernels", *arguments]) == 2
+    assert said in capsys.readouterr().err

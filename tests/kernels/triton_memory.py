@@ -1,0 +1,183 @@
+"""Where the kernels read and write, and proof that these tests would notice: planted bugs. In the interpreter only."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from triton.runtime.errors import InterpreterError
+
+from prophetkv_rag.kernels import ops, query_scores, rope_gather, rope_scatter, row_moves, sparse_attention
+from prophetkv_rag.kernels.tiles import Tile
+from tests.kernels.interpreter import MemoryFault, repair, sanitizer
+from tests.kernels.oracle import NAN, SCORE_TOLERANCE, TOLERANCE, Case, error
+from tests.kernels.triton_cases import GATHER, SCATTER, check_gather, check_scatter
+
+repair()
+TILE = Tile(32, 32, 4, 1)
+ON_ONE_SHAPE = {"heads": 8, "kv_heads": 2, "rows": 19, "keys": 133, "dim": 64, "dtype": torch.float16}
+
+
+def check_attention(module, splits=1, **options):
+    case = Case(**(ON_ONE_SHAPE | options))
+    lse = torch.full((case.heads, case.rows), NAN)
+    with sanitizer():
+        found = module.selected_rows_attention(
+            case.query, case.key, case.value, case.blocks(),
+            **case.settings, sinks=case.sink_logits, lse=lse, tile=TILE, splits=splits,
+        )  # fmt: skip
+    truth, true_lse, _ = case.attention()
+    assert error(found, truth) < TOLERANCE[case.dtype]
+    assert error(lse, true_lse) < 1e-5
+
+
+def check_scores(module, **options):
+    cases = [Case(**(ON_ONE_SHAPE | options), seed=seed) for seed in (0, 1)]
+    mass, truth = torch.zeros(2, 133), torch.zeros(133, dtype=torch.float64)
+    for case in cases:
+        with sanitizer():
+            lse = module.log_sum_exp(case.query, case.key, case.blocks(), **case.settings, tile=TILE, splits=2)
+            module.add_query_scores(mass, case.query, case.key, lse, case.blocks(), **case.settings, tile=TILE)
+        truth += case.attention()[2].sum(dim=(0, 1))
+    assert error(mass.sum(0), truth) < SCORE_TOLERANCE
+
+
+def check_rows(gather, scatter):
+    for setting in (GATHER[6], GATHER[10]):
+        check_gather(setting, gather=gather, around=sanitizer)
+    with sanitizer():
+        check_scatter(SCATTER[2], scatter=scatter)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 31, "sinks": True},
+        {"hidden": True, "softcap": 5.0},
+        {"rows": 1, "splits": 3},
+        {"dim": 80, "heads": 14},
+    ],
+    ids=str,
+)
+def test_attention_stays_inside(options):
+    check_attention(sparse_attention, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 31}, {"hidden": True}], ids=str)
+def test_scores_stay_inside(options):
+    check_scores(query_scores, **options)
+
+
+def test_rows_stay_inside():
+    check_rows(rope_gather.rope_gather, rope_scatter.rope_scatter)
+
+
+def mutated(module, old: str, new: str, folder: Path):
+    """The module with one piece of its source replaced."""
+    source = Path(module.__file__).read_text("utf-8")
+    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
+    path = folder / f"mutated_{module.__name__.rpartition('.')[2]}.py"
+    path.write_text(source.replace(old, new), "utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+FIRST_ROW = "packed = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)"
+BUGS = {
+    "a row does not see itself": ("(key <= position)", "(key < position)"),
+    "too many keys without a mask": ("(lowest + 1) // BLOCK_KEYS", "(lowest + BLOCK_KEYS) // BLOCK_KEYS"),
+    "no rescaling": ("total * rescale[:, None], input", "total, input"),
+    "wrong head": (
+        "head = kv_head * GROUPS + packed % GROUPS",
+        "head = kv_head + packed % GROUPS * tl.num_programs(1)",
+    ),
+    "a store without its mask": (
+        "mask=valid[:, None] & (value_channel",
+        "mask=(valid | True)[:, None] & (value_channel",
+    ),
+    "values of the tail not masked": ("value_mask = in_range[:, None]", "value_mask = (in_range | True)[:, None]"),
+    # The numbers come out right: two programs compute the same row. Only the race check sees it.
+    "tiles overlap": (FIRST_ROW, FIRST_ROW.replace("BLOCK_ROWS + tl", "(BLOCK_ROWS - 1) + tl")),
+}
+MORE_BUGS = {
+    "layers overwrite each other": (query_scores, "before + total", "total + 0 * before"),
+    "a row tile skips": (query_scores, "* GROUPS\n    total", "* (GROUPS - 1)\n    total"),
+    "log-sum-exp of one part only": (query_scores, "torch.logsumexp(parts, dim=0)", "parts[0]"),
+    "fp8 loses its sign": (row_moves, "((code & 0x80) << 8) | ", ""),
+    "a scale of another row": (rope_gather, 'src_row if KEY_SCALE == "row"', 'src_row + 1 if KEY_SCALE == "row"'),
+    "keys go to their own index": (
+        rope_scatter,
+        "target * key_out_stride_row",
+        "(row + 0 * target) * key_out_stride_row",
+    ),
+}
+CAUGHT = (AssertionError, InterpreterError, MemoryFault)
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bugs_of_attention_are_caught(name, tmp_path):
+    module = mutated(sparse_attention, *BUGS[name], tmp_path)
+    with pytest.raises(CAUGHT) as caught:
+        check_attention(module)
+    expected = {"a store without its mask": "outside every tensor", "tiles overlap": "two programs write one address"}
+    assert expected.get(name, "") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", MORE_BUGS)
+def test_planted_bugs_of_the_others_are_caught(name, tmp_path):
+    original, old, new = MORE_BUGS[name]
+    module = mutated(original, old, new, tmp_path)
+    gather, scatter = rope_gather.rope_gather, rope_scatter.rope_scatter
+    if original is row_moves:
+        gather = mutated(
+            rope_gather, "from prophetkv_rag.kernels.row_moves", f"from {module.__name__}", tmp_path
+        ).rope_gather
+    elif original is rope_gather:
+        gather = module.rope_gather
+    elif original is rope_scatter:
+        scatter = module.rope_scatter
+    with pytest.raises(CAUGHT):
+        check_scores(module) if original is query_scores else check_rows(gather, scatter)
+
+
+def test_the_sanitizer_sees_races_and_undefined_lanes(tmp_path):
+    """Of the tools themselves: a read of what another program writes, and a masked load with no other value."""
+    path = tmp_path / "racy.py"
+    path.write_text(
+        "import triton\nimport triton.language as tl\n"
+        "@triton.jit\n"
+        "def shift(x_ptr, n):\n"
+        "    i = tl.program_id(0)\n"
+        "    tl.store(x_ptr + i, tl.load(x_ptr + (i + 1) % n))\n"
+        "@triton.jit\n"
+        "def tail(x_ptr, y_ptr, n):\n"
+        "    i = tl.arange(0, 8)\n"
+        "    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n))\n"
+    )
+    spec = importlib.util.spec_from_file_location("racy", path)
+    racy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(racy)
+    with sanitizer(), pytest.raises(InterpreterError, match="another"):
+        racy.shift[(4,)](torch.zeros(4), 4)
+    out = torch.zeros(8)
+    racy.tail[(1,)](torch.ones(8), out, 5)
+    assert out[:5].eq(1).all()
+    assert out[5:].isnan().all()
+
+
+def test_the_switch_says_why_not():
+    case = Case(4, 2, 3, 9, 300)
+    reasons = []
+    with pytest.MonkeyPatch.context() as patch, ops.force("triton"):
+        patch.setattr(ops, "_say_once", reasons.append)
+        ops.selected_rows_attention(
+            case.query, case.key.nan_to_num(), case.value.nan_to_num(), case.blocks(), scaling=1.0
+        )
+    assert reasons == ["head dim 300 is above 256"]
