@@ -9,7 +9,18 @@ from typing import Annotated
 
 import typer
 
-from prophetkv_rag.cli import ask, bench, bench_kernels, bench_quality, cache, calibrate, demo, doctor, index
+from prophetkv_rag.cli import (
+    ask,
+    bench,
+    bench_kernels,
+    bench_quality,
+    bench_ttft,
+    cache,
+    calibrate,
+    demo,
+    doctor,
+    index,
+)
 from prophetkv_rag.cli.console import PROGRAM, print_error
 from prophetkv_rag.errors import ProphetKVError
 
@@ -27,6 +38,7 @@ app.command()(index.index)
 app.command()(ask.ask)
 app.command()(demo.demo)
 app.command()(doctor.doctor)
+bench.app.command()(bench_ttft.ttft)
 bench.app.command()(bench_quality.quality)
 bench.app.command()(bench_kernels.kernels)
 app.command()(calibrate.calibrate)

@@ -1,26 +1,25 @@
 """Time to first token against full prefill (SDPA) on the same token ids, alternating in one process.
 
 Absolute times mean little on a shared machine; the ratio of two neighbouring runs does. Peak memory is measured in a
-process of its own per arm, since a process's peak never goes down.
+process of its own per arm, since a process's peak never goes down (`memory.py`).
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from prophetkv_rag.attention import backbone
 from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.engine import ProphetKVEngine
+from prophetkv_rag.evaluation.fidelity import Arm
+from prophetkv_rag.evaluation.flops import arithmetic_limit
 from prophetkv_rag.evaluation.tasks.prompting import user_turn
+from prophetkv_rag.evaluation.ttft_peers import PEERS, decode_seconds
 from prophetkv_rag.prompt import Prompt
 from prophetkv_rag.store.disk import DiskStore
 
@@ -29,25 +28,37 @@ QUESTION = "Answer from the speeches above in one sentence: how many planes shal
 
 @dataclass(slots=True)
 class TtftResult:
-    """One context length.
+    """One strategy at one ratio and context length; every list has an entry per round.
 
-    `ratios` are full prefill's seconds over ours, pair by pair; `disk_overhead` is the extra time of loading every
-    chunk from a warm disk, as a fraction of the time with caches in RAM.
+    Attributes:
+        context_tokens: Tokens in the chunks.
+        strategy: As `make_strategy` reads it.
+        recompute_ratio: Fraction of the chunk tokens recomputed.
+        limit: Full prefill's arithmetic over this one's: how many times sooner it could be at most (`flops.py`).
+        full_s: Full prefill's seconds.
+        ram_s: Seconds with caches in RAM.
+        disk_s: Seconds with every cache loaded from a warm disk (page cache), checked and decoded.
+        decode_ratio: Seconds of decoding after full prefill over those after this one.
+        stages_s: Where the time goes, caches in RAM; `load_disk` is loading from the warm disk.
     """
 
     context_tokens: int
+    strategy: str
     recompute_ratio: float
+    limit: float = 0.0
     full_s: list[float] = field(default_factory=list)
     ram_s: list[float] = field(default_factory=list)
     disk_s: list[float] = field(default_factory=list)
-    stages_s: dict[str, float] = field(default_factory=dict)
+    decode_ratio: list[float] = field(default_factory=list)
+    stages_s: list[dict[str, float]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Medians with their spread."""
+        """Medians with their spread; `speedup_...` are full prefill's seconds over ours, pair by pair."""
         ratios = [full / ours for full, ours in zip(self.full_s, self.ram_s, strict=True)]
         disk = [full / ours for full, ours in zip(self.full_s, self.disk_s, strict=True)]
         return {
             "context_tokens": self.context_tokens,
+            "strategy": self.strategy,
             "recompute_ratio": self.recompute_ratio,
             "repeats": len(ratios),
             "full_prefill_s": statistics.median(self.full_s),
@@ -58,7 +69,29 @@ class TtftResult:
             "speedup_ram_max": max(ratios),
             "speedup_disk": statistics.median(disk),
             "disk_overhead": statistics.median([d / r - 1 for d, r in zip(self.disk_s, self.ram_s, strict=True)]),
-            "stages_s": self.stages_s,
+            "limit": self.limit,
+            "share_of_limit": statistics.median(ratios) / self.limit,
+            "decode_ratio": statistics.median(self.decode_ratio),
+            "stages_s": {name: statistics.median(stage[name] for stage in self.stages_s) for name in self.stages_s[0]},
+        }
+
+
+@dataclass(slots=True)
+class PeerResult:
+    """Another way to the first token, on the same prompt; `ratios` are full prefill's seconds over its own."""
+
+    context_tokens: int
+    peer: str
+    ratios: list[float] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Median with its spread."""
+        return {
+            "context_tokens": self.context_tokens,
+            "peer": self.peer,
+            "speedup": statistics.median(self.ratios),
+            "speedup_min": min(self.ratios),
+            "speedup_max": max(self.ratios),
         }
 
 
@@ -86,17 +119,22 @@ def corpus_prompt(engine: ProphetKVEngine, context_tokens: int, chunk_tokens: in
 
 def measure_ttft(
     engine: ProphetKVEngine,
+    arms: Sequence[Arm],
     *,
     context_tokens: int,
     chunk_tokens: int = 256,
-    recompute_ratio: float = 0.2,
-    strategy: str = "prophetkv",
     repeats: int = 5,
+    peers: bool = True,
     on_step: Callable[[int], None] | None = None,
-) -> TtftResult:
-    """Alternate full prefill, reuse from RAM and from a warm disk on one prompt; `on_step(1)` after every round."""
+) -> tuple[list[TtftResult], list[PeerResult]]:
+    """Alternate full prefill, every arm from RAM and from a warm disk, and the peers, on one prompt.
+
+    Every time is compared with the full prefill of its own round; the first round warms up. `on_step(1)` after each.
+    """
     prompt = corpus_prompt(engine, context_tokens, chunk_tokens)
-    result = TtftResult(context_tokens, recompute_ratio)
+    layout = engine.read(prompt)
+    results = [TtftResult(context_tokens, arm.strategy, arm.recompute_ratio) for arm in arms]
+    others = {make.name: (make(engine, prompt), PeerResult(context_tokens, make.name)) for make in PEERS if peers}
     with tempfile.TemporaryDirectory() as folder:
         # No RAM tier: every load reads, checks and decodes the files, which are in the page cache after the first.
         on_disk = ProphetKVEngine(
@@ -107,48 +145,29 @@ def measure_ttft(
         )
         engine.add_chunks(prompt.chunks)
         on_disk.add_chunks(prompt.chunks)
-        stages: list[dict[str, float]] = []
-        for repeat in range(-1, repeats):  # the first round warms up
-            full = engine.prefill(prompt, strategy="full_prefill").report
-            ram = engine.prefill(prompt, strategy=strategy, recompute_ratio=recompute_ratio).report
-            disk = on_disk.prefill(prompt, strategy=strategy, recompute_ratio=recompute_ratio).report
-            if repeat >= 0:
-                result.full_s.append(full.timings_s.ttft)
-                result.ram_s.append(ram.timings_s.ttft)
-                result.disk_s.append(disk.timings_s.ttft)
-                stages.append({**ram.to_dict()["timings_s"], "load_disk": disk.timings_s.load})
+        for repeat in range(-1, repeats):
+            full = engine.prefill(prompt, strategy="full_prefill")
+            full_s, full_decode = full.report.timings_s.ttft, decode_seconds(engine, full)
+            del full
+            for arm, result in zip(arms, results, strict=True):
+                settings = {"strategy": arm.strategy, "recompute_ratio": arm.recompute_ratio}
+                ram = engine.prefill(prompt, **settings)
+                decode = decode_seconds(engine, ram)
+                disk = on_disk.prefill(prompt, **settings).report
+                if repeat >= 0:
+                    result.limit = arithmetic_limit(engine.model, engine.support, layout, ram.recomputed)
+                    result.full_s.append(full_s)
+                    result.ram_s.append(ram.report.timings_s.ttft)
+                    result.disk_s.append(disk.timings_s.ttft)
+                    result.decode_ratio.append(full_decode / decode)
+                    stages = ram.report.to_dict()["timings_s"]
+                    result.stages_s.append({**stages, "load_disk": disk.timings_s.load})
+            for peer, found in others.values():
+                seconds = peer.seconds()
+                if repeat >= 0:
+                    found.ratios.append(full_s / seconds)
             if on_step is not None:
                 on_step(1)
-        result.stages_s = {name: statistics.median(stage[name] for stage in stages) for name in stages[0]}
         on_disk.store.close()
     engine.store.delete(engine.identity.key(chunk) for chunk in prompt.chunks if not isinstance(chunk, str))
-    return result
-
-
-def measure_index_throughput(
-    engine: ProphetKVEngine, *, num_chunks: int = 16, chunk_tokens: int = 256, repeats: int = 3
-) -> dict[str, float]:
-    """Compare `add_chunks` with the model's raw batched prefill (no cache kept) of the same chunks, alternating."""
-    chunks = list(corpus_prompt(engine, num_chunks * chunk_tokens, chunk_tokens, skip=999).chunks)
-    batch = max(1, engine.config.index_batch_tokens // chunk_tokens)
-    ids = torch.tensor([list(map(int, chunk)) for chunk in chunks], device=engine.model.device)
-    raw, encoded = [], []
-    for repeat in range(-1, repeats):
-        started = time.perf_counter()
-        with torch.no_grad():
-            for start in range(0, num_chunks, batch):
-                backbone(engine.model)(input_ids=ids[start : start + batch], use_cache=True)
-        raw_seconds = time.perf_counter() - started
-        engine.store.delete([engine.identity.key(list(map(int, chunk))) for chunk in chunks])
-        started = time.perf_counter()
-        engine.add_chunks(chunks)
-        if repeat >= 0:
-            raw.append(raw_seconds)
-            encoded.append(time.perf_counter() - started)
-    engine.store.delete([engine.identity.key(list(map(int, chunk))) for chunk in chunks])
-    tokens = num_chunks * chunk_tokens
-    return {
-        "raw_tokens_per_s": tokens / statistics.median(raw),
-        "index_tokens_per_s": tokens / statistics.median(encoded),
-        "share_of_raw": statistics.median([r / e for r, e in zip(raw, encoded, strict=True)]),
-    }
+    return results, [found for _, found in others.values()]

@@ -1,0 +1,54 @@
+"""How much arithmetic a prefill is, counted: what a speed can be at best, whatever the machine.
+
+A pass over m rows costs two operations per weight and row, and per attention head four times the head dimension for
+every key that a row sees. Rows that a question picks stand late in the prompt, so they see more keys than the average
+row: a fraction p of the rows costs more than p of full prefill, the more so the longer the prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from prophetkv_rag.attention import backbone
+from prophetkv_rag.layout import PromptLayout
+from prophetkv_rag.model_support import ModelSupport
+
+
+def pass_flops(model: Any, support: ModelSupport, positions: torch.Tensor) -> float:
+    """Return the operations of one pass over the rows at `positions` (`[m]`), without the language-model head.
+
+    Embeddings are looked up, not multiplied; all else that has two dimensions counts as a matrix product.
+    """
+    embeddings = {id(weight) for weight in model.get_input_embeddings().parameters()}
+    weights = sum(p.numel() for p in backbone(model).parameters() if p.dim() >= 2 and id(p) not in embeddings)
+    total = 2.0 * weights * positions.shape[0]
+    heads = model.config.get_text_config(decoder=True).num_attention_heads
+    for layer in support.layers:
+        seen = positions + 1
+        if layer.sliding_window is not None:
+            seen = seen.clamp_max(layer.sliding_window)
+        total += 2.0 * heads * (layer.head_dim + layer.value_head_dim) * float(seen.sum())
+    return total
+
+
+def arithmetic_limit(model: Any, support: ModelSupport, layout: PromptLayout, recomputed: torch.Tensor) -> float:
+    """Return full prefill's operations over those of a reused one: how many times sooner it could be at most.
+
+    Args:
+        model: The language model.
+        support: The probe's findings.
+        layout: The prompt.
+        recomputed: `[k]`, the chunk tokens that ran through all layers (`PrefillResult.recomputed`).
+
+    Counted are stage I (prefix and suffix) and stage II, with the same rows in every layer; for strategies that run
+    other rows in some layers it is an upper bound.
+    """
+    everything = torch.arange(layout.num_tokens)
+    fresh = (~layout.is_chunk).nonzero()[:, 0]
+    outside = fresh[fresh >= layout.known_prefix]
+    asking = outside[(outside < layout.context_start) | (outside >= layout.suffix_start)]
+    computed = torch.cat([outside[outside >= layout.context_start], recomputed.cpu()])
+    ours = pass_flops(model, support, asking) + pass_flops(model, support, computed)
+    return pass_flops(model, support, everything) / ours
