@@ -73,7 +73,7 @@ LOG_SUM_EXP: dict[tuple[str, int, int], Tile] = {
         (4, 256, Tile(16, 32, 4, 1)),
     )
 }
-INTERPRETED = Tile(32, 32, 4, 1)
+INTERPRETED = Tile(64, 64, 4, 1)
 """For tensors on a CPU: Triton's interpreter, which the tests use."""
 
 
