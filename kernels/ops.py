@@ -117,7 +117,8 @@ def _run(name: str, instead: Any, tensors: Sequence[torch.Tensor], *arguments: A
     kernels = _triton_for(*tensors)
     if kernels is None:
         return getattr(instead, name)(*arguments, **options)
-    with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device, wherever the tensors are
+    # Triton launches on the current device, wherever the tensors are.
+    with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
         return getattr(kernels, name)(*arguments, **options)
 
 
