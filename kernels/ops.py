@@ -112,12 +112,21 @@ def in_use(device: torch.device | str) -> str:
     return f"triton {version('triton')}"
 
 
+def _run(name: str, instead: Any, tensors: Sequence[torch.Tensor], *arguments: Any, **options: Any) -> Any:
+    """Call the Triton launcher `name`, or the function of that name in `instead`."""
+    kernels = _triton_for(*tensors)
+    if kernels is None:
+        return getattr(instead, name)(*arguments, **options)
+    # Triton launches on the current device, wherever the tensors are.
+    with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
+        return getattr(kernels, name)(*arguments, **options)
+
+
 def rotate(
     states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See `reference.rotate`."""
-    kernels = _triton_for(states) or reference
-    rotated: torch.Tensor = kernels.rotate(states, cos, sin, interleaved=interleaved, out=out)
+    rotated: torch.Tensor = _run("rotate", reference, (states,), states, cos, sin, interleaved=interleaved, out=out)
     return rotated
 
 
@@ -132,13 +141,14 @@ def rope_gather(
     interleaved: bool = False,
 ) -> None:
     """See `reference_rows.rope_gather`."""
-    kernels = _triton_for(key_out, value_out)
-    reason = kernels.why_not_sources(sources) if kernels is not None else None
-    if reason is not None:
-        _say_once(reason)
-        kernels = None
-    kernels = kernels or reference_rows
-    kernels.rope_gather(key_out, value_out, sources, starts, cos, sin, interleaved=interleaved)
+    arguments = (key_out, value_out, sources, starts, cos, sin)
+    unknown = next((source.unknown_dtype for source in sources if source.unknown_dtype is not None), None)
+    if unknown is not None:
+        if _triton_for(key_out, value_out) is not None:
+            _say_once(f"chunks are stored as {unknown}")
+        reference_rows.rope_gather(*arguments, interleaved=interleaved)
+        return
+    _run("rope_gather", reference_rows, (key_out, value_out), *arguments, interleaved=interleaved)
 
 
 def rope_scatter(
@@ -150,8 +160,9 @@ def rope_scatter(
     **options: Any,
 ) -> torch.Tensor | None:
     """See `reference_rows.rope_scatter`."""
-    kernels = _triton_for(key, value, key_out, value_out) or reference_rows
-    query: torch.Tensor | None = kernels.rope_scatter(key, value, rows, key_out, value_out, **options)
+    tensors = (key, value, key_out, value_out)
+    arguments = (key, value, rows, key_out, value_out)
+    query: torch.Tensor | None = _run("rope_scatter", reference_rows, tensors, *arguments, **options)
     return query
 
 
@@ -159,8 +170,8 @@ def selected_rows_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: RowBlocks, **options: Any
 ) -> torch.Tensor:
     """See `reference.selected_rows_attention`."""
-    kernels = _triton_for(query, keys, values) or reference
-    output: torch.Tensor = kernels.selected_rows_attention(query, keys, values, blocks, **options)
+    tensors = (query, keys, values)
+    output: torch.Tensor = _run("selected_rows_attention", reference, tensors, *tensors, blocks, **options)
     return output
 
 
@@ -168,15 +179,16 @@ def attend_and_score(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: RowBlocks, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.attend_and_score`."""
-    kernels = _triton_for(query, keys, values) or reference
-    result: tuple[torch.Tensor, torch.Tensor] = kernels.attend_and_score(query, keys, values, blocks, **options)
+    tensors = (query, keys, values)
+    result: tuple[torch.Tensor, torch.Tensor] = _run(
+        "attend_and_score", reference, tensors, *tensors, blocks, **options
+    )
     return result
 
 
 def log_sum_exp(query: torch.Tensor, keys: torch.Tensor, blocks: RowBlocks, **options: Any) -> torch.Tensor:
     """See `reference_scores.log_sum_exp`."""
-    kernels = _triton_for(query, keys) or reference_scores
-    lse: torch.Tensor = kernels.log_sum_exp(query, keys, blocks, **options)
+    lse: torch.Tensor = _run("log_sum_exp", reference_scores, (query, keys), query, keys, blocks, **options)
     return lse
 
 
@@ -189,5 +201,4 @@ def add_query_scores(
     **options: Any,
 ) -> None:
     """See `reference_scores.add_query_scores`."""
-    kernels = _triton_for(query, keys) or reference_scores
-    kernels.add_query_scores(mass, query, keys, lse, blocks, **options)
+    _run("add_query_scores", reference_scores, (query, keys), mass, query, keys, lse, blocks, **options)

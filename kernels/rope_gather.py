@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -158,23 +159,18 @@ def _launch(
     device, first = key_out.device, sources[0]
     heads, dim, value_dim = key_out.shape[0], key_out.shape[2], value_out.shape[2]
     half = 0 if cos is None else cos.shape[-1]
-    addresses, tiles = [], []
-    for index, (source, start, angle_row) in enumerate(zip(sources, starts, angle_rows, strict=True)):
-        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in source]
-        addresses.append([*pointers, source.num_tokens])
-        for token in range(0, source.num_tokens, ROW_TILE):
-            count = min(ROW_TILE, source.num_tokens - token)
-            tiles.append([index, token, count, start + token, angle_row + token])
-    table = torch.tensor(addresses, dtype=torch.int64)
+    pointers = [[0 if tensor is None else tensor.data_ptr() for tensor in source] for source in sources]
+    lengths = tuple(source.num_tokens for source in sources)
+    tiles = _tile_table(lengths, tuple(starts), tuple(angle_rows), device)
+    table = torch.tensor([[*four, tokens] for four, tokens in zip(pointers, lengths, strict=True)], dtype=torch.int64)
     is_aligned = not bool((table[:, :2] % ALIGNMENT).any())
-    angles = torch.zeros(1, dtype=torch.float32, device=device)
-    rope_gather_kernel[(len(tiles), heads, 2)](
+    rope_gather_kernel[(tiles.shape[0], heads, 2)](
         table.to(device),
-        torch.tensor(tiles, dtype=torch.int64).to(device),
+        tiles,
         key_out,
         value_out,
-        angles if cos is None else cos.contiguous(),
-        angles if sin is None else sin.contiguous(),
+        key_out if cos is None else cos.contiguous(),
+        key_out if sin is None else sin.contiguous(),
         key_out.stride(0),
         key_out.stride(1),
         value_out.stride(0),
@@ -196,6 +192,19 @@ def _launch(
         TILE=ROW_TILE,
         num_warps=ROW_WARPS,
     )
+
+
+@lru_cache(maxsize=4)
+def _tile_table(
+    lengths: tuple[int, ...], starts: tuple[int, ...], angle_rows: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """`[tiles, 5]`, see the kernel; the layers of a prompt share it, so it is sent to the device once."""
+    tiles = [
+        [index, token, min(ROW_TILE, length - token), start + token, angle_row + token]
+        for index, (length, start, angle_row) in enumerate(zip(lengths, starts, angle_rows, strict=True))
+        for token in range(0, length, ROW_TILE)
+    ]
+    return torch.tensor(tiles, dtype=torch.int64).to(device)
 
 
 def _scale_mode(scale: torch.Tensor | None) -> str:

@@ -128,12 +128,11 @@ def _launch(
         return
     tensors = [_dense(tensor, some) for tensor in (query, key, value, query_out, key_out, value_out)]
     strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
-    angles = torch.zeros(1, dtype=torch.float32, device=some.device)
     rope_scatter_kernel[(triton.cdiv(num_rows, ROW_TILE), heads + 2 * kv_heads, some.shape[0])](
         *tensors,
         some if rows is None else rows,
-        angles if cos is None else cos.contiguous(),
-        angles if sin is None else sin.contiguous(),
+        some if cos is None else cos.contiguous(),
+        some if sin is None else sin.contiguous(),
         *strides,
         num_rows,
         HEADS=heads,

@@ -6,6 +6,15 @@ from typing import NamedTuple
 
 import torch
 
+KERNEL_DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.uint8,
+    torch.float8_e4m3fn,
+)
+
 
 class RowSource(NamedTuple):
     """Keys and values of one chunk in one layer.
@@ -24,6 +33,11 @@ class RowSource(NamedTuple):
     def num_tokens(self) -> int:
         """Tokens of the chunk."""
         return int(self.keys.shape[1])
+
+    @property
+    def unknown_dtype(self) -> torch.dtype | None:
+        """The dtype that the gather kernel cannot read; `None` if there is none."""
+        return next((rows.dtype for rows in self[:2] if rows.dtype not in KERNEL_DTYPES), None)
 
     def to(self, device: torch.device) -> RowSource:
         """Bring all four to a device."""

@@ -6,6 +6,7 @@ fit the device's shared memory.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ LOG_SUM_EXP: dict[tuple[str, int, int], Tile] = {
         (4, 256, Tile(16, 32, 4, 1)),
     )
 }
-INTERPRETED = Tile(32, 32, 4, 1)
+INTERPRETED = Tile(64, 64, 4, 1)
 """For tensors on a CPU: Triton's interpreter, which the tests use."""
 
 
@@ -86,6 +87,7 @@ def padded_head(size: int) -> int:
     return max(16, padded(size))
 
 
+@cache
 def target_of(device: torch.device) -> str | None:
     """The entry of the tables that fits a device; `None` if none does (older than Ampere)."""
     if torch.version.hip is not None:
@@ -106,6 +108,7 @@ def tile_for(table: dict[tuple[str, int, int], Tile], tensor: torch.Tensor, head
     return table[target, tensor.element_size(), max(64, padded(head_dim))]
 
 
+@cache
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units) of a device; 1 for the interpreter."""
     if device.type != "cuda":

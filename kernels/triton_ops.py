@@ -10,7 +10,6 @@ from prophetkv_rag.kernels.query_scores import add_query_scores, log_sum_exp
 from prophetkv_rag.kernels.rope_gather import rope_gather
 from prophetkv_rag.kernels.rope_scatter import rope_scatter, rotate
 from prophetkv_rag.kernels.row_blocks import RowBlocks
-from prophetkv_rag.kernels.row_source import RowSource
 from prophetkv_rag.kernels.sparse_attention import selected_rows_attention
 from prophetkv_rag.kernels.tiles import MAX_HEAD_DIM, target_of
 
@@ -23,11 +22,9 @@ __all__ = [
     "rotate",
     "selected_rows_attention",
     "why_not",
-    "why_not_sources",
 ]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_STORED = (*_DTYPES, torch.int8, torch.uint8, torch.float8_e4m3fn)
 
 
 def why_not(tensors: Iterable[torch.Tensor]) -> str | None:
@@ -45,15 +42,6 @@ def why_not(tensors: Iterable[torch.Tensor]) -> str | None:
         if tensor.device.type == "cuda" and target_of(tensor.device) is None:
             return "the GPU is older than compute capability 8.0"
         dtype = tensor.dtype
-    return None
-
-
-def why_not_sources(sources: Iterable[RowSource]) -> str | None:
-    """Say why `rope_gather` cannot take these chunks; `None` if it can."""
-    for source in sources:
-        for rows in source[:2]:
-            if rows.dtype not in _STORED:
-                return f"chunks are stored as {rows.dtype}"
     return None
 
 

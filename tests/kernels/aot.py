@@ -54,7 +54,9 @@ def build(fn: Any, target: str, pointers: dict[str, str], constants: dict[str, A
 
 
 def attention_constants(dim: int, groups: int, tile: tiles.Tile, **flags: bool) -> dict[str, Any]:
-    return {
+    # Of arguments whose value is 1 Triton makes constants: one row, one key, a window of one.
+    ones = dict.fromkeys(("num_rows", "num_keys", "window"), 1) if flags.get("ones") else {}
+    return ones | {
         "GROUPS": groups, "HAS_WINDOW": flags.get("window", False), "HAS_HIDDEN": flags.get("hidden", False),
         "HAS_SOFTCAP": flags.get("softcap", False), "PRECISION": "ieee",
         "DIM": dim, "BLOCK_DIM": tiles.padded_head(dim), "BLOCK_ROWS": tile.block_rows, "BLOCK_KEYS": tile.block_keys,

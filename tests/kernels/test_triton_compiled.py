@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 LIMITS = json.loads((HERE / "compiled_limits.json").read_text("utf-8"))
 WIDE = os.environ.get("PROPHETKV_WIDE") == "1"
 PLAIN = {"dtype": "bf16", "dim": 128, "groups": 4}
+ONE = {"dtype": "fp16", "dim": 64, "groups": 1, "ones": True}
 EVERYTHING = {"window": True, "hidden": True, "softcap": True, "sinks": True, "lse": True}
 ATTENTION_FLAGS = ({}, {"hidden": True, "lse": True}, {"window": True, "softcap": True, "sinks": True, "lse": True})
 
@@ -31,6 +32,9 @@ def jobs(target: str) -> list[tuple[str, str, dict[str, object]]]:
         ("attention", PLAIN),
         ("attention", {"dtype": "fp16", "dim": 64, "groups": 7, **EVERYTHING}),
         ("scores", {**PLAIN, "hidden": True}),
+        ("scores", {**ONE, "window": True}),
+        ("log_sum_exp", {**ONE, "window": True}),
+        ("attention", {**ONE, "window": True, "lse": True}),
         ("log_sum_exp", {**PLAIN, "hidden": True}),
         ("gather", {"dtype": "bf16", "source": "int8", "dim": 128, "scale": "channel", "half": 64}),
         ("gather", {"dtype": "fp16", "source": "uint8", "dim": 128, "scale": "row", "half": 32, "interleaved": True}),

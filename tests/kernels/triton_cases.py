@@ -18,7 +18,7 @@ from tests.kernels.oracle import NAN, SCORE_TOLERANCE, TOLERANCE, Case, error, r
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WIDE = os.environ.get("PROPHETKV_WIDE") == "1"
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
 if IS_INTERPRETED:
     from tests.kernels.interpreter import repair
 
