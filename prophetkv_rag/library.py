@@ -176,7 +176,7 @@ class ChunkLibrary:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prophetkv-store") as writer:
             writes: deque[Future[None]] = deque()
             while True:
-                is_wanted = self.store.accepts_new()
+                is_wanted = self.store.accepts_new(len(writes))
                 with self.model_lock:  # released between batches, so that queries are answered while indexing
                     started = time.perf_counter()
                     item = next(encoding, None) if is_wanted else None

@@ -143,8 +143,8 @@ class ChunkStore(ABC):
         """Know a chunk without a cache: its text is found in prompts, and its cache is stored when it is computed."""
         return None
 
-    def accepts_new(self) -> bool:
-        """Whether the cache of a chunk that nobody has asked for yet would be kept."""
+    def accepts_new(self, waiting: int = 0) -> bool:
+        """Whether a chunk that nobody has asked for yet would be kept, after `waiting` others."""
         return self.policy == "eager"
 
     def put_soon(self, key: str, cache: ChunkCache, *, fingerprint: str) -> None:

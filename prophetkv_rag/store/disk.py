@@ -181,9 +181,9 @@ class DiskStore(ChunkStore):
             with self.directory_lock.shared():
                 self.catalog.upsert(CatalogRow(check_key(key), fingerprint, num_tokens, 0), entry)
 
-    def accepts_new(self) -> bool:
+    def accepts_new(self, waiting: int = 0) -> bool:
         """See `ChunkStore.accepts_new`."""
-        return self.policy == "eager" and self._space.has_room()
+        return self.policy == "eager" and self._space.has_room(waiting)
 
     def lease(self, keys: Iterable[str]) -> AbstractContextManager[None]:
         """See `ChunkStore.lease`."""

@@ -62,9 +62,11 @@ class Space:
             with self._catalog.transaction() as run:
                 self._ranking.record_uses(run, uses)
 
-    def has_room(self) -> bool:
-        """Whether another blob, like the one written last, fits without evicting anything."""
-        return self._max_bytes is None or self._catalog.nbytes() + self._typical <= self._max_bytes
+    def has_room(self, waiting: int = 0) -> bool:
+        """Whether one more blob, and `waiting` others, all like the one written last, fit without evicting anything."""
+        if self._max_bytes is None:
+            return True
+        return self._catalog.nbytes() + self._typical * (1 + waiting) <= self._max_bytes
 
     def write(self, row: CatalogRow, entry: TextEntry | None, data: bytes, *, is_used: bool) -> bool:
         """Write a blob if there is room, or can be made; returns whether. Either way the catalog knows the chunk.
