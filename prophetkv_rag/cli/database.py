@@ -41,12 +41,22 @@ class DatabaseSettings:
         chunk_size: Tokens per chunk.
         cached_for: Fingerprint of the model that the caches belong to; "" while they are being computed.
         lead_in: What chunks are encoded behind (`ProphetKVConfig.lead_in`); "" for nothing.
+        cache_limit: Most bytes of caches on disk, or `None`.
+        cache_format: How caches are written (`store.formats`).
+        cache_policy: `"eager"` or `"on_first_use"` (`DiskStore`).
     """
 
     model: str
     chunk_size: int
     cached_for: str = ""
     lead_in: str = ""
+    cache_limit: int | None = None
+    cache_format: str = "exact"
+    cache_policy: str = "eager"
+
+    def store_options(self) -> dict[str, Any]:
+        """Return what `DiskStore` is opened with."""
+        return {"max_bytes": self.cache_limit, "blob_format": self.cache_format, "policy": self.cache_policy}
 
 
 def lead_in_of(text: str) -> str:
@@ -68,6 +78,9 @@ def find_settings(path: Path) -> DatabaseSettings | None:
             chunk_size=int(values["chunk_size"]),
             cached_for=str(values.get("cached_for", "")),
             lead_in=str(values.get("lead_in", "")),
+            cache_limit=None if values.get("cache_limit") is None else int(values["cache_limit"]),
+            cache_format=str(values.get("cache_format", "exact")),
+            cache_policy=str(values.get("cache_policy", "eager")),
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -166,13 +179,15 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
     with status(f"loading {Path(settings.model).name}"):
         model, tokenizer = load_model(settings.model)
         config = replace(config or ProphetKVConfig(), lead_in=settings.lead_in or None)
-        engine = ProphetKVEngine(model, tokenizer, config=config, store=DiskStore(directory / BLOB_DIRECTORY))
-        client, chroma_collection = _open_chroma(directory)
+        options: Any = settings.store_options()
+        store = DiskStore(directory / BLOB_DIRECTORY, **options)
+        engine = ProphetKVEngine(model, tokenizer, config=config, store=store)
+        client, chroma_collection = open_chroma(directory)
         collection = KVCachingCollection(chroma_collection, engine)
-    store = frameworks.vector_store(chroma_collection=collection)
+    vector_store = frameworks.vector_store(chroma_collection=collection)
     # LlamaIndex counts tokens with a global tokenizer; ours is the only model of this process.
     frameworks.set_global_tokenizer(token_counter(tokenizer))
-    index = frameworks.index.from_vector_store(store, embed_model=frameworks.embedding())
+    index = frameworks.index.from_vector_store(vector_store, embed_model=frameworks.embedding())
     return Database(path, settings, engine, collection, index, client)
 
 
@@ -186,7 +201,8 @@ def token_counter(tokenizer: Any) -> Callable[[str], list[int]]:
     return encode
 
 
-def _open_chroma(path: Path) -> tuple[Any, Any]:
+def open_chroma(path: Path) -> tuple[Any, Any]:
+    """Return the database's Chroma client and its collection, made if need be; `InputError` if that is not possible."""
     import chromadb
     from chromadb.config import Settings
 

@@ -32,7 +32,7 @@ from prophetkv_rag.store.ram import has_ids, owned
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
-__all__ = ["FORMAT", "decode_blob", "decode_body", "encode_blob"]
+__all__ = ["FORMAT", "decode_blob", "decode_body", "encode_blob", "parse_blob_header"]
 
 
 def encode_blob(
@@ -93,14 +93,23 @@ def decode_blob(data: Buffer, *, key: str, fingerprint: str, input_ids: Sequence
         BlobError: If anything differs from what is expected; the message says what.
     """
     view = memoryview(bytearray(data) if memoryview(data).readonly else data).cast("B")  # torch wants writable memory
+    header, body = _split(view)
+    header.check(Expected(key, fingerprint, None if input_ids is None else len(input_ids)))
+    return decode_body(header, body, input_ids)
+
+
+def parse_blob_header(data: Buffer) -> BlobHeader:
+    """Return the header of a whole blob; `BlobError` if it is none. Its tensors are not checked."""
+    return _split(memoryview(data).cast("B"))[0]
+
+
+def _split(view: memoryview) -> tuple[BlobHeader, memoryview]:
     size = int.from_bytes(view[:LENGTH_BYTES], "little")
     if len(view) < LENGTH_BYTES or size > len(view) - LENGTH_BYTES:
         msg = f"it is truncated: {len(view)} bytes"
         raise BlobError(msg)
     body = view[LENGTH_BYTES + size :]
-    header = parse_header(bytes(view[LENGTH_BYTES : LENGTH_BYTES + size]), len(body))
-    header.check(Expected(key, fingerprint, None if input_ids is None else len(input_ids)))
-    return decode_body(header, body, input_ids)
+    return parse_header(bytes(view[LENGTH_BYTES : LENGTH_BYTES + size]), len(body)), body
 
 
 def decode_body(header: BlobHeader, body: memoryview, input_ids: Sequence[int] | None) -> ChunkCache:

@@ -99,9 +99,9 @@ class DiskStore(ChunkStore):
             self.drop_from_memory,
             blob_format=self.blob_format,
         )
-        self._space = Space(self.catalog, self.files, self.leases, Ranking(eviction), max_bytes, self.directory)
+        self.space = Space(self.catalog, self.files, self.leases, Ranking(eviction), max_bytes, self.directory)
         if policy != "read_only":
-            self._space.adopt()
+            self.space.adopt()
 
     def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> tuple[ChunkCache | None, bool]:
         """See `ChunkStore.get`."""
@@ -143,13 +143,13 @@ class DiskStore(ChunkStore):
                     return
                 row = CatalogRow(key, fingerprint, cache.num_tokens, 0)
                 if path.exists():
-                    self._space.note_written(row, entry, path.stat().st_size, is_used=if_referenced)
+                    self.space.note_written(row, entry, path.stat().st_size, is_used=if_referenced)
                 else:
                     entry = entry or self.catalog.entry_of(key)
                     data = encode_blob(
                         cache, key=key, fingerprint=fingerprint, blob_format=self.blob_format, entry=entry
                     )
-                    is_kept = self._space.write(row, entry, data, is_used=if_referenced)
+                    is_kept = self.space.write(row, entry, data, is_used=if_referenced)
                     if is_kept and self.blob_format != "exact" and self._ram.max_bytes:
                         cache = decode_blob(data, key=key, fingerprint=fingerprint)  # what the disk will give later
                 self._ram.put(key, cache, fingerprint=fingerprint)
@@ -183,7 +183,7 @@ class DiskStore(ChunkStore):
 
     def accepts_new(self, waiting: int = 0) -> bool:
         """See `ChunkStore.accepts_new`."""
-        return self.policy == "eager" and self._space.has_room(waiting)
+        return self.policy == "eager" and self.space.has_room(waiting)
 
     def lease(self, keys: Iterable[str]) -> AbstractContextManager[None]:
         """See `ChunkStore.lease`."""
@@ -249,7 +249,7 @@ class DiskStore(ChunkStore):
         self._later.close()
         try:
             if self.policy != "read_only":
-                self._space.flush_uses()
+                self.space.flush_uses()
         except StoreError:
             logger.debug("the last uses of chunk caches were not noted", exc_info=True)
         self.catalog.close()
@@ -273,8 +273,8 @@ class DiskStore(ChunkStore):
         self.put(key, cache, fingerprint=fingerprint, if_referenced=True)
 
     def _use(self, key: str) -> None:
-        if self.policy != "read_only" and self._space.use(key):
-            self._later.run(self._space.flush_uses)
+        if self.policy != "read_only" and self.space.use(key):
+            self._later.run(self.space.flush_uses)
 
     def _entries_after(self, fingerprint: str, row_id: int) -> Iterator[tuple[str, TextEntry]]:
         found = self.catalog.entries(fingerprint, after_id=row_id)

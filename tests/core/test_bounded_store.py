@@ -323,14 +323,14 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: dict[
 
 
 def test_namespaces_share_nothing(tmp_path: Path) -> None:
-    from prophetkv_rag.store.upkeep import clear_namespace
+    from prophetkv_rag.store.upkeep import clear
 
     store = DiskStore(tmp_path)
     one, two, plain = (engine_on(store, namespace=name) for name in ("one", "two", ""))
     keys = {engine: engine.add_chunks([TEXTS[0]], owner=engine.config.namespace)[0] for engine in (one, two)}
     assert len(set(keys.values())) == 2
     assert [statuses(engine, TEXTS[0]) for engine in (one, two, plain)] == [["hit"], ["hit"], []]
-    assert clear_namespace(store, "one") == 1
+    assert clear(store, "one") == 1
     assert list(store.entries(one.identity.fingerprint)) == []
     assert store.references("one") == []
     assert store.get(keys[one], fingerprint=one.identity.fingerprint, input_ids=[1]) == (None, False)
