@@ -9,7 +9,18 @@ from typing import Annotated
 
 import typer
 
-from prophetkv_rag.cli import ask, bench, bench_formats, bench_quality, cache_move, calibrate, demo, doctor, index
+from prophetkv_rag.cli import (
+    ask,
+    bench,
+    bench_formats,
+    bench_quality,
+    bench_store,
+    cache_move,
+    calibrate,
+    demo,
+    doctor,
+    index,
+)
 from prophetkv_rag.cli.console import PROGRAM, print_error
 from prophetkv_rag.errors import ProphetKVError
 
@@ -29,6 +40,7 @@ app.command()(demo.demo)
 app.command()(doctor.doctor)
 bench.app.command()(bench_quality.quality)
 bench.app.command()(bench_formats.formats)
+bench.app.command()(bench_store.store)
 app.command()(calibrate.calibrate)
 app.add_typer(bench.app, name="bench")
 app.add_typer(cache_move.app, name="cache")

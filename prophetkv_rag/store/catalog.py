@@ -148,6 +148,12 @@ class Catalog:
         with self.transaction(is_write=False) as run:
             return int(run.execute("SELECT value FROM state WHERE name = 'nbytes'").fetchone()[0])
 
+    def nbytes_of(self, key: str) -> int:
+        """Bytes of a chunk's blob as far as the catalog knows; 0 for none."""
+        with self.transaction(is_write=False) as run:
+            found = run.execute("SELECT nbytes FROM chunks WHERE key = ?", (key,)).fetchone()
+            return int(found[0]) if found else 0
+
     def entry_of(self, key: str) -> TextEntry | None:
         """How a chunk's text is recognised, if that is known."""
         with self.transaction(is_write=False) as run:

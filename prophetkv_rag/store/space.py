@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -44,9 +45,12 @@ class Space:
         self._typical = 0  # size of the blob written last
 
     def adopt(self) -> None:
-        """Rank the catalog by this store's rule."""
+        """Rank the catalog by this store's rule, and evict what is above its limit (which may be a new one)."""
         with self._catalog.transaction() as run:
             self._ranking.adopt(run)
+        if self._max_bytes is not None and self._catalog.nbytes() > self._max_bytes:
+            with self._space_lock.exclusive():
+                self._evict(self._catalog.nbytes() - self._max_bytes, rank=math.inf, spared=self._leases.held())
 
     def use(self, key: str) -> bool:
         """Count a use of a chunk; returns whether it is time for `flush_uses`, which the caller does elsewhere."""
@@ -106,9 +110,12 @@ class Space:
         needed = self._catalog.nbytes() + nbytes - max_bytes
         if needed <= 0:
             return True
-        spared = self._leases.held() | {row.key}
-        with self._catalog.transaction() as run:
+        with self._catalog.transaction(is_write=False) as run:
             rank = self._ranking.rank_of(run, row.key, nbytes=nbytes)
+        return self._evict(needed, rank=rank, spared=self._leases.held() | {row.key})
+
+    def _evict(self, needed: int, *, rank: float, spared: set[str]) -> bool:
+        with self._catalog.transaction() as run:
             victims = self._ranking.victims(run, needed=needed, rank=rank, spared=spared)
             if victims is None:
                 return False
