@@ -15,6 +15,7 @@ from prophetkv_rag.cli import (
     bench_formats,
     bench_quality,
     bench_store,
+    cache,
     cache_move,
     calibrate,
     demo,
@@ -43,7 +44,10 @@ bench.app.command()(bench_formats.formats)
 bench.app.command()(bench_store.store)
 app.command()(calibrate.calibrate)
 app.add_typer(bench.app, name="bench")
-app.add_typer(cache_move.app, name="cache")
+cache.app.command()(cache_move.warm)
+cache.app.command("export")(cache_move.export_)
+cache.app.command("import")(cache_move.import_)
+app.add_typer(cache.app, name="cache")
 
 
 def _print_version(wanted: bool) -> None:

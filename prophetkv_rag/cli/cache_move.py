@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
-from prophetkv_rag.cli.cache import DatabaseOption, JsonOption, app, open_caches
+from prophetkv_rag.cli.cache import DatabaseOption, JsonOption, open_caches
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
 from prophetkv_rag.cli.database import DEFAULT_DATABASE, open_database, require_settings
 
 
-@app.command()
 def warm(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> None:
     """Compute the caches that are missing, as far as the limit allows.
 
@@ -50,7 +49,6 @@ def warm(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> 
     )
 
 
-@app.command("export")
 def export_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Tar file to write.")],
     db: DatabaseOption = DEFAULT_DATABASE,
@@ -69,7 +67,6 @@ def export_(
     results().print(f"{count} caches in {file}, {file.stat().st_size / 1e6:,.1f} MB", markup=False)
 
 
-@app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Tar file that `cache export` wrote.")],
     db: DatabaseOption = DEFAULT_DATABASE,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prophetkv_rag.store.disk import DiskStore
@@ -48,8 +48,10 @@ def usage(store: DiskStore) -> list[Usage]:
             FROM chunks c LEFT JOIN refs r ON r.key = c.key LEFT JOIN identities i ON i.fingerprint = c.fingerprint
             GROUP BY 1, c.fingerprint ORDER BY 7 DESC, 1"""
         ).fetchall()
-    return [
-        Usage(*counts, missing_s=missing * seconds if seconds or not missing else None)
-        for *counts, seconds in rows
-        for missing in (counts[-1],)
-    ]
+    return [_usage(*row) for row in rows]
+
+
+def _usage(*row: Any) -> Usage:
+    *counts, seconds_per_token = row
+    missing_tokens = counts[-1]
+    return Usage(*counts, missing_tokens * seconds_per_token if seconds_per_token or not missing_tokens else None)

@@ -99,7 +99,7 @@ def on_disk(directory: Path) -> int:
 
 
 def check(directory: Path, limit: int | None, references: dict[str, set[int]], generator: random.Random) -> None:
-    """Nothing wrong is served, nothing that was promised is lost, nothing that was deleted is there, no orphan stays."""
+    """Nothing wrong is served, nothing that was promised is lost, nothing deleted is there, no orphan stays."""
     store = DiskStore(directory, 0, max_bytes=limit)
     assert limit is None or on_disk(directory) <= limit
     report = store.verify()

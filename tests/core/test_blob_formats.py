@@ -243,3 +243,9 @@ def test_a_huge_claim_takes_no_memory(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(BlobError, match="header says"):
         read_blob(path, key=key_of(1), fingerprint=FINGERPRINT, input_ids=ids_of(1))
+
+
+def test_random_damage_in_numbers() -> None:
+    from tests.core.fuzz_blobs import run
+
+    assert run(2000, seed=3) == 2000
