@@ -103,12 +103,12 @@ def unpack(stored: Mapping[str, torch.Tensor], part: Part, blob_format: BlobForm
     if blob_format == "int8":
         low = stored[".low"].float()
         scale, low = (scale, low) if part == "values" else (scale.transpose(1, 2), low.transpose(1, 2))
-        return torch.addcmul(low, main.float(), scale).to(shape.dtype)
+        return main.float().mul_(scale).add_(low).to(shape.dtype)
     along = shape.tokens if part == "keys" else shape.width
     levels = torch.stack([main & 15, main >> 4], dim=-1).flatten(-2)[..., :along].float()
     group = min(_GROUP[blob_format], along)
     scale, low = (each.repeat_interleave(group, dim=-1)[..., :along] for each in (scale, stored[".low"].float()))
-    return _unrows(torch.addcmul(low, levels, scale), part).to(shape.dtype).contiguous()
+    return _unrows(levels.mul_(scale).add_(low), part).to(shape.dtype).contiguous()
 
 
 def _rows(tensor: torch.Tensor, part: Part) -> torch.Tensor:
