@@ -56,6 +56,6 @@ def store(
             f"{result.eviction}: hits {', '.join(f'{sum(p) / len(p):.1%}' for p in parts if p)} by thirds "
             f"(best possible {result.best_hit_rate:.1%}); first token after "
             f"{', '.join(f'{sum(t) / len(t):.1f}' for t in times if t)} ms; at most {result.peak_nbytes / 1e6:.1f} of "
-            f"{result.limit / 1e6:.1f} MB in {result.samples} looks",
+            f"{result.limit / 1e6:.1f} MB at {result.samples} writes",
             markup=False,
         )

@@ -52,6 +52,6 @@ def usage(store: DiskStore) -> list[Usage]:
 
 
 def _usage(*row: Any) -> Usage:
-    *counts, seconds_per_token = row
-    missing_tokens = counts[-1]
-    return Usage(*counts, missing_tokens * seconds_per_token if seconds_per_token or not missing_tokens else None)
+    missing_tokens, seconds_per_token = row[-2:]
+    seconds = missing_tokens * seconds_per_token if seconds_per_token or not missing_tokens else None
+    return Usage(*row[:-1], missing_s=seconds)
