@@ -54,5 +54,5 @@ def usage(store: DiskStore) -> list[Usage]:
 def _usage(*row: Any) -> Usage:
     missing_tokens, seconds_per_token = row[-2:]
     seconds = missing_tokens * seconds_per_token if seconds_per_token or not missing_tokens else None
-    owner, model, namespace, *counts, _ = row
-    return Usage(owner, model, namespace, *counts, seconds)
+    values: tuple[Any, ...] = (*row[:-1], seconds)
+    return Usage(*values)
