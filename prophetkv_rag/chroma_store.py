@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prophetkv_rag.chroma_records import batches, cache_keys
 from prophetkv_rag.errors import InputError
 
 if TYPE_CHECKING:
     from prophetkv_rag.store.base import ChunkStore
+
+_PAGE = 1000  # ids in one read; SQLite, behind Chroma, takes at most 32,766 variables
 
 
 def default_blob_directory(client_or_collection: Any) -> Path | None:
@@ -24,13 +27,14 @@ def default_blob_directory(client_or_collection: Any) -> Path | None:
     return Path(settings.persist_directory) / "prophetkv"
 
 
-def open_store(client: Any, directory: str | Path | None = None) -> ChunkStore:
+def open_store(client: Any, directory: str | Path | None = None, **settings: Any) -> ChunkStore:
     """Open the store that fits a Chroma client.
 
     Args:
         client: A chromadb client (or a collection of one).
         directory: Where to keep the caches; by default beside the data of a `PersistentClient`, and in memory for an
             `EphemeralClient`.
+        **settings: Limits, policy and format of a store on disk: see `DiskStore`.
 
     Raises:
         InputError: For an HTTP client without a directory.
@@ -47,7 +51,21 @@ def open_store(client: Any, directory: str | Path | None = None) -> ChunkStore:
         return MemoryStore()
     from prophetkv_rag.store.disk import DiskStore
 
-    return DiskStore(directory)
+    return DiskStore(directory, **settings)
+
+
+def live_references(client: Any) -> dict[str, set[str]]:
+    """Return, for every collection of a Chroma client (by id), the cache keys that its records carry.
+
+    This is what `store.upkeep.gc` goes by.
+    """
+    live: dict[str, set[str]] = {}
+    for collection in client.list_collections():
+        keys = live[str(collection.id)] = set()
+        ids = collection.get(include=[])["ids"]
+        for part in batches(ids, _PAGE):
+            keys.update(cache_keys(collection.get(ids=part, include=["metadatas"])["metadatas"]))
+    return live
 
 
 def _settings(client_or_collection: Any) -> Any:

@@ -48,17 +48,21 @@ class CacheIdentity:
         tokenizer: Hex fingerprint of the vocabulary, or "" without a tokenizer.
         prefix_ids: The encoding prefix.
         dtype: Dtype that the model computes in and the caches are stored in, for example `"float32"`.
+        namespace: Caches of different namespaces are never found by each other's engines (`ProphetKVConfig.namespace`).
     """
 
     model: str
     tokenizer: str
     prefix_ids: tuple[int, ...]
     dtype: str
+    namespace: str = ""
 
     @cached_property
     def fingerprint(self) -> str:
         """64 hex digits; equal for two engines exactly if their chunk caches are interchangeable."""
-        parts = (f"layout={LAYOUT_VERSION}", self.model, self.tokenizer, self.dtype, repr(self.prefix_ids))
+        parts = [f"layout={LAYOUT_VERSION}", self.model, self.tokenizer, self.dtype, repr(self.prefix_ids)]
+        if self.namespace:
+            parts.append(f"namespace={self.namespace!r}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def key(self, input_ids: Sequence[int]) -> str:

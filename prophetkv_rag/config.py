@@ -46,6 +46,8 @@ class ProphetKVConfig:
             trace in every cache, so take a text that you trust and that all readers of the collection may see.
             `None` for none, as in the papers.
         index_batch_tokens: Upper bound of tokens in one index-time forward pass; bounds memory while indexing.
+        namespace: Whose caches these are. Engines of different namespaces share nothing: neither hits, nor what is
+            found in prompts, nor deletes, though they may share a directory (and its byte limit).
         max_prompt_tokens: Own limit on a prompt's length, in tokens; `None` for the model's context window.
 
     Raises:
@@ -62,6 +64,7 @@ class ProphetKVConfig:
     lead_in: str | None = None
     index_batch_tokens: int = 2048
     max_prompt_tokens: int | None = None
+    namespace: str = ""
 
     def __post_init__(self) -> None:
         check_recompute_ratio(self.recompute_ratio)

@@ -90,6 +90,7 @@ class ProphetKVEngine:
             tokenizer=tokenizer_fingerprint(tokenizer),
             prefix_ids=prefix_ids,
             dtype=self.support.dtype,
+            namespace=self.config.namespace,
         )
         self.library = ChunkLibrary(
             model,

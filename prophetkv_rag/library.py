@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from prophetkv_rag.chunk_cache import CacheIdentity, ChunkCache
@@ -57,8 +59,21 @@ class ChunkLibrary:
         self.chunk_index = ChunkIndex()
         self._owners_lock = threading.Lock()  # references and the index change together
         self._has_warned = False
+        self._describe(None)
         for key, entry in store.entries(identity.fingerprint):
             self.chunk_index.add(key, entry)
+
+    def _describe(self, seconds_per_token: float | None) -> None:
+        name = str(getattr(self.model.config, "_name_or_path", "") or self.model.config.model_type)
+        try:
+            self.store.describe(
+                self.identity.fingerprint,
+                model=f"{Path(name).name} {self.identity.model[:8]}",
+                namespace=self.identity.namespace,
+                seconds_per_token=seconds_per_token,
+            )
+        except StoreError as error:
+            logger.debug("what the caches are of could not be noted: %s", error)
 
     def refresh(self) -> None:
         """Learn the texts that other processes have stored since; a store that fails is logged once."""
@@ -97,7 +112,7 @@ class ChunkLibrary:
                 if entry is not None:
                     self.chunk_index.add(key, entry)
         # Another owner may have dropped a cache between the look above and our reference, which holds it from now on.
-        self._compute({key: chunk for key, chunk in wanted.items() if key not in self.store}, None)
+        self._compute({key: chunk for key, chunk in wanted.items() if not self.store.knows(key)}, None)
         return keys
 
     def _learn_text(self, key: str, input_ids: Sequence[int], entry: TextEntry | None) -> bool:
@@ -139,9 +154,17 @@ class ChunkLibrary:
             raise ContextWindowError(msg)
 
     def _compute(self, missing: _Wanted, progress: Callable[[int, int], None] | None) -> None:
-        if not missing:
-            return
+        """Compute and store chunks; what the store has no room for, or does not want yet, it only gets to know."""
+        left = dict(missing)
+        if left and self.store.accepts_new():
+            self._encode_and_store(missing, left, progress)
+        for key, (input_ids, entry) in left.items():
+            self.store.note(key, fingerprint=self.identity.fingerprint, num_tokens=len(input_ids), entry=entry)
+
+    def _encode_and_store(self, missing: _Wanted, left: _Wanted, progress: Callable[[int, int], None] | None) -> None:
+        """Take from `left` what was computed, until all is or the store is full."""
         keys = list(missing)
+        seconds, tokens = 0.0, 0
         encoding = encode_chunks(
             self.model,
             self.support,
@@ -152,20 +175,25 @@ class ChunkLibrary:
         # Writing a blob waits for the disk; a second thread does that while the model computes the next batch.
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prophetkv-store") as writer:
             writes: deque[Future[None]] = deque()
-            done = 0
             while True:
+                is_wanted = self.store.accepts_new(len(writes))
                 with self.model_lock:  # released between batches, so that queries are answered while indexing
-                    item = next(encoding, None)
+                    started = time.perf_counter()
+                    item = next(encoding, None) if is_wanted else None
+                    seconds += time.perf_counter() - started
                 while writes and (item is None or len(writes) >= MAX_PENDING_WRITES):
                     writes.popleft().result()
                 if item is None:
-                    return
+                    break
                 index, cache = item
                 entry = missing[keys[index]][1]
                 writes.append(writer.submit(self._put, keys[index], cache, entry))
-                done += 1
+                del left[keys[index]]
+                tokens += cache.num_tokens
                 if progress is not None:
-                    progress(done, len(keys))
+                    progress(len(keys) - len(left), len(keys))
+        if tokens:
+            self._describe(seconds / tokens)
 
     def _put(self, key: str, cache: ChunkCache, entry: TextEntry | None) -> None:
         self.store.put(key, cache, fingerprint=self.identity.fingerprint, entry=entry)
@@ -178,6 +206,10 @@ class ChunkLibrary:
         Raises:
             ContextWindowError: If a chunk that was never added does not fit the window behind the encoding prefix.
         """
+        with self.store.lease({chunk.key for chunk in layout.chunks}):
+            return self._load(layout)
+
+    def _load(self, layout: PromptLayout) -> tuple[list[ChunkCache], list[ChunkStatus]]:
         found: dict[str, ChunkCache] = {}
         status: dict[str, ChunkStatus] = {}
         for chunk in layout.chunks:
@@ -207,8 +239,5 @@ class ChunkLibrary:
                 )
             for index, cache in encoded:
                 found[keys[index]] = cache
-                try:
-                    self.store.put(keys[index], cache, fingerprint=self.identity.fingerprint, if_referenced=True)
-                except (StoreError, OSError) as error:
-                    logger.warning("chunk cache %s could not be stored, it is used once: %s", keys[index][:12], error)
+                self.store.put_soon(keys[index], cache, fingerprint=self.identity.fingerprint)
         return [found[chunk.key] for chunk in layout.chunks], [status[chunk.key] for chunk in layout.chunks]

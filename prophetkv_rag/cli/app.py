@@ -12,10 +12,13 @@ import typer
 from prophetkv_rag.cli import (
     ask,
     bench,
+    bench_formats,
     bench_kernels,
     bench_quality,
+    bench_store,
     bench_ttft,
     cache,
+    cache_move,
     calibrate,
     demo,
     doctor,
@@ -41,8 +44,13 @@ app.command()(doctor.doctor)
 bench.app.command()(bench_ttft.ttft)
 bench.app.command()(bench_quality.quality)
 bench.app.command()(bench_kernels.kernels)
+bench.app.command()(bench_formats.formats)
+bench.app.command()(bench_store.store)
 app.command()(calibrate.calibrate)
 app.add_typer(bench.app, name="bench")
+cache.app.command()(cache_move.warm)
+cache.app.command("export")(cache_move.export_)
+cache.app.command("import")(cache_move.import_)
 app.add_typer(cache.app, name="cache")
 
 

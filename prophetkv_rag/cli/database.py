@@ -43,6 +43,9 @@ class DatabaseSettings:
         lead_in: What chunks are encoded behind (`ProphetKVConfig.lead_in`); "" for nothing.
         behind_prompt: Whether that stands behind the opening of the prompt that `ask` sends
             (`ProphetKVConfig.prompt_template`); databases made by early versions stand behind the chat template's.
+        cache_limit: Most bytes of caches on disk, or `None`.
+        cache_format: How caches are written (`store.formats`).
+        cache_policy: `"eager"` or `"on_first_use"` (`DiskStore`).
     """
 
     model: str
@@ -50,6 +53,13 @@ class DatabaseSettings:
     cached_for: str = ""
     lead_in: str = ""
     behind_prompt: bool = False
+    cache_limit: int | None = None
+    cache_format: str = "exact"
+    cache_policy: str = "eager"
+
+    def store_options(self) -> dict[str, Any]:
+        """Return what `DiskStore` is opened with."""
+        return {"max_bytes": self.cache_limit, "blob_format": self.cache_format, "policy": self.cache_policy}
 
 
 def lead_in_of(text: str) -> str:
@@ -72,6 +82,9 @@ def find_settings(path: Path) -> DatabaseSettings | None:
             cached_for=str(values.get("cached_for", "")),
             lead_in=str(values.get("lead_in", "")),
             behind_prompt=bool(values.get("behind_prompt", False)),
+            cache_limit=None if values.get("cache_limit") is None else int(values["cache_limit"]),
+            cache_format=str(values.get("cache_format", "exact")),
+            cache_policy=str(values.get("cache_policy", "eager")),
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -174,13 +187,15 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
             prompt_template=frameworks.prompt_template_of(tokenizer) if settings.behind_prompt else None,
             lead_in=settings.lead_in or None,
         )
-        engine = ProphetKVEngine(model, tokenizer, config=config, store=DiskStore(directory / BLOB_DIRECTORY))
-        client, chroma_collection = _open_chroma(directory)
+        options: Any = settings.store_options()
+        store = DiskStore(directory / BLOB_DIRECTORY, **options)
+        engine = ProphetKVEngine(model, tokenizer, config=config, store=store)
+        client, chroma_collection = open_chroma(directory)
         collection = KVCachingCollection(chroma_collection, engine)
-    store = frameworks.vector_store(chroma_collection=collection)
+    vector_store = frameworks.vector_store(chroma_collection=collection)
     # LlamaIndex counts tokens with a global tokenizer; ours is the only model of this process.
     frameworks.set_global_tokenizer(token_counter(tokenizer))
-    index = frameworks.index.from_vector_store(store, embed_model=frameworks.embedding())
+    index = frameworks.index.from_vector_store(vector_store, embed_model=frameworks.embedding())
     return Database(path, settings, engine, collection, index, client)
 
 
@@ -194,7 +209,8 @@ def token_counter(tokenizer: Any) -> Callable[[str], list[int]]:
     return encode
 
 
-def _open_chroma(path: Path) -> tuple[Any, Any]:
+def open_chroma(path: Path) -> tuple[Any, Any]:
+    """Return the database's Chroma client and its collection, made if need be; `InputError` if that is not possible."""
     import chromadb
     from chromadb.config import Settings
 

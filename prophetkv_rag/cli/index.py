@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from prophetkv_rag.cli.cache_options import with_cache_options
 from prophetkv_rag.cli.console import print_json, quiet_libraries, results
 from prophetkv_rag.cli.database import (
     DEFAULT_CHUNK_SIZE,
@@ -43,6 +44,16 @@ def index(
             "first document. Another one means that all KV caches are computed again.",
         ),
     ] = None,
+    cache_limit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Most disk for KV caches, such as 20GB, or 'none'; what is used most stays."),
+    ] = None,
+    cache_format: Annotated[
+        str | None, typer.Option(help="How KV caches are written: exact, bf16, fp16, int8, int4, fp8 (docs/store.md).")
+    ] = None,
+    cache_policy: Annotated[
+        str | None, typer.Option(help="When KV caches are computed: eager (now) or on_first_use.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Split the text files of DIR into chunks, embed them into Chroma and compute their KV caches.
@@ -60,6 +71,7 @@ def index(
         lead_in=_lead_in(lead_in, remembered.lead_in if remembered else lead_in_of(documents.files[0].text)),
         behind_prompt=remembered.behind_prompt if remembered else True,
     )
+    settings = with_cache_options(settings, remembered, cache_limit, cache_format, cache_policy)
     quiet_libraries()
     fetch_embedding()
     from prophetkv_rag.cli.indexing import index_documents

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from prophetkv_rag.errors import StoreError
 
 if TYPE_CHECKING:
     from prophetkv_rag.chunk_cache import ChunkCache
+
+
+logger = logging.getLogger(__name__)
+
+Policy = Literal["eager", "on_first_use", "read_only"]
+"""When caches are computed and stored: as soon as a chunk is added, when a prompt first has it, or never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +58,23 @@ class VerifyReport:
     missing: tuple[str, ...] = ()
     orphans: tuple[str, ...] = ()
     repaired: bool = False
+    catalog: str = ""
+    """What is wrong with the catalog itself; "" for nothing."""
+
+    @property
+    def num_faults(self) -> int:
+        """How much was found."""
+        return len(self.bad) + len(self.missing) + len(self.orphans) + bool(self.catalog)
 
 
 class ChunkStore(ABC):
     """Keeps chunk caches by key, and who refers to them. Every method is safe to call from several threads.
 
-    A key belongs to one identity (`CacheIdentity.fingerprint`); one store may hold caches of several models.
+    A key belongs to one identity (`CacheIdentity.fingerprint`); one store may hold caches of several models. What is
+    not abstract has a default that fits a store without limits, in RAM.
     """
+
+    policy: Policy = "eager"
 
     @abstractmethod
     def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> tuple[ChunkCache | None, bool]:
@@ -114,6 +134,37 @@ class ChunkStore(ABC):
     @abstractmethod
     def verify(self, *, repair: bool = False) -> VerifyReport:
         """Check every stored cache; with `repair` drop what is bad, missing or orphaned."""
+
+    def knows(self, key: str) -> bool:
+        """Whether the chunk is one of this store's, also while it has no cache (evicted, not computed yet)."""
+        return key in self
+
+    def note(self, key: str, *, fingerprint: str, num_tokens: int, entry: TextEntry | None) -> None:
+        """Know a chunk without a cache: its text is found in prompts, and its cache is stored when it is computed."""
+        return None
+
+    def accepts_new(self, waiting: int = 0) -> bool:
+        """Whether a chunk that nobody has asked for yet would be kept, after `waiting` others."""
+        return self.policy == "eager"
+
+    def put_soon(self, key: str, cache: ChunkCache, *, fingerprint: str) -> None:
+        """Store the cache of a chunk that somebody refers to, without making the caller wait; never raises."""
+        try:
+            self.put(key, cache, fingerprint=fingerprint, if_referenced=True)
+        except (StoreError, OSError) as error:
+            logger.warning("chunk cache %s could not be stored, it is used once: %s", key[:12], error)
+
+    def flush(self) -> None:
+        """Wait until everything that `put_soon` took is stored, or has failed."""
+        return None
+
+    def lease(self, keys: Iterable[str]) -> AbstractContextManager[None]:
+        """Keep these caches from being evicted or collected while the block runs."""
+        return nullcontext()
+
+    def describe(self, fingerprint: str, *, model: str, namespace: str, seconds_per_token: float | None) -> None:
+        """Note what a fingerprint stands for and what its caches cost, for statistics and for eviction."""
+        return None
 
     def close(self) -> None:
         """Release files and connections; the store cannot be used afterwards."""

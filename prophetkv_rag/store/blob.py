@@ -8,46 +8,52 @@ into. Nothing in a blob is trusted: whatever does not match exactly what is aske
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import safetensors.torch
 import torch
-import xxhash
 
 from prophetkv_rag.chunk_cache import LAYOUT_VERSION, ChunkCache
 from prophetkv_rag.errors import BlobError
+from prophetkv_rag.store.base import TextEntry
+from prophetkv_rag.store.blob_header import (
+    CHECKSUM,
+    DTYPE_NAMES,
+    FORMAT,
+    LENGTH_BYTES,
+    BlobHeader,
+    Expected,
+    checksum,
+    parse_header,
+)
+from prophetkv_rag.store.formats import BlobFormat, Part, pack, unpack
 from prophetkv_rag.store.ram import has_ids, owned
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
-FORMAT = "prophetkv-chunk"
-_CHECKSUM = "xxh3:"  # metadata name of a tensor's checksum: this and the tensor's name
-_LENGTH_BYTES = 8  # a safetensors file: header length (little-endian), header (JSON), tensors
-_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+__all__ = ["FORMAT", "decode_blob", "decode_body", "encode_blob", "parse_blob_header"]
 
 
-def encode_blob(cache: ChunkCache, *, key: str, fingerprint: str) -> bytes:
+def encode_blob(
+    cache: ChunkCache,
+    *,
+    key: str,
+    fingerprint: str,
+    blob_format: BlobFormat = "exact",
+    entry: TextEntry | None = None,
+) -> bytes:
     """Serialise a chunk cache.
 
     Args:
         cache: Tensors of any dtype that safetensors knows, on any device.
         key: The chunk's key; stored, so that a renamed file is noticed.
         fingerprint: `CacheIdentity.fingerprint` of the engine that made the cache.
+        blob_format: How keys and values are written; `"exact"` is bit for bit.
+        entry: How the chunk's text is recognised, so that a lost catalog can be made again.
     """
-    tensors = _named(owned(cache))
+    cache = owned(cache)
+    tensors = {"input_ids": cache.input_ids}
     metadata = {
         "format": FORMAT,
         "layout_version": str(LAYOUT_VERSION),
@@ -55,10 +61,23 @@ def encode_blob(cache: ChunkCache, *, key: str, fingerprint: str) -> bytes:
         "fingerprint": fingerprint,
         "num_layers": str(len(cache.keys)),
     }
+    if entry is not None:
+        metadata["entry"] = json.dumps([entry.anchor, entry.length, entry.digest])
+    for layer, pair in enumerate(zip(cache.keys, cache.values, strict=True)):
+        for part, tensor in zip(_PARTS, pair, strict=True):
+            packed = pack(tensor, part, blob_format)
+            if len(packed) > 1 or packed[""].dtype != tensor.dtype:
+                width = tensor.shape[-1]
+                metadata[f"packed:{part}.{layer}"] = json.dumps([blob_format, DTYPE_NAMES[tensor.dtype], width])
+            for suffix, stored in packed.items():
+                tensors[f"{part}.{layer}{suffix}"] = stored.contiguous()
     for name, tensor in tensors.items():
         data = tensor.view(-1).view(torch.uint8).numpy().data
-        metadata[_CHECKSUM + name] = _checksum(name, _DTYPE_NAMES[tensor.dtype], tensor.shape, data)
+        metadata[CHECKSUM + name] = checksum(name, DTYPE_NAMES[tensor.dtype], tensor.shape, data)
     return bytes(safetensors.torch.save(tensors, metadata))
+
+
+_PARTS: tuple[Part, Part] = ("keys", "values")
 
 
 def decode_blob(data: Buffer, *, key: str, fingerprint: str, input_ids: Sequence[int] | None = None) -> ChunkCache:
@@ -75,95 +94,52 @@ def decode_blob(data: Buffer, *, key: str, fingerprint: str, input_ids: Sequence
     """
     view = memoryview(bytearray(data) if memoryview(data).readonly else data).cast("B")  # torch wants writable memory
     header, body = _split(view)
-    metadata = header.pop("__metadata__", None)
-    if not isinstance(metadata, dict):
-        msg = "its header has no metadata"
+    header.check(Expected(key, fingerprint, None if input_ids is None else len(input_ids)))
+    return decode_body(header, body, input_ids)
+
+
+def parse_blob_header(data: Buffer) -> BlobHeader:
+    """Return the header of a whole blob; `BlobError` if it is none. Its tensors are not checked."""
+    return _split(memoryview(data).cast("B"))[0]
+
+
+def _split(view: memoryview) -> tuple[BlobHeader, memoryview]:
+    size = int.from_bytes(view[:LENGTH_BYTES], "little")
+    if len(view) < LENGTH_BYTES or size > len(view) - LENGTH_BYTES:
+        msg = f"it is truncated: {len(view)} bytes"
         raise BlobError(msg)
-    expected = {
-        "format": FORMAT,
-        "layout_version": str(LAYOUT_VERSION),
-        "key": key,
-        "fingerprint": fingerprint,
-        "num_layers": str((len(header) - 1) // 2),
-    }
-    for name, value in expected.items():
-        if metadata.get(name) != value:
-            msg = f"its {name} is {metadata.get(name)!r}, expected {value!r}"
+    body = view[LENGTH_BYTES + size :]
+    return parse_header(bytes(view[LENGTH_BYTES : LENGTH_BYTES + size]), len(body)), body
+
+
+def decode_body(header: BlobHeader, body: memoryview, input_ids: Sequence[int] | None) -> ChunkCache:
+    """Check the checksums of a blob whose header has been checked, and return its cache.
+
+    Raises:
+        BlobError: If a checksum or the token ids are wrong.
+    """
+    tensors = {}
+    for name, info in header.tensors.items():
+        data = body[info.start : info.end]
+        if header.metadata.get(CHECKSUM + name) != checksum(name, DTYPE_NAMES[info.dtype], info.shape, data):
+            msg = f"the checksum of its tensor {name} is wrong"
             raise BlobError(msg)
-    tensors = {name: _tensor(name, header.get(name), metadata, body) for name in _names((len(header) - 1) // 2)}
-    if len(tensors) != len(header) or sum(tensor.nbytes for tensor in tensors.values()) != len(body):
-        msg = f"it holds {len(header)} tensors in {len(body)} bytes, which is more than it should"
-        raise BlobError(msg)
-    layers = range(len(tensors) // 2)
-    cache = ChunkCache(
-        tensors["input_ids"],
-        tuple(tensors[f"keys.{layer}"] for layer in layers),
-        tuple(tensors[f"values.{layer}"] for layer in layers),
-    )
-    _check_shapes(cache)
+        tensors[name] = (
+            torch.frombuffer(data, dtype=info.dtype).view(info.shape)
+            if len(data)
+            else torch.empty(info.shape, dtype=info.dtype)
+        )
+    parts: dict[Part, list[torch.Tensor]] = {"keys": [], "values": []}
+    for layer in range(header.num_layers):
+        for part, found in parts.items():
+            packing = header.packings.get((part, layer))
+            main = tensors[f"{part}.{layer}"]
+            if packing is not None:
+                stored = {suffix: tensors[f"{part}.{layer}{suffix}"] for suffix in packing.suffixes}
+                main = unpack(stored, part, packing.blob_format, packing.shape)
+            found.append(main)
+    cache = ChunkCache(tensors["input_ids"], tuple(parts["keys"]), tuple(parts["values"]))
     if input_ids is not None and not has_ids(cache, input_ids):
         msg = "it is of other token ids"
         raise BlobError(msg)
     return cache
-
-
-def _names(num_layers: int) -> list[str]:
-    return ["input_ids", *(f"{part}.{layer}" for layer in range(num_layers) for part in ("keys", "values"))]
-
-
-def _named(cache: ChunkCache) -> dict[str, torch.Tensor]:
-    layers = [tensor for layer in zip(cache.keys, cache.values, strict=True) for tensor in layer]
-    return dict(zip(_names(len(cache.keys)), [cache.input_ids, *layers], strict=True))
-
-
-def _split(view: memoryview) -> tuple[dict[str, Any], memoryview]:
-    size = int.from_bytes(view[:_LENGTH_BYTES], "little")
-    if len(view) < _LENGTH_BYTES or size > len(view) - _LENGTH_BYTES:
-        msg = f"it is truncated: {len(view)} bytes"
-        raise BlobError(msg)
-    try:
-        header = json.loads(bytes(view[_LENGTH_BYTES : _LENGTH_BYTES + size]))
-    except (ValueError, RecursionError) as error:
-        msg = f"its header cannot be read: {error}"
-        raise BlobError(msg) from error
-    if not isinstance(header, dict):
-        msg = "its header is not a table"
-        raise BlobError(msg)
-    return header, view[_LENGTH_BYTES + size :]
-
-
-def _tensor(name: str, info: Any, metadata: dict[str, Any], body: memoryview) -> torch.Tensor:
-    try:
-        dtype_name, shape, (start, end) = info["dtype"], [int(size) for size in info["shape"]], info["data_offsets"]
-        dtype = _DTYPES[dtype_name]
-        size = math.prod(shape) * dtype.itemsize
-        is_complete = min(shape) >= 0 and 0 <= start <= end <= len(body) and end - start == size
-    except (KeyError, TypeError, ValueError) as error:
-        msg = f"its tensor {name} is missing or badly described"
-        raise BlobError(msg) from error
-    if not is_complete:
-        msg = f"its tensor {name} is truncated, or its shape is wrong"
-        raise BlobError(msg)
-    data = body[start:end]
-    if metadata.get(_CHECKSUM + name) != _checksum(name, dtype_name, shape, data):
-        msg = f"the checksum of its tensor {name} is wrong"
-        raise BlobError(msg)
-    return torch.frombuffer(data, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
-
-
-def _checksum(name: str, dtype_name: str, shape: Sequence[int], data: memoryview) -> str:
-    checksum = xxhash.xxh3_64(f"{name} {dtype_name} {list(shape)}".encode())
-    checksum.update(data)
-    return checksum.hexdigest()
-
-
-def _check_shapes(cache: ChunkCache) -> None:
-    if cache.input_ids.dtype != torch.int32 or cache.input_ids.ndim != 1 or not cache.keys:
-        msg = "it has no layers, or no list of token ids"
-        raise BlobError(msg)
-    for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-        shapes_fit = keys.ndim == values.ndim == 3 and keys.shape[:2] == values.shape[:2]
-        if not shapes_fit or keys.shape[1] != cache.num_tokens or keys.dtype != values.dtype:
-            shapes = f"{list(keys.shape)} and {list(values.shape)}"
-            msg = f"the shapes of layer {layer} are {shapes}, which does not fit {cache.num_tokens} tokens"
-            raise BlobError(msg)

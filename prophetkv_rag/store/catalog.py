@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,24 +13,21 @@ from pathlib import Path
 
 from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store.base import TextEntry
+from prophetkv_rag.store.catalog_schema import SCHEMA_VERSION, migrate
 
-SCHEMA_VERSION = 1
-"""Bumped whenever the tables change; kept in the file as SQLite's `user_version`."""
+UNKNOWN_OWNER = ""
+"""Owner of chunks that were found without a catalog: whoever drops such a chunk deletes it."""
 
-_SCHEMA = (
-    """CREATE TABLE chunks (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE, fingerprint TEXT NOT NULL,
-        anchor INTEGER, length INTEGER, digest TEXT, num_tokens INTEGER NOT NULL, nbytes INTEGER NOT NULL)""",
-    "CREATE INDEX chunks_by_fingerprint ON chunks (fingerprint, id)",
-    "CREATE TABLE refs (owner TEXT NOT NULL, key TEXT NOT NULL, PRIMARY KEY (owner, key)) WITHOUT ROWID",
-    "CREATE INDEX refs_by_key ON refs (key)",
-)
 _BUSY_TIMEOUT_S = 60.0
+
+
+class CorruptCatalogError(StoreError):
+    """The catalog's file is damaged; it can be made again from the blobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class CatalogRow:
-    """One chunk as the catalog knows it; `nbytes` is its blob's size, or 0 if the blob was lost."""
+    """One chunk as the catalog knows it; `nbytes` is its blob's size, or 0 if it has none (evicted, lost, not yet)."""
 
     key: str
     fingerprint: str
@@ -40,90 +38,99 @@ class CatalogRow:
 class Catalog:
     """Every method is one transaction, and safe to call from several threads and processes.
 
-    A row whose blob was lost stays, with `nbytes` 0: its text is still recognised in prompts, so the first query that
-    needs the chunk computes and stores it again.
+    A row whose blob was lost or evicted stays, with `nbytes` 0: its text is still recognised in prompts, so the first
+    query that needs the chunk computes it again.
 
     Args:
-        path: The SQLite file; made if it is not there.
+        path: The SQLite file, absolute; made if it is not there, brought up to date if an older version made it.
+        read_only: Change nothing, not even the tables' version; works in a directory that cannot be written to.
+
+    Attributes:
+        is_new: Whether the file had no tables yet.
 
     Raises:
-        StoreError: If the file cannot be used, is no catalog, or was made by a newer version.
+        CorruptCatalogError: If the file is no SQLite database, or a damaged one.
+        StoreError: If the file cannot be used, or was made by a newer version.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self._path = path
-        self._lock = threading.RLock()
-        try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite's -wal and -shm files take over the mode
-            self._connection = sqlite3.connect(
-                path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-            )
-        except (OSError, sqlite3.Error) as error:
-            raise self._error(error) from error
-        try:
-            self._open()
-        except BaseException:
-            self._connection.close()
-            raise
+        self._read_only = read_only
+        self._lock = threading.RLock()  # of writes; a thread inside a write reads by it too
+        self._read_lock = threading.Lock()  # of all other reads: they wait for nobody's write
+        self._writing_thread: int | None = None
+        self.is_new = False
+        self._connect()
+
+    def renew(self) -> None:
+        """Set the damaged file aside and go on with an empty one."""
+        with self._lock, self._read_lock:
+            self._close()
+            set_aside(self._path)
+            self._connect()
 
     def upsert(self, row: CatalogRow, entry: TextEntry | None) -> None:
         """Add a chunk, or renew it; without `entry` a known text entry stays."""
         text = (None, None, None) if entry is None else (entry.anchor, entry.length, entry.digest)
-        with self._transaction() as run:
+        with self.transaction() as run:
             run.execute(
-                """INSERT INTO chunks (key, fingerprint, num_tokens, nbytes, anchor, length, digest)
-                VALUES (?, ?, ?, ?, ?, ?, ?)
+                """INSERT INTO chunks (key, fingerprint, num_tokens, nbytes, anchor, length, digest, noted_at)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT (key) DO UPDATE SET fingerprint = excluded.fingerprint, num_tokens = excluded.num_tokens,
-                nbytes = excluded.nbytes, anchor = coalesce(excluded.anchor, anchor),
+                nbytes = CASE WHEN excluded.nbytes THEN excluded.nbytes ELSE nbytes END,
+                anchor = coalesce(excluded.anchor, anchor),
                 length = coalesce(excluded.length, length), digest = coalesce(excluded.digest, digest)""",
-                (row.key, row.fingerprint, row.num_tokens, row.nbytes, *text),
+                (row.key, row.fingerprint, row.num_tokens, row.nbytes, *text, time.time()),
             )
 
-    def mark_lost(self, key: str) -> None:
-        """Note that the blob of `key` is gone."""
-        with self._transaction() as run:
-            run.execute("UPDATE chunks SET nbytes = 0 WHERE key = ?", (key,))
+    def mark_lost(self, keys: Iterable[str]) -> None:
+        """Note that the blobs of these keys are gone."""
+        with self.transaction() as run:
+            run.executemany("UPDATE chunks SET nbytes = 0 WHERE key = ?", [(key,) for key in keys])
 
     def __contains__(self, key: str) -> bool:
-        with self._transaction(is_write=False) as run:
+        with self.transaction(is_write=False) as run:
             return run.execute("SELECT 1 FROM chunks WHERE key = ?", (key,)).fetchone() is not None
 
-    def delete(self, keys: Iterable[str]) -> None:
-        """Drop chunks and all references to them."""
-        with self._transaction() as run:
-            for key in keys:
-                run.execute("DELETE FROM chunks WHERE key = ?", (key,))
-                run.execute("DELETE FROM refs WHERE key = ?", (key,))
+    def delete(self, run: sqlite3.Connection, keys: Iterable[str]) -> None:
+        """Drop chunks and all references to them, inside a transaction."""
+        for key in keys:
+            run.execute("DELETE FROM chunks WHERE key = ?", (key,))
+            run.execute("DELETE FROM refs WHERE key = ?", (key,))
 
     def add_references(self, owner: str, keys: Iterable[str]) -> None:
         """Note that `owner` refers to these keys."""
-        with self._transaction() as run:
-            run.executemany("INSERT OR IGNORE INTO refs (owner, key) VALUES (?, ?)", [(owner, key) for key in keys])
+        with self.transaction() as run:
+            run.executemany(
+                "INSERT OR IGNORE INTO refs (owner, key, noted_at) VALUES (?, ?, ?)",
+                [(owner, key, time.time()) for key in keys],
+            )
 
-    def drop_references(self, owner: str, keys: Iterable[str]) -> list[str]:
-        """Drop `owner`'s references, and the chunks that nobody refers to any more; returns the keys of those."""
+    def unreferenced_without(self, run: sqlite3.Connection, owner: str, keys: Iterable[str]) -> list[str]:
+        """Drop `owner`'s references inside a transaction; returns the keys that nobody refers to any more.
+
+        Who referred to a chunk that was found without a catalog is not known, so it goes with the first who drops it.
+        """
         unreferenced = []
-        with self._transaction() as run:
-            for key in keys:
-                is_dropped = run.execute("DELETE FROM refs WHERE owner = ? AND key = ?", (owner, key)).rowcount
-                if is_dropped and run.execute("SELECT 1 FROM refs WHERE key = ?", (key,)).fetchone() is None:
-                    run.execute("DELETE FROM chunks WHERE key = ?", (key,))
-                    unreferenced.append(key)
+        for key in keys:
+            dropped = run.execute("DELETE FROM refs WHERE key = ? AND owner IN (?, ?)", (key, owner, UNKNOWN_OWNER))
+            if dropped.rowcount and run.execute("SELECT 1 FROM refs WHERE key = ?", (key,)).fetchone() is None:
+                unreferenced.append(key)
         return unreferenced
 
     def has_references(self, key: str) -> bool:
         """Whether anybody refers to this key."""
-        with self._transaction(is_write=False) as run:
+        with self.transaction(is_write=False) as run:
             return run.execute("SELECT 1 FROM refs WHERE key = ?", (key,)).fetchone() is not None
 
     def references(self, owner: str) -> list[str]:
         """Keys that `owner` refers to."""
-        with self._transaction(is_write=False) as run:
+        with self.transaction(is_write=False) as run:
             return [key for (key,) in run.execute("SELECT key FROM refs WHERE owner = ?", (owner,))]
 
     def entries(self, fingerprint: str, *, after_id: int = 0) -> list[tuple[int, str, TextEntry]]:
         """(id, key, entry) of the chunks of one identity that have an entry and a larger id, in order of ids."""
-        with self._transaction(is_write=False) as run:
+        with self.transaction(is_write=False) as run:
             rows = run.execute(
                 """SELECT id, key, anchor, length, digest FROM chunks
                 WHERE fingerprint = ? AND id > ? AND digest IS NOT NULL ORDER BY id""",
@@ -133,30 +140,114 @@ class Catalog:
 
     def rows(self) -> list[CatalogRow]:
         """All chunks."""
-        with self._transaction(is_write=False) as run:
+        with self.transaction(is_write=False) as run:
             return [CatalogRow(*row) for row in run.execute("SELECT key, fingerprint, num_tokens, nbytes FROM chunks")]
+
+    def nbytes(self) -> int:
+        """Bytes of all blobs."""
+        with self.transaction(is_write=False) as run:
+            return int(run.execute("SELECT value FROM state WHERE name = 'nbytes'").fetchone()[0])
+
+    def nbytes_of(self, key: str) -> int:
+        """Bytes of a chunk's blob as far as the catalog knows; 0 for none."""
+        with self.transaction(is_write=False) as run:
+            found = run.execute("SELECT nbytes FROM chunks WHERE key = ?", (key,)).fetchone()
+            return int(found[0]) if found else 0
+
+    def entry_of(self, key: str) -> TextEntry | None:
+        """How a chunk's text is recognised, if that is known."""
+        with self.transaction(is_write=False) as run:
+            found = run.execute("SELECT anchor, length, digest FROM chunks WHERE key = ?", (key,)).fetchone()
+            return None if found is None or found[2] is None else TextEntry(*found)
 
     def totals(self) -> tuple[int, int, int]:
         """Chunks, tokens and bytes whose blobs are there."""
-        with self._transaction(is_write=False) as run:
+        with self.transaction(is_write=False) as run:
             chunks, tokens, nbytes = run.execute(
                 "SELECT count(*), coalesce(sum(num_tokens), 0), coalesce(sum(nbytes), 0) FROM chunks WHERE nbytes > 0"
             ).fetchone()
             return chunks, tokens, nbytes
 
+    def describe(self, fingerprint: str, model: str, namespace: str, seconds_per_token: float | None) -> None:
+        """Note what a fingerprint stands for; a `None` leaves the known cost of its tokens."""
+        with self.transaction() as run:
+            run.execute(
+                """INSERT INTO identities VALUES (?, ?, ?, coalesce(?, 0)) ON CONFLICT (fingerprint) DO UPDATE SET
+                model = excluded.model, namespace = excluded.namespace,
+                seconds_per_token = coalesce(?, seconds_per_token)""",
+                (fingerprint, model, namespace, seconds_per_token, seconds_per_token),
+            )
+
+    def check(self) -> str:
+        """Read the whole file; "" if all is well, or what SQLite found."""
+        with self.transaction(is_write=False) as run:
+            found = str(run.execute("PRAGMA integrity_check(1)").fetchone()[0])
+            return "" if found == "ok" else found
+
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
-            self._connection.close()
+        with self._lock, self._read_lock:
+            self._close()
+
+    @contextmanager
+    def transaction(self, *, is_write: bool = True) -> Iterator[sqlite3.Connection]:
+        """One transaction, rolled back on an exception; inside a thread's write transaction another one joins it."""
+        is_inside = self._writing_thread == threading.get_ident()
+        try:
+            if is_inside:
+                yield self._writer
+            elif not is_write:
+                with self._read_lock:
+                    self._reader.execute("BEGIN")
+                    with self._reader:
+                        yield self._reader
+            else:
+                with self._lock:
+                    self._writer.execute("BEGIN IMMEDIATE")
+                    self._writing_thread = threading.get_ident()
+                    try:
+                        with self._writer:  # commits, or rolls back on an exception
+                            yield self._writer
+                    finally:
+                        self._writing_thread = None
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+
+    def _connect(self) -> None:
+        uri = self._path.as_uri()
+        try:
+            if self._read_only:
+                self._writer = self._reader = self._connect_read_only(uri)
+                return
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))  # -wal and -shm take over the mode
+            self._writer = _connection(uri)
+        except (OSError, sqlite3.Error) as error:
+            raise self._error(error) from error
+        try:
+            self._open()
+            self._reader = _connection(uri)
+        except BaseException:
+            self._writer.close()
+            raise
+
+    def _connect_read_only(self, uri: str) -> sqlite3.Connection:
+        connection = _connection(uri + "?mode=ro")
+        try:
+            connection.execute("SELECT count(*) FROM chunks WHERE id = 0")
+        except sqlite3.OperationalError:  # a WAL database cannot be opened where its helper files cannot be made
+            connection.close()
+            connection = _connection(uri + "?mode=ro&immutable=1")
+            connection.execute("SELECT count(*) FROM chunks WHERE id = 0")
+        return connection
 
     def _open(self) -> None:
         try:
-            if self._connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-                self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")
+            if self._writer.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+                self._writer.execute("PRAGMA journal_mode = WAL")
+            self._writer.execute("PRAGMA synchronous = FULL")
         except sqlite3.Error as error:
             raise self._error(error) from error
-        with self._transaction() as run:
+        with self.transaction() as run:
             version = run.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 msg = (
@@ -164,20 +255,25 @@ class Catalog:
                     f"one knows {SCHEMA_VERSION}): upgrade prophetkv_rag, or use another directory"
                 )
                 raise StoreError(msg)
-            if version == 0:
-                for statement in _SCHEMA:
-                    run.execute(statement)
-                run.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            self.is_new = version == 0
+            if version < SCHEMA_VERSION:
+                migrate(run, version)
 
-    @contextmanager
-    def _transaction(self, *, is_write: bool = True) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                self._connection.execute("BEGIN IMMEDIATE" if is_write else "BEGIN")
-                with self._connection:  # commits, or rolls back on an exception
-                    yield self._connection
-            except sqlite3.Error as error:
-                raise self._error(error) from error
+    def _close(self) -> None:
+        self._reader.close()
+        self._writer.close()
 
     def _error(self, error: Exception) -> StoreError:
-        return StoreError(f"cannot use the catalog {self._path}: {error}")
+        is_corrupt = type(error) is sqlite3.DatabaseError  # its subclasses are about the call, not about the file
+        return (CorruptCatalogError if is_corrupt else StoreError)(f"cannot use the catalog {self._path}: {error}")
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged catalog; its helper files would be taken for the new one's."""
+    path.replace(path.with_name(f"{path.name}.damaged"))
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _connection(uri: str) -> sqlite3.Connection:
+    return sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)

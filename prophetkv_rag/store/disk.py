@@ -1,31 +1,38 @@
-"""Chunk caches on disk with a RAM tier in front: one blob per chunk, a catalog, and a lock between processes.
+"""Chunk caches on disk with a RAM tier in front: one blob per chunk, a catalog, and locks between processes.
 
-    <directory>/catalog.sqlite        which chunks there are, how their texts are recognised, who refers to them
-    <directory>/blobs/ab/<key>.safetensors
-    <directory>/lock
+    <directory>/catalog.sqlite      which chunks there are, how their texts are recognised, their owners, their use
+    <directory>/blobs/, incoming/   see `blob_files`
+    <directory>/leases/             what is being loaded, see `leases`
+    <directory>/lock, space.lock    held while something is written, deleted; while room is made
 
-A blob is written before its catalog row and deleted after it, so a crash leaves at worst a file that nothing knows.
+A blob is written before its catalog row says that it is there and removed before the row says that it is gone, so a
+crash leaves at worst a file that nothing knows, which the next opening removes, or a row whose blob is computed again.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from prophetkv_rag.chunk_cache import ChunkCache
-from prophetkv_rag.errors import BlobError, StoreError
-from prophetkv_rag.store.base import ChunkStore, StoreStats, TextEntry, VerifyReport
+from prophetkv_rag.errors import InputError, StoreError
+from prophetkv_rag.store.base import ChunkStore, Policy, StoreStats, TextEntry, VerifyReport
 from prophetkv_rag.store.blob import decode_blob, encode_blob
-from prophetkv_rag.store.catalog import Catalog, CatalogRow
-from prophetkv_rag.store.files import DirectoryLock, make_private_directory, read_file, write_file
+from prophetkv_rag.store.blob_files import BlobFiles
+from prophetkv_rag.store.blob_reader import BlobReader
+from prophetkv_rag.store.catalog import CatalogRow
+from prophetkv_rag.store.disk_parts import Counters, Later, check_settings, open_catalog
+from prophetkv_rag.store.files import DirectoryLock, make_private_directory
+from prophetkv_rag.store.formats import BlobFormat, check_format
 from prophetkv_rag.store.keys import check_key, is_key
+from prophetkv_rag.store.leases import Leases
 from prophetkv_rag.store.ram import RamTier, owned
+from prophetkv_rag.store.ranking import Eviction, Ranking
+from prophetkv_rag.store.space import Space
 
 logger = logging.getLogger(__name__)
-
-_SUFFIX = ".safetensors"
 
 
 class DiskStore(ChunkStore):
@@ -36,49 +43,79 @@ class DiskStore(ChunkStore):
     Args:
         directory: Made if it is not there. It holds what the chunks say: only its owner may read it.
         ram_bytes: Upper bound of the RAM tier in K/V bytes; 0 for none.
+        max_bytes: Upper bound of all blobs on disk, kept to at every moment by every store that is given one; `None`
+            for none. What does not fit is computed when a prompt needs it, and what is used most wins the space.
+        policy: `"eager"` stores caches as chunks are added, until the disk tier is full; `"on_first_use"` when a prompt
+            first has them; `"read_only"` never, and changes nothing at all (the directory need not be writable).
+        eviction: What goes first where room is needed: the lowest `"value"` (see `ranking`), or `"lru"`.
+        blob_format: How blobs are written (see `formats`); blobs of another lossy format are computed again.
 
     Raises:
-        StoreError: If the directory cannot be written to or its catalog cannot be used.
+        InputError: If a setting is not one of those.
+        StoreError: If the directory cannot be used.
     """
 
-    def __init__(self, directory: str | Path, ram_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        ram_bytes: int = 1 << 30,
+        *,
+        max_bytes: int | None = None,
+        policy: Policy = "eager",
+        eviction: Eviction = "value",
+        blob_format: BlobFormat = "exact",
+    ) -> None:
+        check_settings(max_bytes=max_bytes, policy=policy, eviction=eviction)
         self.directory = Path(directory).absolute()  # a relative one would move with the working directory
-        self._blobs = self.directory / "blobs"
+        self.policy = policy
+        self.blob_format = check_format(blob_format)
+        self.max_bytes = max_bytes
+        self.files = BlobFiles(self.directory)
+        self.leases = Leases(self.directory / "leases", is_shared=policy != "read_only")
+        self.directory_lock = DirectoryLock(self.directory / "lock")
         self._ram = RamTier(ram_bytes)
-        self._directory_lock = DirectoryLock(self.directory / "lock")
-        self._counter_lock = threading.Lock()
-        self._hits = self._misses = self._corrupt = 0
-        self._logged: set[str] = set()
+        self._counters = Counters()
         self._seen: dict[str, int] = {}
+        self._later = Later(self._put_referenced)
         try:
-            make_private_directory(self.directory)
-            make_private_directory(self._blobs)
-            with self._directory_lock.exclusive():  # two processes must not both make the tables
-                self._catalog = Catalog(self.directory / "catalog.sqlite")
+            if policy != "read_only":
+                make_private_directory(self.directory)
+                make_private_directory(self.directory / "leases")
+                self.files.make_directories()
+            self.catalog = open_catalog(
+                self.directory, self.files, self.directory_lock, read_only=policy == "read_only"
+            )
         except OSError as error:
-            msg = f"cannot use {self.directory} for chunk caches: {error}; give a directory that can be written to"
+            msg = (
+                f"cannot use {self.directory} for chunk caches: {error}; give a directory that can be written to, or "
+                "open it with policy='read_only'"
+            )
             raise StoreError(msg) from error
+        self._reader = BlobReader(
+            self.files,
+            self.catalog,
+            None if policy == "read_only" else self.directory_lock,
+            self._counters,
+            self.drop_from_memory,
+            blob_format=self.blob_format,
+        )
+        self.space = Space(self.catalog, self.files, self.leases, Ranking(eviction), max_bytes, self.directory)
+        if policy != "read_only":
+            self.space.adopt()
 
     def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> tuple[ChunkCache | None, bool]:
         """See `ChunkStore.get`."""
-        path = self._path(key)
+        self.files.path(key)  # a key that is none is an error
+        self._use(key)
         cache = self._ram.get(key, fingerprint=fingerprint, input_ids=input_ids)
         if cache is None:
-            try:
-                cache = decode_blob(read_file(path), key=key, fingerprint=fingerprint, input_ids=input_ids)
-            except FileNotFoundError:
-                self._count(misses=1)
-                return None, False
-            except BlobError as error:
-                cache = self._drop_if_bad(key, fingerprint=fingerprint, input_ids=input_ids)
-                if cache is None:
-                    self._report_corrupt(key, error)
-                    return None, True
-            except OSError as error:  # not readable now, which says nothing about the blob
-                self._report_corrupt(key, error)
-                return None, True
+            cache = self._later.get(key, fingerprint=fingerprint, input_ids=input_ids)
+        if cache is None:
+            cache, was_corrupt = self._reader.read(key, fingerprint=fingerprint, input_ids=input_ids)
+            if cache is None:
+                return None, was_corrupt
             self._ram.put(key, cache, fingerprint=fingerprint)
-        self._count(hits=1)
+        self._counters.add(hits=1)
         return cache, False
 
     def put(
@@ -90,50 +127,100 @@ class DiskStore(ChunkStore):
         entry: TextEntry | None = None,
         if_referenced: bool = False,
     ) -> None:
-        """See `ChunkStore.put`.
+        """See `ChunkStore.put`; where it does not fit and has no value to make room for it, it is only known.
 
         Raises:
             StoreError: If it cannot be written (disk full, directory gone).
         """
-        path = self._path(key)
+        path = self.files.path(key)
+        cache = owned(cache)
+        if self.policy == "read_only":
+            self._ram.put(key, cache, fingerprint=fingerprint)
+            return
         try:
-            with self._directory_lock.shared():  # nothing is deleted meanwhile
-                if if_referenced and not self._catalog.has_references(key):
+            with self.directory_lock.shared():  # nothing is deleted meanwhile
+                if if_referenced and not self.catalog.has_references(key):
                     return
-                cache = owned(cache)
-                if not path.exists():
-                    write_file(path, encode_blob(cache, key=key, fingerprint=fingerprint))
-                self._catalog.upsert(CatalogRow(key, fingerprint, cache.num_tokens, path.stat().st_size), entry)
+                row = CatalogRow(key, fingerprint, cache.num_tokens, 0)
+                if path.exists():
+                    self.space.note_written(row, entry, path.stat().st_size, is_used=if_referenced)
+                else:
+                    entry = entry or self.catalog.entry_of(key)
+                    data = encode_blob(
+                        cache, key=key, fingerprint=fingerprint, blob_format=self.blob_format, entry=entry
+                    )
+                    is_kept = self.space.write(row, entry, data, is_used=if_referenced)
+                    if is_kept and self.blob_format != "exact" and self._ram.max_bytes:
+                        cache = decode_blob(data, key=key, fingerprint=fingerprint)  # what the disk will give later
+                self._ram.put(key, cache, fingerprint=fingerprint)
         except OSError as error:
             msg = f"cannot write the chunk cache {path}: {error}"
             raise StoreError(msg) from error
-        self._ram.put(key, cache, fingerprint=fingerprint)
+
+    def put_soon(self, key: str, cache: ChunkCache, *, fingerprint: str) -> None:
+        """See `ChunkStore.put_soon`: a thread writes it; until then `get` finds it all the same."""
+        if self.policy == "read_only":
+            self._ram.put(key, owned(cache), fingerprint=fingerprint)
+        else:
+            self._later.add(check_key(key), owned(cache), fingerprint)
+
+    def flush(self) -> None:
+        """See `ChunkStore.flush`."""
+        self._later.wait()
 
     def __contains__(self, key: str) -> bool:
-        return is_key(key) and self._path(key).exists() and key in self._catalog
+        return is_key(key) and self.files.path(key).exists() and key in self.catalog
+
+    def knows(self, key: str) -> bool:
+        """See `ChunkStore.knows`."""
+        return key in self.catalog
+
+    def note(self, key: str, *, fingerprint: str, num_tokens: int, entry: TextEntry | None) -> None:
+        """See `ChunkStore.note`."""
+        if self.policy != "read_only":
+            with self.directory_lock.shared():
+                self.catalog.upsert(CatalogRow(check_key(key), fingerprint, num_tokens, 0), entry)
+
+    def accepts_new(self, waiting: int = 0) -> bool:
+        """See `ChunkStore.accepts_new`."""
+        return self.policy == "eager" and self.space.has_room(waiting)
+
+    def lease(self, keys: Iterable[str]) -> AbstractContextManager[None]:
+        """See `ChunkStore.lease`."""
+        return nullcontext() if self.policy == "read_only" else self.leases.hold(keys)
+
+    def describe(self, fingerprint: str, *, model: str, namespace: str, seconds_per_token: float | None) -> None:
+        """See `ChunkStore.describe`."""
+        if self.policy != "read_only":
+            self.catalog.describe(fingerprint, model, namespace, seconds_per_token)
 
     def delete(self, keys: Iterable[str]) -> None:
         """See `ChunkStore.delete`."""
+        self._must_be_writable("delete caches")
         keys = [check_key(key) for key in keys]
-        with self._directory_lock.exclusive():
-            self._catalog.delete(keys)
-            self._remove_blobs(keys)
+        with self.directory_lock.exclusive(), self.catalog.transaction() as run:
+            self.catalog.delete(run, keys)
+            self._forget(keys)
 
     def add_references(self, owner: str, keys: Iterable[str]) -> None:
         """See `ChunkStore.add_references`."""
-        self._catalog.add_references(owner, [check_key(key) for key in keys])
+        keys = [check_key(key) for key in keys]
+        if self.policy != "read_only":
+            self.catalog.add_references(owner, keys)
 
     def drop_references(self, owner: str, keys: Iterable[str]) -> list[str]:
         """See `ChunkStore.drop_references`."""
+        self._must_be_writable("delete caches")
         keys = [check_key(key) for key in keys]
-        with self._directory_lock.exclusive():
-            unreferenced = self._catalog.drop_references(owner, keys)
-            self._remove_blobs(unreferenced)
+        with self.directory_lock.exclusive(), self.catalog.transaction() as run:
+            unreferenced = self.catalog.unreferenced_without(run, owner, keys)
+            self.catalog.delete(run, unreferenced)
+            self._forget(unreferenced)
         return unreferenced
 
     def references(self, owner: str) -> list[str]:
         """Keys that `owner` refers to."""
-        return self._catalog.references(owner)
+        return self.catalog.references(owner)
 
     def entries(self, fingerprint: str) -> Iterator[tuple[str, TextEntry]]:
         """See `ChunkStore.entries`."""
@@ -145,96 +232,52 @@ class DiskStore(ChunkStore):
 
     def stats(self) -> StoreStats:
         """See `ChunkStore.stats`; `nbytes` is the size on disk."""
-        chunks, tokens, nbytes = self._catalog.totals()
-        with self._counter_lock:
-            hits, misses, corrupt = self._hits, self._misses, self._corrupt
+        chunks, tokens, nbytes = self.catalog.totals()
+        hits, misses, corrupt = self._counters.values()
         return StoreStats(chunks, tokens, nbytes, hits, misses, corrupt, location=str(self.directory))
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
-        """Read and check every blob.
+        """See `upkeep.verify`."""
+        from prophetkv_rag.store.upkeep import verify
 
-        `orphans` are blobs that the catalog does not know (their keys) and other files, such as what a killed process
-        left half written (their names). With `repair`, bad blobs and orphans are deleted. The chunks of bad and
-        missing blobs stay recognised in prompts, and are computed again when they are next needed.
-        """
-        rows = self._catalog.rows()
-        faults = [(row, fault) for row in rows if (fault := self._fault(row)) is not None]
-        with self._directory_lock.exclusive():  # nothing is being written now
-            faults = [(row, fault) for row, _ in faults if (fault := self._fault(row)) is not None]
-            known = {self._path(row.key) for row in self._catalog.rows()}
-            orphans = [path for path in sorted(self._blobs.rglob("*")) if path.is_file() and path not in known]
-            if repair:
-                for row, _ in faults:
-                    self._drop_blob(row.key)
-                for path in orphans:
-                    path.unlink(missing_ok=True)
-        return VerifyReport(
-            checked=len(rows),
-            bad=tuple(row.key for row, fault in faults if fault == "bad"),
-            missing=tuple(row.key for row, fault in faults if fault == "missing"),
-            orphans=tuple(path.stem if is_key(path.stem) else path.name for path in orphans),
-            repaired=repair,
-        )
+        if repair:
+            self._must_be_writable("repair")
+        return verify(self, repair=repair)
 
     def close(self) -> None:
-        """See `ChunkStore.close`."""
-        self._catalog.close()
+        """See `ChunkStore.close`; what `put_soon` took is written first."""
+        self._later.close()
+        try:
+            if self.policy != "read_only":
+                self.space.flush_uses()
+        except StoreError:
+            logger.debug("the last uses of chunk caches were not noted", exc_info=True)
+        self.catalog.close()
 
-    def _path(self, key: str) -> Path:
-        return self._blobs / check_key(key)[:2] / f"{key}{_SUFFIX}"
+    def drop_from_memory(self, keys: Iterable[str]) -> None:
+        """Forget caches that this process holds in RAM or is about to write."""
+        keys = list(keys)
+        self._later.drop(keys)
+        self._ram.drop(keys)
+
+    def _forget(self, keys: Sequence[str]) -> None:
+        self.drop_from_memory(keys)
+        self.files.remove(keys)
+
+    def _must_be_writable(self, action: str) -> None:
+        if self.policy == "read_only":
+            msg = f"cannot {action} in {self.directory}: it was opened with policy='read_only'"
+            raise InputError(msg)
+
+    def _put_referenced(self, key: str, cache: ChunkCache, fingerprint: str) -> None:
+        self.put(key, cache, fingerprint=fingerprint, if_referenced=True)
+
+    def _use(self, key: str) -> None:
+        if self.policy != "read_only" and self.space.use(key):
+            self._later.run(self.space.flush_uses)
 
     def _entries_after(self, fingerprint: str, row_id: int) -> Iterator[tuple[str, TextEntry]]:
-        found = self._catalog.entries(fingerprint, after_id=row_id)
+        found = self.catalog.entries(fingerprint, after_id=row_id)
         if found:
             self._seen[fingerprint] = found[-1][0]
         return iter([(key, entry) for _, key, entry in found])
-
-    def _fault(self, row: CatalogRow) -> str | None:
-        try:
-            decode_blob(read_file(self._path(row.key)), key=row.key, fingerprint=row.fingerprint)
-        except FileNotFoundError:
-            return "missing" if row.nbytes else None
-        except (BlobError, OSError):
-            return "bad"
-        return None
-
-    def _drop_if_bad(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> ChunkCache | None:
-        """Delete a blob that was found bad, unless somebody has replaced it since: then return what it holds now."""
-        try:
-            with self._directory_lock.exclusive():
-                try:
-                    return decode_blob(
-                        read_file(self._path(key)), key=key, fingerprint=fingerprint, input_ids=input_ids
-                    )
-                except FileNotFoundError:
-                    return None
-                except BlobError:
-                    self._drop_blob(key)
-        except OSError:
-            logger.debug("could not look at the chunk cache %s again", key, exc_info=True)
-        return None
-
-    def _drop_blob(self, key: str) -> None:
-        try:
-            self._remove_blobs([key])
-            self._catalog.mark_lost(key)
-        except (OSError, StoreError):
-            logger.debug("could not remove the chunk cache %s", key, exc_info=True)
-
-    def _remove_blobs(self, keys: Iterable[str]) -> None:
-        self._ram.drop(keys)
-        for key in keys:
-            self._path(key).unlink(missing_ok=True)
-
-    def _report_corrupt(self, key: str, reason: Exception) -> None:
-        with self._counter_lock:
-            self._corrupt += 1
-            is_new = key not in self._logged
-            self._logged.add(key)
-        if is_new:
-            logger.warning("the chunk cache %s cannot be used and is computed again: %s", self._path(key), reason)
-
-    def _count(self, *, hits: int = 0, misses: int = 0) -> None:
-        with self._counter_lock:
-            self._hits += hits
-            self._misses += misses

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -29,25 +30,30 @@ def make_private_directory(path: Path) -> None:
         pass
 
 
-def read_file(path: Path) -> memoryview:
-    """Read a whole file into one fresh, writable buffer: a single copy, with nothing zeroed before."""
-    with path.open("rb", buffering=0) as file:
-        view = np.empty(os.fstat(file.fileno()).st_size, dtype=np.uint8).data
-        filled = 0
-        while filled < len(view):
-            count = file.readinto(view[filled:])  # at most 2 GiB a call
-            if not count:
-                break
-            filled += count
-        return view[:filled]
+def read_into_fresh(file: FileIO, num_bytes: int) -> memoryview:
+    """Read up to `num_bytes` into one fresh, writable buffer: a single copy, with nothing zeroed before."""
+    view = np.empty(num_bytes, dtype=np.uint8).data
+    filled = 0
+    while filled < len(view):
+        count = file.readinto(view[filled:])  # at most 2 GiB a call
+        if not count:
+            break
+        filled += count
+    return view[:filled]
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file so that, after any crash, it is there completely or not at all (temporary file, fsync, rename)."""
+def write_file(path: Path, data: bytes, *, temporary_directory: Path | None = None) -> None:
+    """Write a file so that, after any crash, it is there completely or not at all (temporary file, fsync, rename).
+
+    Args:
+        path: Where it is to be; its directory is made if it is not there.
+        data: All of it.
+        temporary_directory: Where it is written first, on the same file system; beside it by default.
+    """
     if not path.parent.exists():
         path.parent.mkdir(mode=0o700, exist_ok=True)
         _sync_directory(path.parent.parent)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+    temporary = (temporary_directory or path.parent) / f"{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "wb", buffering=0) as file:
@@ -60,6 +66,11 @@ def write_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
+
+
+def touch_private(path: Path) -> None:
+    """Make an empty file that only its owner may read, where there is none."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
 
 
 class DirectoryLock:

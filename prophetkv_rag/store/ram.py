@@ -36,7 +36,7 @@ class RamTier:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._lock = threading.Lock()
         self._caches: OrderedDict[str, tuple[str, ChunkCache]] = OrderedDict()
         self._nbytes = 0
@@ -59,14 +59,14 @@ class RamTier:
     def put(self, key: str, cache: ChunkCache, *, fingerprint: str) -> None:
         """Hold a cache, and drop the least recently used ones that no longer fit."""
         self.drop([key])
-        if cache.nbytes > self._max_bytes:
+        if cache.nbytes > self.max_bytes:
             return
         with self._lock:
             if key in self._caches:  # another thread was faster
                 return
             self._caches[key] = (fingerprint, cache)
             self._nbytes += cache.nbytes
-            while self._nbytes > self._max_bytes:
+            while self._nbytes > self.max_bytes:
                 _, (_, oldest) = self._caches.popitem(last=False)
                 self._nbytes -= oldest.nbytes
 

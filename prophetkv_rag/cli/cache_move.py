@@ -1,0 +1,96 @@
+"""`prophetkv-rag cache warm|export|import`: fill what is missing, and move caches to another machine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prophetkv_rag.cli.cache import DatabaseOption, JsonOption, open_caches
+from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
+from prophetkv_rag.cli.database import DEFAULT_DATABASE, open_database, require_settings
+
+
+def warm(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> None:
+    """Compute the caches that are missing, as far as the limit allows.
+
+    Interrupted at any time, it goes on where it was: what is stored is not computed again.
+    """
+    settings = require_settings(db)
+    quiet_libraries()
+    from prophetkv_rag.cli.model_choice import fetch_embedding
+
+    fetch_embedding()
+    database = open_database(db, settings)
+    computed = 0
+    try:
+        with progress_bar("computing missing KV caches", database.collection.count()) as advance:
+
+            def count(done: int, total: int) -> None:
+                nonlocal computed
+                computed += 1
+                advance(1)
+
+            database.collection.progress = count
+            database.collection.cache_existing()
+        database.collection.progress = None
+        database.bring_caches_up_to_date()
+        stats = database.engine.store.stats()
+    finally:
+        database.close()
+    report = {"computed": computed, "chunks": stats.chunks, "nbytes": stats.nbytes}
+    if as_json:
+        print_json(report)
+        return
+    results().print(
+        f"{computed} caches computed; {stats.chunks} are stored, {stats.nbytes / 1e6:,.1f} MB", markup=False
+    )
+
+
+def export_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Tar file to write.")],
+    db: DatabaseOption = DEFAULT_DATABASE,
+    as_json: JsonOption = False,
+) -> None:
+    """Write all caches to FILE, for `cache import` on another machine. It holds what the documents say."""
+    from prophetkv_rag.store.transfer import export_caches
+
+    store = open_caches(db)
+    with progress_bar("exporting", len(store.catalog.rows())) as advance:
+        count = export_caches(store, file, advance)
+    store.close()
+    if as_json:
+        print_json({"exported": count, "file": str(file), "nbytes": file.stat().st_size})
+        return
+    results().print(f"{count} caches in {file}, {file.stat().st_size / 1e6:,.1f} MB", markup=False)
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Tar file that `cache export` wrote.")],
+    db: DatabaseOption = DEFAULT_DATABASE,
+    as_json: JsonOption = False,
+) -> None:
+    """Take the caches of FILE into a database. Every cache is checked; one that is not whole is refused.
+
+    Only the caches' own model, settings and texts ever find them.
+    """
+    from prophetkv_rag.store.transfer import import_caches
+
+    store = open_caches(db)
+    with status("importing"):
+        report = import_caches(store, file)
+    store.close()
+    if as_json:
+        print_json(asdict(report))
+    else:
+        for name in report.refused:
+            results().print(f"{'refused':>9}  {name}", markup=False)
+        results().print(
+            f"{report.added} caches added, {report.known} were there, {report.no_room} did not fit, "
+            f"{len(report.refused)} refused",
+            markup=False,
+        )
+    if report.refused:
+        raise typer.Exit(1)

@@ -1,0 +1,55 @@
+"""Options of `index` that say how much disk KV caches may take, and how they are written."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from prophetkv_rag.errors import InputError
+
+if TYPE_CHECKING:
+    from prophetkv_rag.cli.database import DatabaseSettings
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_POLICIES = ("eager", "on_first_use")
+
+
+def parse_size(text: str) -> int | None:
+    """Return bytes for "20GB", "500 MB", "1e6" or "none" (`None`).
+
+    Raises:
+        InputError: If it is no size.
+    """
+    if text == "none":
+        return None
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) ?([kmgt]?)b?", text.strip().lower())
+    try:
+        return int(float(found[1]) * _UNITS[found[2]]) if found else int(text)
+    except (ValueError, OverflowError) as error:
+        msg = f"{text!r} is no size; give for example 20GB, 500MB, or 'none' for no limit"
+        raise InputError(msg) from error
+
+
+def with_cache_options(
+    settings: DatabaseSettings,
+    remembered: DatabaseSettings | None,
+    limit: str | None,
+    blob_format: str | None,
+    policy: str | None,
+) -> DatabaseSettings:
+    """Return the settings with what was asked for, else what the database remembers; `InputError` for bad values."""
+    if policy is not None and policy not in _POLICIES:
+        msg = f"--cache-policy {policy!r} is not known; allowed: {', '.join(_POLICIES)}"
+        raise InputError(msg)
+    if blob_format is not None:
+        from prophetkv_rag.store.formats import check_format
+
+        check_format(blob_format)
+    base = remembered or settings
+    return replace(
+        settings,
+        cache_limit=base.cache_limit if limit is None else parse_size(limit),
+        cache_format=blob_format or base.cache_format,
+        cache_policy=policy or base.cache_policy,
+    )

@@ -1,0 +1,76 @@
+"""The blobs of a store on disk: one file a chunk, never more bytes than the limit, and what a crash leaves swept up.
+
+    blobs/ab/<key>.safetensors      a blob
+    incoming/<name>.tmp             a blob that is being written
+    incoming/<key>.new              there while a blob is written that the catalog does not know yet
+
+So what a killed process leaves is found without looking at all blobs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from prophetkv_rag.store.files import TEMPORARY_SUFFIX, make_private_directory, touch_private, write_file
+from prophetkv_rag.store.keys import check_key, is_key
+
+_SUFFIX = ".safetensors"
+_MARK = ".new"
+
+
+class BlobFiles:
+    """Names, writes and removes blobs; locks and the catalog are the store's business."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory / "blobs"
+        self.incoming = directory / "incoming"
+
+    def make_directories(self) -> None:
+        """Make the directories, where they are missing; `OSError` if they cannot be written to."""
+        make_private_directory(self.directory)
+        make_private_directory(self.incoming)
+
+    def path(self, key: str) -> Path:
+        """Return where the blob of `key` is, or would be."""
+        return self.directory / check_key(key)[:2] / f"{key}{_SUFFIX}"
+
+    def mark(self, key: str) -> Path:
+        """Note that a blob is being written that the catalog does not know; the caller unlinks the mark afterwards."""
+        path = self.incoming / f"{key}{_MARK}"
+        touch_private(path)
+        return path
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write a blob completely or not at all."""
+        write_file(self.path(key), data, temporary_directory=self.incoming)
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Remove blobs, where they are."""
+        for key in keys:
+            self.path(key).unlink(missing_ok=True)
+
+    def left_over(self) -> tuple[list[Path], list[str]]:
+        """Return half-written files and the keys that were being written; nobody may be writing now."""
+        files, keys = [], []
+        for path in self.incoming.iterdir() if self.incoming.is_dir() else ():
+            if path.name.endswith(TEMPORARY_SUFFIX):
+                files.append(path)
+            elif path.name.endswith(_MARK) and is_key(path.name.removesuffix(_MARK)):
+                files.append(path)
+                keys.append(path.name.removesuffix(_MARK))
+        return files, keys
+
+    def all_files(self) -> Iterator[Path]:
+        """Return every file below the two directories, in order."""
+        for root in (self.directory, self.incoming):
+            for folder, folders, names in os.walk(root):
+                folders.sort()
+                for name in sorted(names):
+                    yield Path(folder) / name
+
+    def key_of(self, path: Path) -> str | None:
+        """Return whose blob a file is, or `None` if it is no blob in its right place."""
+        key = path.name.removesuffix(_SUFFIX)
+        return key if is_key(key) and path == self.path(key) else None

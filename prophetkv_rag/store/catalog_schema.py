@@ -1,0 +1,49 @@
+"""The catalog's tables, and how a catalog that an older version made becomes one of this version."""
+
+from __future__ import annotations
+
+import sqlite3
+
+SCHEMA_VERSION = 2
+"""Bumped whenever the tables change; kept in the file as SQLite's `user_version`."""
+
+_STEPS: tuple[tuple[str, ...], ...] = (
+    # 1: chunks, and who refers to them.
+    (
+        """CREATE TABLE chunks (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE, fingerprint TEXT NOT NULL,
+            anchor INTEGER, length INTEGER, digest TEXT, num_tokens INTEGER NOT NULL, nbytes INTEGER NOT NULL)""",
+        "CREATE INDEX chunks_by_fingerprint ON chunks (fingerprint, id)",
+        "CREATE TABLE refs (owner TEXT NOT NULL, key TEXT NOT NULL, PRIMARY KEY (owner, key)) WITHOUT ROWID",
+        "CREATE INDEX refs_by_key ON refs (key)",
+    ),
+    # 2: how often and how recently a chunk was used (see `ranking`), how much all blobs take, and whose they are.
+    (
+        "ALTER TABLE chunks ADD COLUMN uses INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE chunks ADD COLUMN last_use INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE chunks ADD COLUMN score REAL NOT NULL DEFAULT 0",
+        "ALTER TABLE chunks ADD COLUMN rank REAL NOT NULL DEFAULT 0",
+        "ALTER TABLE chunks ADD COLUMN noted_at REAL NOT NULL DEFAULT 0",
+        "ALTER TABLE refs ADD COLUMN noted_at REAL NOT NULL DEFAULT 0",
+        "CREATE INDEX chunks_by_rank ON chunks (rank, id) WHERE nbytes > 0",
+        "CREATE TABLE identities (fingerprint TEXT PRIMARY KEY, model TEXT NOT NULL, namespace TEXT NOT NULL, "
+        "seconds_per_token REAL NOT NULL) WITHOUT ROWID",
+        "CREATE TABLE state (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID",
+        "INSERT INTO state SELECT 'nbytes', coalesce(sum(nbytes), 0) FROM chunks",
+        "INSERT INTO state VALUES ('clock', 0)",
+        """CREATE TRIGGER chunk_added AFTER INSERT ON chunks WHEN new.nbytes != 0
+            BEGIN UPDATE state SET value = value + new.nbytes WHERE name = 'nbytes'; END""",
+        """CREATE TRIGGER chunk_resized AFTER UPDATE OF nbytes ON chunks WHEN new.nbytes != old.nbytes
+            BEGIN UPDATE state SET value = value + new.nbytes - old.nbytes WHERE name = 'nbytes'; END""",
+        """CREATE TRIGGER chunk_deleted AFTER DELETE ON chunks WHEN old.nbytes != 0
+            BEGIN UPDATE state SET value = value - old.nbytes WHERE name = 'nbytes'; END""",
+    ),
+)
+
+
+def migrate(connection: sqlite3.Connection, version: int) -> None:
+    """Bring the tables from `version` (0: an empty file) to `SCHEMA_VERSION`, inside the caller's transaction."""
+    for step in _STEPS[version:]:
+        for statement in step:
+            connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")

@@ -1,0 +1,176 @@
+"""Parts of the disk store that stand alone: settings, counters, opening the catalog, writing in the background."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, get_args
+
+from prophetkv_rag.chunk_cache import ChunkCache
+from prophetkv_rag.errors import InputError, StoreError
+from prophetkv_rag.store.base import Policy
+from prophetkv_rag.store.blob_files import BlobFiles
+from prophetkv_rag.store.catalog import Catalog, CorruptCatalogError, set_aside
+from prophetkv_rag.store.files import DirectoryLock
+from prophetkv_rag.store.ram import has_ids
+from prophetkv_rag.store.ranking import Eviction
+from prophetkv_rag.store.rebuild import rebuild, sweep
+
+logger = logging.getLogger(__name__)
+
+MAX_WAITING_BYTES = 256 << 20
+"""Computed caches that may wait for the disk while queries go on; what comes when they are more is not stored."""
+
+
+def check_settings(*, max_bytes: int | None, policy: str, eviction: str) -> None:
+    """Raise `InputError` for a setting that is not allowed."""
+    for name, value, allowed in (("policy", policy, get_args(Policy)), ("eviction", eviction, get_args(Eviction))):
+        if value not in allowed:
+            msg = f"{name} is {value!r}; allowed: {', '.join(allowed)}"
+            raise InputError(msg)
+    if max_bytes is not None and max_bytes < 0:
+        msg = f"max_bytes is {max_bytes}; give 0 or more bytes, or None for no limit"
+        raise InputError(msg)
+
+
+def open_catalog(directory: Path, files: BlobFiles, lock: DirectoryLock, *, read_only: bool) -> Catalog:
+    """Open the catalog; one that is damaged or gone is made again from the blobs.
+
+    Raises:
+        StoreError, OSError: If it cannot be used.
+    """
+    path = directory / "catalog.sqlite"
+    if read_only:
+        if not path.exists():
+            msg = f"there are no chunk caches at {directory}, so it cannot be opened with policy='read_only'"
+            raise StoreError(msg)
+        return Catalog(path, read_only=True)
+    with lock.exclusive():  # two processes must not both make the tables; nobody is writing now
+        try:
+            catalog = Catalog(path)
+        except CorruptCatalogError as error:
+            logger.warning("%s; it is set aside and made again from the chunk caches", error)
+            set_aside(path)
+            catalog = Catalog(path)
+        if catalog.is_new:
+            rebuild(catalog, files)
+        sweep(catalog, files)
+    return catalog
+
+
+class Counters:
+    """Counts since the store was opened. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._hits = self._misses = self._corrupt = 0
+        self._logged: set[str] = set()
+
+    def add(self, *, hits: int = 0, misses: int = 0) -> None:
+        """Count."""
+        with self._lock:
+            self._hits += hits
+            self._misses += misses
+
+    def add_corrupt(self, key: str) -> bool:
+        """Count a bad blob; returns whether it is this key's first."""
+        with self._lock:
+            self._corrupt += 1
+            is_new = key not in self._logged
+            self._logged.add(key)
+            return is_new
+
+    def values(self) -> tuple[int, int, int]:
+        """Return hits, misses and bad blobs."""
+        with self._lock:
+            return self._hits, self._misses, self._corrupt
+
+
+class Later:
+    """Writes caches in a thread of its own, so that no query waits for the disk. What waits can be read already.
+
+    A failure is logged once: what could not be written is computed again when it is next needed.
+    """
+
+    def __init__(self, put: Callable[[str, ChunkCache, str], None]) -> None:
+        """`put` is called in the thread with key, cache and fingerprint."""
+        self._put = put
+        self._lock = threading.Lock()
+        self._waiting: dict[str, tuple[str, ChunkCache]] = {}
+        self._nbytes = 0
+        self._has_warned = False
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prophetkv-disk")
+        self._futures: set[Future[None]] = set()
+
+    def add(self, key: str, cache: ChunkCache, fingerprint: str) -> None:
+        """Take a cache to write, unless too much is waiting already."""
+        with self._lock:
+            if key in self._waiting or self._nbytes + cache.nbytes > MAX_WAITING_BYTES:
+                return
+            self._waiting[key] = (fingerprint, cache)
+            self._nbytes += cache.nbytes
+        self.run(self._write, key)
+
+    def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> ChunkCache | None:
+        """Return a cache that waits, if it is the one that is meant."""
+        with self._lock:
+            found = self._waiting.get(key)
+        return found[1] if found and found[0] == fingerprint and has_ids(found[1], input_ids) else None
+
+    def drop(self, keys: Iterable[str]) -> None:
+        """Do not write these."""
+        with self._lock:
+            for key in keys:
+                found = self._waiting.pop(key, None)
+                self._nbytes -= found[1].nbytes if found else 0
+
+    def run(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Call something in the thread; a closed store does nothing."""
+        try:
+            future = self._worker.submit(self._guarded, action, *arguments)
+        except RuntimeError:
+            return
+        with self._lock:
+            self._futures.add(future)
+        future.add_done_callback(self._done)
+
+    def wait(self) -> None:
+        """Wait until all that was added has been written or has failed."""
+        while True:
+            with self._lock:
+                futures = list(self._futures)
+            if not futures:
+                return
+            for future in futures:
+                future.result()
+
+    def close(self) -> None:
+        """Write what waits, and end the thread."""
+        self._worker.shutdown(wait=True)
+
+    def _done(self, future: Future[None]) -> None:
+        with self._lock:
+            self._futures.discard(future)
+
+    def _write(self, key: str) -> None:
+        with self._lock:
+            found = self._waiting.get(key)
+        if found is None:
+            return
+        try:
+            self._put(key, found[1], found[0])
+        finally:
+            self.drop([key])
+
+    def _guarded(self, action: Callable[..., None], *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except (StoreError, OSError) as error:
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning("chunk caches cannot be stored, they are computed again when needed: %s", error)
+        except Exception:
+            logger.exception("storing chunk caches failed")

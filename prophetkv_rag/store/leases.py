@@ -1,0 +1,89 @@
+"""Leases: what a query is loading is neither evicted nor collected, by any thread or process.
+
+A process's leases are a file that it holds locked, with one key a line. A kill releases the lock, and whoever meets an
+unlocked lease file deletes it; so leases need no clock and no time limit.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+
+class Leases:
+    """The leases of one store, and a look at those of all others on the directory.
+
+    Where files cannot be made (a read-only directory, Windows) leases hold within this store only.
+    """
+
+    def __init__(self, directory: Path, *, is_shared: bool = True) -> None:
+        self._directory = directory
+        self._is_shared = is_shared and sys.platform != "win32"
+        self._lock = threading.Lock()
+        self._held: Counter[str] = Counter()
+
+    @contextmanager
+    def hold(self, keys: Iterable[str]) -> Iterator[None]:
+        """Keep these chunks' blobs where they are while the block runs."""
+        keys = set(keys)
+        with self._lock:
+            self._held.update(keys)
+        file = self._write(keys) if self._is_shared and keys else None
+        try:
+            yield
+        finally:
+            if file is not None:
+                descriptor, path = file
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+            with self._lock:
+                self._held.subtract(keys)
+                self._held = +self._held
+
+    def held(self) -> set[str]:
+        """Return the keys that anybody holds now; leases of processes that are gone are swept away."""
+        with self._lock:
+            keys = set(self._held)
+        for path in self._directory.glob("*.lease") if self._is_shared else ():
+            keys |= self._read(path)
+        return keys
+
+    def _write(self, keys: set[str]) -> tuple[int, Path] | None:
+        path = self._directory / f"{secrets.token_hex(8)}.lease"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(descriptor, "\n".join(sorted(keys)).encode())
+        except OSError:  # met by a sweep just now, or the disk is full: this store's own leases still hold
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+            return None
+        return descriptor, path
+
+    @staticmethod
+    def _read(path: Path) -> set[str]:
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except OSError:
+            return set()
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # somebody lives who holds it
+            return set(os.read(descriptor, os.fstat(descriptor).st_size).decode(errors="replace").split("\n"))
+        else:
+            path.unlink(missing_ok=True)
+            return set()
+        finally:
+            os.close(descriptor)

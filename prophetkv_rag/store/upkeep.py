@@ -1,0 +1,188 @@
+"""Looking after a store on disk: `verify` and `gc`. They may run while other processes index and answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prophetkv_rag.errors import BlobError
+from prophetkv_rag.store.base import VerifyReport
+from prophetkv_rag.store.blob_file import read_blob
+from prophetkv_rag.store.catalog import UNKNOWN_OWNER, CatalogRow
+from prophetkv_rag.store.rebuild import rebuild, sweep
+
+if TYPE_CHECKING:
+    from prophetkv_rag.store.disk import DiskStore
+
+GRACE_S = 3600.0
+"""Default age before what nobody refers to is collected: longer than any write of a chunk and its record takes."""
+_SLICE = 200  # chunks handled while others wait
+_CLOCK_SLACK_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class GcReport:
+    """What was collected.
+
+    Attributes:
+        orphans: Files that the catalog does not know.
+        unreferenced: Chunks that nobody refers to.
+        stale_references: References to chunks that their collection does not have any more.
+        freed_bytes: Bytes of all blobs and files removed.
+    """
+
+    orphans: int = 0
+    unreferenced: int = 0
+    stale_references: int = 0
+    freed_bytes: int = 0
+
+
+def verify(store: DiskStore, *, repair: bool = False) -> VerifyReport:
+    """Read and check every blob, and the catalog.
+
+    `orphans` are blobs that the catalog does not know (their keys) and other files, such as what a killed process left
+    half written (their names). With `repair`, a damaged catalog is made again from the blobs, and bad blobs and orphans
+    are deleted. The chunks of bad and missing blobs stay recognised in prompts, and are computed again when needed.
+    """
+    damage = store.catalog.check()
+    if damage and repair:
+        with store.directory_lock.exclusive():
+            store.catalog.renew()
+            rebuild(store.catalog, store.files)
+    rows = store.catalog.rows()
+    faults = [(row, fault) for row in rows if (fault := _fault(store, row)) is not None]
+    with store.directory_lock.exclusive():  # nothing is being written now
+        faults = [(row, fault) for row, _ in faults if (fault := _fault(store, row)) is not None]
+        known = {row.key for row in store.catalog.rows()}
+        orphans = [path for path in store.files.all_files() if store.files.key_of(path) not in known]
+        if repair:
+            lost = [row.key for row, _ in faults]
+            store.drop_from_memory(lost)
+            for row, fault in faults:
+                if fault == "bad":
+                    store.files.path(row.key).unlink(missing_ok=True)
+            store.catalog.mark_lost(lost)
+            for path in orphans:
+                path.unlink(missing_ok=True)
+    return VerifyReport(
+        checked=len(rows),
+        bad=tuple(row.key for row, fault in faults if fault == "bad"),
+        missing=tuple(row.key for row, fault in faults if fault == "missing"),
+        orphans=tuple(store.files.key_of(path) or path.name for path in orphans),
+        repaired=repair,
+        catalog=damage,
+    )
+
+
+def gc(store: DiskStore, live: Mapping[str, Collection[str]] | None = None, *, grace_s: float = GRACE_S) -> GcReport:
+    """Collect what belongs to nothing: files that a crash left, and chunks that nobody refers to.
+
+    Others go on meanwhile: they wait for a few chunks' deletion at most. What a query is loading is left alone.
+
+    Args:
+        store: Opened for writing.
+        live: For every owner that there is, the keys its records carry (see `chroma_store.live_references`). References
+            of other owners, and to other keys, are dropped first; `"engine"` is nobody's collection and is left alone.
+            `None` to believe the references as they are.
+        grace_s: What was noted less long ago is left alone, as its record may be being written.
+    """
+    orphans = freed = 0
+    with store.directory_lock.exclusive():
+        sweep(store.catalog, store.files)
+        known = {row.key for row in store.catalog.rows()}
+        for path in store.files.all_files():
+            if store.files.key_of(path) not in known:
+                freed += path.stat().st_size
+                path.unlink(missing_ok=True)
+                orphans += 1
+    _restamp(store)
+    before = time.time() - grace_s
+    dropped = 0 if live is None else _drop_stale(store, live, before)
+    unreferenced = 0
+    for keys in _slices(_unreferenced(store, before)):
+        with store.directory_lock.exclusive(), store.catalog.transaction() as run:
+            leased = store.leases.held()
+            still = set(_unreferenced(store, before))
+            doomed = [key for key in keys if key in still and key not in leased]
+            for key in doomed:
+                path = store.files.path(key)
+                freed += path.stat().st_size if path.exists() else 0
+            store.files.remove(doomed)
+            store.drop_from_memory(doomed)
+            store.catalog.delete(run, doomed)
+            unreferenced += len(doomed)
+    return GcReport(orphans, unreferenced, dropped, freed)
+
+
+def clear(store: DiskStore, namespace: str | None = None) -> int:
+    """Delete everything, or everything of one namespace: blobs, catalog rows, references and what is held in RAM.
+
+    Returns:
+        How many chunks were deleted.
+    """
+    with store.directory_lock.exclusive(), store.catalog.transaction() as run:
+        others = [
+            fingerprint
+            for fingerprint, found in run.execute("SELECT fingerprint, namespace FROM identities")
+            if namespace is not None and found != namespace
+        ]
+        named = {fingerprint for (fingerprint,) in run.execute("SELECT fingerprint FROM identities")}
+        keys = [
+            key
+            for key, fingerprint in run.execute("SELECT key, fingerprint FROM chunks")
+            # What no engine of this version has described yet has no namespace.
+            if fingerprint not in others and (not namespace or fingerprint in named)
+        ]
+        store.drop_from_memory(keys)
+        store.files.remove(keys)
+        store.catalog.delete(run, keys)
+    return len(keys)
+
+
+def _fault(store: DiskStore, row: CatalogRow) -> str | None:
+    try:
+        read_blob(store.files.path(row.key), key=row.key, fingerprint=row.fingerprint)
+    except FileNotFoundError:
+        return "missing" if row.nbytes else None
+    except (BlobError, OSError):
+        return "bad"
+    return None
+
+
+def _restamp(store: DiskStore) -> None:
+    """What was noted in the future was noted by a clock that has been put back; its age counts from now."""
+    now = time.time()
+    with store.catalog.transaction() as run:
+        for table in ("chunks", "refs"):
+            run.execute(f"UPDATE {table} SET noted_at = ? WHERE noted_at > ?", (now, now + _CLOCK_SLACK_S))
+
+
+def _drop_stale(store: DiskStore, live: Mapping[str, Collection[str]], before: float) -> int:
+    """Drop references that no record bears out; the chunks stay, for the next step to collect.
+
+    Chunks that were found without a catalog get their owners back.
+    """
+    wanted = {owner: set(keys) for owner, keys in live.items()}
+    with store.catalog.transaction() as run:
+        found = list(run.execute("SELECT owner, key FROM refs WHERE noted_at <= ?", (before,)))
+        lost = {key for owner, key in found if owner == UNKNOWN_OWNER}
+        for owner, keys in wanted.items():
+            store.catalog.add_references(owner, keys & lost)
+        stale = [(owner, key) for owner, key in found if owner != "engine" and key not in wanted.get(owner, ())]
+        run.executemany("DELETE FROM refs WHERE owner = ? AND key = ?", stale)
+    return len(stale)
+
+
+def _unreferenced(store: DiskStore, before: float) -> list[str]:
+    with store.catalog.transaction(is_write=False) as run:
+        found = run.execute(
+            "SELECT key FROM chunks WHERE noted_at <= ? AND key NOT IN (SELECT key FROM refs)", (before,)
+        )
+        return [key for (key,) in found]
+
+
+def _slices(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(keys), _SLICE):
+        yield keys[start : start + _SLICE]
