@@ -39,6 +39,7 @@ from prophetkv_rag.selection import QueryContext, Strategy, make_strategy
 from prophetkv_rag.store.base import ChunkStore
 from prophetkv_rag.store.memory import MemoryStore
 from prophetkv_rag.tokens import Tokens
+from prophetkv_rag.tracing import generation
 
 AnyPrompt = str | Sequence[Message] | Prompt
 
@@ -279,7 +280,7 @@ class ProphetKVEngine:
             report=result.report,
         )
         del result  # decoding replaces the cache's tensors; the prompt's must not be kept beside them
-        yield from pieces
+        yield from generation(pieces)
 
     def generate(self, prompt: AnyPrompt, **settings: Any) -> GenerationResult:
         """Answer a prompt at once; takes the arguments of `stream`."""

@@ -6,7 +6,7 @@ background thread. Sampling uses transformers' own logits processors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -140,7 +140,7 @@ def decode(
     to_text: Callable[[Sequence[int]], str],
     model_lock: InterruptibleLock,
     report: ReuseReport,
-) -> Iterator[StreamChunk]:
+) -> Generator[StreamChunk, None, None]:
     """Generate from a filled cache.
 
     Args:

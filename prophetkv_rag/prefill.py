@@ -19,10 +19,12 @@ from prophetkv_rag.layout import Message, PromptLayout, PromptReader
 from prophetkv_rag.library import ChunkLibrary
 from prophetkv_rag.model_support import ModelSupport
 from prophetkv_rag.prompt import Prompt
+from prophetkv_rag.prompt_view import PromptView, ViewedChunk
 from prophetkv_rag.recompute import recompute
 from prophetkv_rag.report import ChunkReport, ReuseReport, Timings
 from prophetkv_rag.selection import QueryContext, Strategy, make_strategy
 from prophetkv_rag.selection.base import token_budget
+from prophetkv_rag.tracing import stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,11 @@ class PrefillResult:
     logits: torch.Tensor
     report: ReuseReport
     recomputed: torch.Tensor
+
+    def view(self) -> PromptView:
+        """Return the prompt token by token: text, stage-I score, reused or recomputed; decoded at the first look."""
+        assert self.report.view is not None
+        return self.report.view
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +93,7 @@ class Prefiller:
         layout = self.reader.read(prompt, query=query)
         is_reuse = bool(layout.chunks) and chosen.uses_caches
         layout.check_fits(self.context_window, is_reuse=is_reuse, is_answered=answer_lock is not None)
-        timings = Timings(match=time.perf_counter() - started)
+        timings = Timings(match=stage("match", started, prompt_tokens=layout.num_tokens, chunks=len(layout.chunks)))
         runner = self if answer_lock is None else replace(self, model_lock=answer_lock)
         if is_reuse:
             return runner.reuse(layout, chosen, ratio, timings, started)
@@ -101,7 +108,7 @@ class Prefiller:
             cache = DynamicCache()
             output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[:, -1].float()
-        timings.recompute = time.perf_counter() - running
+        timings.recompute = stage("recompute", running, strategy=strategy.name, rows=layout.num_tokens)
         timings.ttft = time.perf_counter() - started
         report = ReuseReport(
             strategy=strategy.name,
@@ -117,7 +124,9 @@ class Prefiller:
             timings_s=timings,
         )
         filled = resumable_cache([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
-        return PrefillResult(filled, input_ids, logits, report, layout.is_chunk.nonzero()[:, 0].to(logits.device))
+        recomputed = layout.is_chunk.nonzero()[:, 0]
+        self._attach_view(report, layout, recomputed)
+        return PrefillResult(filled, input_ids, logits, report, recomputed.to(logits.device))
 
     def reuse(
         self, layout: PromptLayout, strategy: Strategy, ratio: float, timings: Timings, started: float
@@ -126,7 +135,7 @@ class Prefiller:
         device = self.model.device
         mark = time.perf_counter()
         caches, statuses = self.library.load(layout, model_lock=self.model_lock)
-        timings.load = time.perf_counter() - mark
+        timings.load = stage("load", mark, hits=statuses.count("hit"), chunks=len(statuses))
 
         with self.model_lock, torch.no_grad():
             mark = time.perf_counter()
@@ -144,7 +153,7 @@ class Prefiller:
             mark = time.perf_counter()
             context = self.query_context(layout, layers, ratio)
             selection = strategy.select(context)
-            timings.score = time.perf_counter() - mark
+            timings.score = stage("score", mark, strategy=strategy.name, row_layers=context.row_layers)
 
             mark = time.perf_counter()
             wanted = ~context.is_chunk
@@ -165,7 +174,7 @@ class Prefiller:
                 prune=selection.prune,
                 watched=dict.fromkeys(selection.watched_layers, context.is_chunk),
             )
-            seconds = time.perf_counter() - mark
+            seconds = stage("recompute", mark, strategy=strategy.name, rows=done.rows.shape[0])
         if selection.positions.shape[0]:
             timings.recompute = seconds
         else:
@@ -192,8 +201,23 @@ class Prefiller:
             ],
             timings_s=timings,
         )
+        self._attach_view(report, layout, recomputed, context.scores)
         cache = resumable_cache([layer.keys for layer in layers], [layer.values for layer in layers])
         return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed)
+
+    def _attach_view(
+        self, report: ReuseReport, layout: PromptLayout, recomputed: torch.Tensor, scores: torch.Tensor | None = None
+    ) -> None:
+        """Keep copies of the few numbers that a view is made of; text is made of them when somebody looks."""
+        rows = recomputed.cpu()
+        if layout.chunks and layout.chunks[-1].stop == layout.num_tokens:  # always computed, as its logits are needed
+            rows = torch.cat([rows, rows.new_tensor([layout.num_tokens - 1])])
+        chunks = [
+            ViewedChunk(chunk.key, chunk.start, chunk.stop, found.status)
+            for chunk, found in zip(layout.chunks, report.chunks, strict=True)
+        ]
+        kept = None if scores is None else scores.cpu().numpy().copy()
+        report.with_view(PromptView(layout.input_ids.numpy().copy(), chunks, kept, rows.numpy(), self.reader.tokens.tokenizer))
 
     def query_context(self, layout: PromptLayout, layers: Sequence[RowsLayer], ratio: float) -> QueryContext:
         """Return what a strategy sees of a prompt over the given caches."""
