@@ -217,7 +217,9 @@ class Prefiller:
             for chunk, found in zip(layout.chunks, report.chunks, strict=True)
         ]
         kept = None if scores is None else scores.cpu().numpy().copy()
-        report.with_view(PromptView(layout.input_ids.numpy().copy(), chunks, kept, rows.numpy().copy(), self.reader.tokens.tokenizer))
+        report.with_view(
+            PromptView(layout.input_ids.numpy().copy(), chunks, kept, rows.numpy().copy(), self.reader.tokens.tokenizer)
+        )
 
     def query_context(self, layout: PromptLayout, layers: Sequence[RowsLayer], ratio: float) -> QueryContext:
         """Return what a strategy sees of a prompt over the given caches."""

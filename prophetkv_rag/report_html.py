@@ -31,12 +31,12 @@ STATUSES = {
 SEGMENTS = {"prefix": "Before the chunks", "glue": "Between chunks", "suffix": "After the chunks: the question"}
 
 STYLE = """
-.pkv{--ink:#23262b;--soft:#626a73;--line:#dcdfe3;--page:#fff;--panel:#f5f6f7;--mark:#0b6e69;--shade:214,138,20;
+.pkv{--ink:#23262b;--soft:#626a73;--line:#dcdfe3;--page:#fff;--panel:#f5f6f7;--mark:#0b6e69;--shade:214,138,20;--k:1;
  --c1:#8b97a3;--c2:#5f8fb5;--c3:#9a86c4;--c4:#d68a14;--c5:#0b8a83;--c6:#b5655f;color-scheme:light;
  color:var(--ink);background:var(--page);font:15px/1.6 system-ui,-apple-system,"Segoe UI",sans-serif;
  padding:24px;border-radius:10px;max-width:960px;margin:0 auto;box-sizing:border-box;text-align:left}
 @media (prefers-color-scheme:dark){.pkv{--ink:#e4e6e8;--soft:#9aa3ad;--line:#363c43;--page:#191c20;--panel:#22262b;
- --mark:#5cc9c1;--shade:230,160,50;color-scheme:dark}}
+ --mark:#5cc9c1;--shade:205,135,30;--k:.75;color-scheme:dark}}
 .pkv *{box-sizing:border-box}
 .pkv h1{font-size:22px;line-height:1.3;margin:0 0 8px}
 .pkv h2{font-size:14px;margin:0;font-weight:600}
@@ -59,7 +59,7 @@ STYLE = """
 .pkv .plain pre{color:var(--soft)}
 .pkv .r{text-decoration:underline 2px var(--mark);text-underline-offset:3px;text-decoration-skip-ink:none}
 """ + "".join(
-    f".pkv .s{level}{{background:rgba(var(--shade),{alpha})}}\n"
+    f".pkv .s{level}{{background:rgba(var(--shade),calc({alpha}*var(--k)))}}\n"
     for level, alpha in enumerate((0.08, 0.16, 0.26, 0.38, 0.52, 0.68), start=1)
 )
 
@@ -104,10 +104,7 @@ def _timings(report: ReuseReport) -> str:
     if not total:
         return ""
     colours = {name: f"var(--c{number})" for number, name in enumerate(STAGES, start=1)}
-    bar = "".join(
-        f'<i style="flex:{seconds / total:.5f};background:{colours[name]}" title="{STAGES[name]}: {_time(seconds)}"></i>'
-        for name, seconds in found
-    )
+    bar = "".join(f'<i style="flex:{seconds / total:.5f};background:{colours[name]}"></i>' for name, seconds in found)
     keys = "".join(
         f'<li><i style="background:{colours[name]}"></i>{STAGES[name]} {_time(seconds)}</li>' for name, seconds in found
     )
@@ -166,10 +163,14 @@ def _run(view: PromptView, tokens: list[TokenView]) -> str:
     is_recomputed = any(token.recomputed for token in tokens)
     shade = view.shade(score)
     names = (["r"] if is_recomputed else []) + ([f"s{shade}"] if shade else [])
-    text = escape("".join(token.text for token in tokens))
+    text = "".join(token.text for token in tokens)
+    if not names:
+        return escape(text)
+    word = text.lstrip() or text  # most tokens begin with a space, which is drawn plain
+    space = text[: len(text) - len(word)]
     said = "recomputed" if is_recomputed else "reused"
     title = said if score is None else f"{said}, score {score:.4g}"
-    return f'<span class="{" ".join(names)}" title="{title}">{text}</span>' if names else text
+    return f'{space}<span class="{" ".join(names)}" title="{title}">{escape(word)}</span>'
 
 
 def _time(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """Chat with a folder of documents in the browser: `python examples/chatbot_llama_index/app.py [FOLDER]`.
 
-Needs `pip install "prophetkv-rag[llama-index,app]"`. Without a folder it talks about the shipped speeches. Everything runs
-on this machine: the model, the embeddings, Chroma, and the page, which loads nothing from elsewhere.
+Needs `pip install "prophetkv-rag[llama-index,app]"`. Without a folder it talks about the shipped speeches. Everything
+runs on this machine: the model, the embeddings, Chroma, and the page, which loads nothing from elsewhere.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The chatbot's documents: read, split, embedded into Chroma, each chunk with its KV cache.
 
-All of it is LlamaIndex's and Chroma's own code; `ProphetKVChromaVectorStore` computes a chunk's cache when it is written
-and drops it when it is deleted.
+All of it is LlamaIndex's and Chroma's own code; `ProphetKVChromaVectorStore` computes a chunk's cache when it is
+written and drops it when it is deleted.
 """
 
 from __future__ import annotations

@@ -63,7 +63,11 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         (directory / "documents" / name).write_text(text, encoding="utf-8")
     command = [sys.executable, str(APP), str(directory / "documents"), "--db", str(directory / "db"), "--port", "0"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     assert process.stdout is not None
     try:
@@ -140,7 +144,9 @@ def test_ask_open_a_source_delete_and_ask_again(page: Any) -> None:
     recomputed = text.locator(".r").count()
     assert f"{recomputed} of " in panel.inner_text()
     assert recomputed > 0
-    shades = text.evaluate("node => [...node.querySelectorAll('.s1, .s6')].map(t => getComputedStyle(t).backgroundColor)")
+    shades = text.evaluate(
+        "node => [...node.querySelectorAll('.s1, .s6')].map(t => getComputedStyle(t).backgroundColor)"
+    )
     assert len(set(shades)) >= 2  # drawn in different shades
     page.keyboard.press("Escape")
     expect(panel).to_be_hidden()
@@ -149,7 +155,7 @@ def test_ask_open_a_source_delete_and_ask_again(page: Any) -> None:
     before = page.locator("#totals").inner_text()
     page.get_by_role("button", name="Delete library.md").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
-    expect(page.get_by_text("Deleted library.md: −1 chunk")).to_be_visible()
+    expect(page.locator("#change").get_by_text(re.compile(r"Deleted library\.md: .1 chunk"))).to_be_visible()
     assert page.locator("#totals").inner_text() != before
     turn = ask(page, "How many books does the reading room of the library hold?")
     expect(turn.get_by_role("button", name="harbour.md")).to_be_visible()
@@ -172,7 +178,7 @@ def test_documents_come_and_bad_input_is_told(page: Any, tmp_path: Path) -> None
     good = tmp_path / "<b>ferry<b>.txt"
     good.write_text("The ferry to Brennock leaves at half past six every morning from the north pier.")
     page.locator("#file").set_input_files(good)
-    expect(page.get_by_text("Added <b>ferry<b>.txt: +1 chunk")).to_be_visible()
+    expect(page.locator("#change").get_by_text("Added <b>ferry<b>.txt: +1 chunk")).to_be_visible()
     page.get_by_role("button", name="Delete <b>ferry<b>.txt").click()
     page.keyboard.press("Escape")  # keeps it
     expect(page.get_by_role("button", name="Delete <b>ferry<b>.txt")).to_be_visible()

@@ -13,7 +13,7 @@ export const chunks = (number) => `${count(number)} chunk${number === 1 ? "" : "
 
 export function bytes(number) {
   const [size, unit] = number >= 1e9 ? [number / 1e9, "GB"] : [number / 1e6, "MB"];
-  return `${size.toFixed(size < 10 ? 1 : 0)} ${unit}`;
+  return `${size < 10 ? Math.round(size * 10) / 10 : Math.round(size)} ${unit}`;
 }
 
 export const seconds = (number) => (number >= 1 ? `${number.toFixed(2)} s` : `${Math.round(number * 1000)} ms`);

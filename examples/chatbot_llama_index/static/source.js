@@ -50,13 +50,14 @@ function* characters(tokens) {
 }
 
 function drawn(tokens) {
-  return [...characters(tokens)].map(({ text, shade, recomputed, score }) => {
+  return [...characters(tokens)].flatMap(({ text, shade, recomputed, score }) => {
     if (!shade && !recomputed) return text;
     const said = recomputed ? "recomputed" : "reused";
-    const span = element(recomputed ? "u" : "span", { textContent: text });
+    const word = text.trimStart() || text; // most tokens begin with a space, which is drawn plain
+    const span = element(recomputed ? "u" : "span", { textContent: word });
     span.className = [recomputed ? "r" : "", shade ? `s${shade}` : ""].join(" ").trim();
     span.title = score === null ? said : `${said}, score ${score.toPrecision(3)}`;
-    return span;
+    return [text.slice(0, text.length - word.length), span];
   });
 }
 
