@@ -77,6 +77,7 @@ def main() -> None:
         uvicorn.Config(make_app(service), host="127.0.0.1", port=arguments.port, log_level="warning")
     )
     with server.config.bind_socket() as socket:
+        socket.listen()  # whoever opens the address at once waits instead of being refused
         print(f"Open http://127.0.0.1:{socket.getsockname()[1]}/ in a browser; Ctrl+C ends it.", flush=True)
         server.run(sockets=[socket])
 

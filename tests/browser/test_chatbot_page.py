@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-from prophetkv_rag.wheel_fetch import cache_directory
-
 APP = Path(__file__).resolve().parents[2] / "examples" / "chatbot_llama_index" / "app.py"
 DOCUMENTS = {
     "harbour.md": "The lighthouse on the island of Brennock was built in 1862 and is forty metres tall. "
@@ -46,12 +44,7 @@ BROWSER = find_browser()
 if BROWSER is None:
     pytest.skip(HOW, allow_module_level=True)
 
-pytestmark = [
-    pytest.mark.model,
-    pytest.mark.skipif(
-        not (cache_directory() / "SmolLM2-135M-Instruct" / "config.json").exists(), reason="`make model` fetches it"
-    ),
-]
+pytestmark = pytest.mark.model
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +92,12 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     page = browser.new_page(viewport={"width": 1360, "height": 860})
     page.set_default_timeout(120_000)
     problems: list[str] = []
-    page.on("console", lambda said: problems.append(said.text) if said.type in ("error", "warning") else None)
+
+    def note(said: Any) -> None:
+        if said.type in ("error", "warning") and "status of 422" not in said.text:  # Chromium's own, of refused input
+            problems.append(said.text)
+
+    page.on("console", note)
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda sent: None if sent.url.startswith((address, "data:")) else problems.append(sent.url))
     page.goto(address)
@@ -127,7 +125,7 @@ def test_ask_open_a_source_delete_and_ask_again(page: Any) -> None:
         }).observe(document.getElementById('turns'), {subtree: true, childList: true, characterData: true}); }"""
     )
     turn = ask(page, "How many books does the reading room of the library hold?")
-    assert "thousand" in turn.locator(".answer").inner_text()
+    assert re.search("40,000|thousand", turn.locator(".answer").inner_text())
     assert page.evaluate("window.steps.size") > 3  # it grew piece by piece
     expect(turn.locator(".facts")).to_contain_text("First token after")
     expect(turn.locator(".comparison")).to_contain_text("full prefill")
