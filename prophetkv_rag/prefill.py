@@ -217,7 +217,7 @@ class Prefiller:
             for chunk, found in zip(layout.chunks, report.chunks, strict=True)
         ]
         kept = None if scores is None else scores.cpu().numpy().copy()
-        report.with_view(
+        report.attach_view(
             PromptView(layout.input_ids.numpy().copy(), chunks, kept, rows.numpy().copy(), self.reader.tokens.tokenizer)
         )
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 SegmentKind = Literal["prefix", "chunk", "glue", "suffix"]
 
 SHADES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-"""Quantiles of the scores at which a token gets the next darker shade: most tokens stay pale, the top 2% stand out."""
+"""Quantiles of the scores at which the next stronger shade begins: most tokens stay pale, the top 2% stand out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ class PromptView:
         return [float(limit) for limit in np.quantile(scores, SHADES)]
 
     def shade(self, score: float | None) -> int:
-        """Return how dark a token of this score is drawn, from 0 to `len(SHADES)`, by its rank in this prompt."""
+        """Return how strongly a token of this score is drawn, from 0 to `len(SHADES)`, by its rank in this prompt."""
         return 0 if score is None or score <= 0 else bisect_right(self._shade_limits, score)
 
     def to_dict(self) -> dict[str, Any]:

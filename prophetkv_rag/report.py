@@ -48,6 +48,15 @@ class _Viewed:
     __slots__ = ("_view",)
     _view: PromptView
 
+    @property
+    def view(self) -> PromptView | None:
+        """The prompt token by token; `None` for a report that was copied deeply, unpickled, or made by hand."""
+        return getattr(self, "_view", None)
+
+    def attach_view(self, view: PromptView) -> None:
+        """Give the report the view of its prompt."""
+        self._view = view
+
 
 @dataclass(slots=True)
 class ReuseReport(_Viewed):
@@ -75,16 +84,6 @@ class ReuseReport(_Viewed):
     charged_ratio: float = 0.0
     chunks: list[ChunkReport] = field(default_factory=list)
     timings_s: Timings = field(default_factory=Timings)
-
-    @property
-    def view(self) -> PromptView | None:
-        """The prompt token by token; `None` for a report that was copied deeply, unpickled, or made by hand."""
-        return getattr(self, "_view", None)
-
-    def with_view(self, view: PromptView) -> ReuseReport:
-        """Attach a view; returns this report."""
-        self._view = view
-        return self
 
     def to_html(self, *, title: str = "What was reused", answer: str | None = None) -> str:
         """Return a page of its own, without scripts or anything from elsewhere, that draws the prompt.

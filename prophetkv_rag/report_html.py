@@ -117,7 +117,7 @@ def _legend(view: PromptView) -> str:
         said.append("<span>no scores: this strategy did not ask which tokens matter</span>")
     else:
         shades = "".join(f'<span class="s{level}">&nbsp;&nbsp;</span>' for level in range(1, 7))
-        said.append(f"<span>{shades} darker: the question attends more to it (darkest: the top 2%)</span>")
+        said.append(f"<span>{shades} stronger shade: the question attends more to it (strongest: the top 2%)</span>")
     return f'<p class="legend">{"".join(said)}</p>'
 
 
@@ -128,8 +128,9 @@ def _segments(view: PromptView) -> Iterator[str]:
             number += 1
             yield _chunk(view, segment, number)
         else:
+            title = SEGMENTS[segment.kind]
             yield (
-                f'<section class="plain"><header><h2>{SEGMENTS[segment.kind]}</h2><span>{len(segment.tokens)} tokens, '
+                f'<section class="plain"><header><h2>{title}</h2><span>{_tokens(len(segment.tokens))}, '
                 f"computed</span></header><pre>{escape(segment.text)}</pre></section>"
             )
 
@@ -140,7 +141,7 @@ def _chunk(view: PromptView, segment: SegmentView, number: int) -> str:
     key = escape(segment.key or "")
     return (
         f"<section><header><h2>Chunk {number}</h2><span>{STATUSES.get(segment.status, escape(segment.status))}</span>"
-        f"<span>{len(segment.tokens)} tokens, {recomputed} recomputed</span>"
+        f"<span>{_tokens(len(segment.tokens))}, {recomputed} recomputed</span>"
         f'<code title="{key}">{key[:12]}</code></header><pre>{text}</pre></section>'
     )
 
@@ -171,6 +172,10 @@ def _run(view: PromptView, tokens: list[TokenView]) -> str:
     said = "recomputed" if is_recomputed else "reused"
     title = said if score is None else f"{said}, score {score:.4g}"
     return f'{space}<span class="{" ".join(names)}" title="{title}">{escape(word)}</span>'
+
+
+def _tokens(number: int) -> str:
+    return "1 token" if number == 1 else f"{number:,} tokens"
 
 
 def _time(seconds: float) -> str:
