@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,20 @@ from urllib.parse import urlsplit
 from conversation import Conversations, Event, check_question
 from fastapi import FastAPI, HTTPException, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from knowledge import MAX_BYTES, Knowledge, allowed_suffixes, check_name, read_text
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prophetkv_rag.errors import ProphetKVError
 
 STATIC = Path(__file__).parent / "static"
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 MAX_BODY = MAX_BYTES + 100_000
+DISCONNECT_CHECK_S = 0.5
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -64,7 +67,7 @@ class Question(BaseModel):
 def make_app(service: Service) -> FastAPI:
     """Make the application around a service that may still be starting."""
     app = FastAPI(title="Chat with your documents", docs_url=None, redoc_url=None, openapi_url=None)
-    app.middleware("http")(_guard)
+    app.add_middleware(Guard)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
@@ -125,7 +128,7 @@ def make_app(service: Service) -> FastAPI:
         return {"deleted": asdict(gone), **_listing(knowledge)}
 
     @app.post("/api/chat")
-    async def chat(body: Question) -> StreamingResponse:
+    async def chat(request: Request, body: Question) -> StreamingResponse:
         knowledge, conversations = service.ready()
         question = check_question(body.question)
         if not await run_in_threadpool(knowledge.documents):
@@ -134,7 +137,7 @@ def make_app(service: Service) -> FastAPI:
         cancel = threading.Event()
         events = conversations.answer(session, question, compare=body.compare, cancel=cancel)
         return StreamingResponse(
-            _server_sent(events, cancel), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+            _server_sent(request, events, cancel), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
 
     app.mount("/", StaticFiles(directory=STATIC, html=True), name="static")
@@ -145,14 +148,18 @@ def _listing(knowledge: Knowledge) -> dict[str, Any]:
     return {"documents": [asdict(document) for document in knowledge.documents()], "caches": knowledge.totals()}
 
 
-async def _server_sent(events: Any, cancel: threading.Event) -> AsyncIterator[str]:
+async def _server_sent(request: Request, events: Any, cancel: threading.Event) -> AsyncIterator[str]:
     """Write events as they come; a reader that goes away cancels the answer."""
     end: Any = object()
     step = None
     try:
         while True:
             step = asyncio.ensure_future(run_in_threadpool(next, events, end))
-            event: Event = await asyncio.shield(step)
+            while not step.done():
+                await asyncio.wait({step}, timeout=DISCONNECT_CHECK_S)
+                if await request.is_disconnected():
+                    return
+            event: Event = step.result()
             if event is end:
                 return
             yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
@@ -179,23 +186,41 @@ def _close_after(step: Any, events: Any) -> None:
         step.add_done_callback(close)
 
 
-async def _guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Refuse what does not come from a page of ours, and bodies that are too large.
+class Guard:
+    """Refuses what does not come from a page of ours, and bodies that are too large.
 
     A server on loopback is reachable from every page that the browser shows: hence the host must be this machine's
     (no DNS rebinding), and whoever changes something must be our own page.
     """
-    host = urlsplit(f"//{request.headers.get('host', '')}")
-    origin = request.headers.get("origin")
-    problem = None
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it with what is wrong."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        problem = _problem(scope["method"], Headers(scope=scope))
+        app = self.app if problem is None else JSONResponse({"error": problem[1]}, problem[0])
+        await app(scope, receive, send_guarded)
+
+
+def _problem(method: str, headers: Headers) -> tuple[int, str] | None:
+    host = urlsplit(f"//{headers.get('host', '')}")
+    origin = headers.get("origin")
     if host.hostname not in LOCAL_HOSTS:
-        problem = (403, "This chat answers on this machine's own address only.")
-    elif origin is not None and urlsplit(origin).netloc != host.netloc:
-        problem = (403, "The request came from another page.")
-    elif request.method == "POST" and "content-length" not in request.headers:
-        problem = (411, "The request does not say how long it is.")
-    elif int(request.headers.get("content-length", "0")) > MAX_BODY:
-        problem = (413, f"That is too large: {MAX_BYTES // 1_000_000} MB is the most this chat takes.")
-    response = await call_next(request) if problem is None else JSONResponse({"error": problem[1]}, problem[0])
-    response.headers.update(HEADERS)
-    return response
+        return 403, "This chat answers on this machine's own address only."
+    if origin is not None and urlsplit(origin).netloc != host.netloc:
+        return 403, "The request came from another page."
+    if method == "POST" and "content-length" not in headers:
+        return 411, "The request does not say how long it is."
+    if int(headers.get("content-length", "0")) > MAX_BODY:
+        return 413, f"That is too large: {MAX_BYTES // 1_000_000} MB is the most this chat takes."
+    return None
