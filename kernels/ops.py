@@ -52,7 +52,8 @@ def _checked(choice: str, source: str) -> str:
     return choice
 
 
-_from_environment = _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
+def _choice() -> str:
+    return _forced or _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def _say_once(reason: str) -> None:
 
 def _triton_for(*tensors: torch.Tensor) -> Any:
     """Return the module of Triton kernels if these tensors take them, else `None`."""
-    choice = _forced or _from_environment
+    choice = _choice()
     if choice == "reference" or (choice == "auto" and not tensors[0].is_cuda):
         return None
     kernels = _triton_ops()
@@ -104,8 +105,12 @@ def _triton_for(*tensors: torch.Tensor) -> Any:
 
 
 def in_use(device: torch.device | str) -> str:
-    """Name the implementation that tensors on `device` take, for reports: `"triton 3.7.1"` or `"pytorch"`."""
-    choice = _forced or _from_environment
+    """Name the implementation that tensors on `device` take, for reports: `"triton 3.7.1"` or `"pytorch"`.
+
+    Raises:
+        ValueError: If the environment variable is none of `CHOICES`.
+    """
+    choice = _choice()
     is_gpu = torch.device(device).type == "cuda"
     if choice == "reference" or (choice == "auto" and not is_gpu) or _triton_ops() is None:
         return "pytorch"

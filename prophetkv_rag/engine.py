@@ -28,6 +28,7 @@ from prophetkv_rag.generation import (
     stopped_before_prefill,
 )
 from prophetkv_rag.interrupt import Interrupted, InterruptibleLock
+from prophetkv_rag.kernels import ops
 from prophetkv_rag.layout import Message, PromptLayout, PromptReader
 from prophetkv_rag.library import ChunkLibrary
 from prophetkv_rag.model import load_model, model_fingerprint, tokenizer_fingerprint
@@ -82,6 +83,10 @@ class ProphetKVEngine:
             profile = profile if isinstance(profile, Profile) else load_profile(profile)
             self.config = profile.apply_to(self.config, model_fingerprint=fingerprint)
         make_strategy(self.config.strategy)
+        try:
+            ops.in_use(model.device)
+        except ValueError as error:  # a wrong environment variable
+            raise InputError(str(error)) from None
         self.store = store if store is not None else MemoryStore()
         self.model_lock = model_lock(model)
         self.support = probe_model(model)

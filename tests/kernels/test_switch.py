@@ -10,9 +10,11 @@ import sys
 import pytest
 import torch
 
+from prophetkv_rag import InputError, ProphetKVEngine
 from prophetkv_rag.cli.app import main
 from prophetkv_rag.evaluation import kernel_bench
 from prophetkv_rag.kernels import ops
+from tests.tiny import tiny_llama
 
 
 def test_tensors_on_a_cpu_take_pytorch(monkeypatch):
@@ -87,3 +89,9 @@ def test_bench_kernels_without_a_device(capsys, monkeypatch):
 def test_bench_kernels_refuses(arguments, said, capsys):
     assert main(["bench", "kernels", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_wrong_variable_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ops.VARIABLE, "cuda")
+    with pytest.raises(InputError, match="PROPHETKV_KERNELS is 'cuda'; allowed: auto, triton, reference"):
+        ProphetKVEngine(tiny_llama(), None)
