@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -57,6 +58,13 @@ def test_untrusted_text_stays_text(engine: ProphetKVEngine) -> None:
     assert "<i>Who" not in html
     assert "&lt;i&gt;Who&lt;/i&gt;?" in html
     assert "http" not in html  # nothing is fetched
+
+
+def test_a_token_alone_is_escaped_too(engine: ProphetKVEngine) -> None:
+    """Every token has an element of its own here, and "<" alone would pass for text in a parser."""
+    html = engine.prefill(PROMPT, recompute_ratio=1.0).report.to_html()
+    known = "html|head|meta|title|style|body|main|div|h1|h2|p|b|i|ul|li|span|section|header|code|pre"
+    assert re.findall(rf"<(?!/?(?:{known})\b|!doctype html>)", html) == []
 
 
 def test_every_recomputed_token_is_underlined(engine: ProphetKVEngine) -> None:
