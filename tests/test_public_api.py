@@ -23,7 +23,15 @@ PUBLIC = {
         "UnknownModelError",
         "UnsupportedModelError",
     ],
-    "prophetkv_rag.integrations.llama_index": ["MiniLMEmbedding", "ProphetKVChromaVectorStore", "ProphetKVLLM"],
+    "prophetkv_rag.integrations.llama_index": [
+        "AlteredTextCache",
+        "MiniLMEmbedding",
+        "ProphetKVChromaVectorStore",
+        "ProphetKVLLM",
+        "ProphetKVSynthesizer",
+        "ReuseReportEvent",
+        "configure",
+    ],
     "prophetkv_rag.selection": [
         "QueryContext",
         "Selection",
