@@ -3,8 +3,8 @@
 Sentence windows, compressed and merged nodes reach the prompt as texts that were never indexed, so nothing in it could
 be recognised. `AlteredTextCache` listens, by LlamaIndex's instrumentation, to what response synthesizers are given, and
 registers the texts that are unknown: the first prompt that holds one computes its cache, and later ones reuse it. It
-only ever makes texts known. Which of them stand in a prompt is still found in the prompt itself, so interleaved streams,
-threads and tasks cannot mix each other's up.
+only ever makes texts known. Which of them stand in a prompt is still found in the prompt itself, so interleaved
+streams, threads and tasks cannot mix each other's up.
 """
 
 from __future__ import annotations
