@@ -163,7 +163,7 @@ def sub_questions(town: Town) -> Any:
 
 
 def small_window(town: Town) -> Any:
-    town.llm = ScriptedLLM(engine=town.engine, max_new_tokens=8, context_window=720)
+    town.llm = ScriptedLLM(engine=town.engine, max_new_tokens=8, context_window=680)
     return town.query_engine()
 
 
