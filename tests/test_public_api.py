@@ -25,6 +25,7 @@ PUBLIC = {
     ],
     "prophetkv_rag.integrations.llama_index": [
         "AlteredTextCache",
+        "CallRefusedError",
         "MiniLMEmbedding",
         "ProphetKVChromaVectorStore",
         "ProphetKVLLM",

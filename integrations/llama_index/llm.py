@@ -29,6 +29,7 @@ from prophetkv_rag.integrations.llama_index.async_stream import iterate_in_threa
 from prophetkv_rag.integrations.llama_index.events import ReportAnnouncer
 from prophetkv_rag.integrations.llama_index.messages import Message, message_text, to_template_messages
 from prophetkv_rag.integrations.llama_index.predict import QueryAwareLLM
+from prophetkv_rag.integrations.llama_index.refusal import refusing
 from prophetkv_rag.integrations.llama_index.responses import responses, to_chat_response, to_completion
 from prophetkv_rag.prompt import Prompt
 
@@ -70,6 +71,8 @@ class ProphetKVLLM(QueryAwareLLM):
     generation. LlamaIndex's chat engines read their stream to its end in a thread of their own, whoever listens: give
     them `llm.cancelled_by(event)`, and set the event. `deadline_s` ends an answer after so many seconds as it is then
     (`raw["finish_reason"]` says `"deadline"`), or by `DeadlineError` if it had not begun.
+
+    **Errors.** A prompt that does not fit, and a setting that makes no sense, are a `CallRefusedError`.
 
     Example:
         ```python
@@ -247,7 +250,8 @@ class ProphetKVLLM(QueryAwareLLM):
 
     def _generate(self, prompt: AnyPrompt, kwargs: dict[str, Any]) -> GenerationResult:
         announce = ReportAnnouncer(self.model_name)
-        result = self.engine.generate(prompt, cancel=self._cancel, **self._options(kwargs))
+        with refusing():
+            result = self.engine.generate(prompt, cancel=self._cancel, **self._options(kwargs))
         self._last_report = result.report
         announce(result.report)
         return result
@@ -259,7 +263,7 @@ class ProphetKVLLM(QueryAwareLLM):
         chunks = self.engine.stream(prompt, cancel=self._cancel or cancel, **self._options(kwargs))
 
         def recorded() -> Generator[StreamChunk, None, None]:
-            with closing(chunks):
+            with closing(chunks), refusing():
                 for chunk in chunks:
                     self._last_report = chunk.report
                     announce(chunk.report)

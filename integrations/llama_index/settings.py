@@ -21,7 +21,7 @@ def configure(llm: ProphetKVLLM, *, chunk_size: int | None = None, chunk_overlap
 
     LlamaIndex counts tokens with the tokenizer of an OpenAI model unless it is told otherwise. Text that this model
     needs more tokens for (code, numbers, other languages) then passes LlamaIndex's check and is refused by the model
-    (`ContextWindowError`). With the model's own tokenizer, prompts are packed to its real window and chunks have the
+    (`CallRefusedError`). With the model's own tokenizer, prompts are packed to its real window and chunks have the
     length that they are said to have.
 
     What was made before keeps its settings: call it first, and again for another model. `Settings.node_parser` is

@@ -43,7 +43,7 @@ class ProphetKVSynthesizer(BaseSynthesizer):
         **fields: Other arguments of `BaseSynthesizer`, such as `callback_manager`.
 
     Raises:
-        ContextWindowError: From `synthesize`, if the prompt is too long.
+        CallRefusedError: From `synthesize`, if the prompt is too long.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from llama_index.core.schema import Document, NodeWithScore, TextNode
 
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import ContextWindowError, InputError
-from prophetkv_rag.integrations.llama_index import ProphetKVLLM, configure
+from prophetkv_rag.integrations.llama_index import CallRefusedError, ProphetKVLLM, configure
 from tests.integrations.rag import QUESTION
 from tests.integrations.scripted import ScriptedLLM
 
@@ -44,9 +45,22 @@ def ask(llm: ProphetKVLLM, texts: list[str], mode: str = "compact") -> Any:
     return get_response_synthesizer(llm=llm, response_mode=mode).synthesize(QUESTION, nodes)
 
 
-def test_without_it_a_prompt_passes_the_check_and_is_refused(chat_engine: ProphetKVEngine) -> None:
-    with pytest.raises(ContextWindowError):
-        ask(ProphetKVLLM(engine=chat_engine, max_new_tokens=8), [dense(400, seed) for seed in range(6)])
+@pytest.mark.parametrize("mode", ["compact", "tree_summarize"])
+def test_without_it_a_prompt_passes_the_check_and_is_refused(mode: str, chat_engine: ProphetKVEngine) -> None:
+    """And says so: `compact` would turn a ValueError into the answer "Empty Response"."""
+    with pytest.raises(CallRefusedError, match="the prompt has") as caught:
+        ask(ProphetKVLLM(engine=chat_engine, max_new_tokens=8), [dense(400, seed) for seed in range(6)], mode)
+    assert isinstance(caught.value.__cause__, ContextWindowError)
+
+
+@pytest.mark.parametrize("style", ["complete", "stream_complete", "acomplete"])
+def test_bad_settings_are_refused_too(style: str, chat_engine: ProphetKVEngine) -> None:
+    llm = ProphetKVLLM(engine=chat_engine, strategy="nonsense")
+    with pytest.raises(CallRefusedError, match="nonsense"):
+        if style == "acomplete":
+            asyncio.run(llm.acomplete("Hi"))
+        else:
+            list(getattr(llm, style)("Hi"))
 
 
 @pytest.mark.parametrize("mode", ["compact", "compact_accumulate", "simple_summarize"])

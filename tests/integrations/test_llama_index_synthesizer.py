@@ -11,8 +11,8 @@ from llama_index.core.llms import MockLLM
 from llama_index.core.schema import NodeWithScore, TextNode
 
 from prophetkv_rag.engine import ProphetKVEngine
-from prophetkv_rag.errors import ContextWindowError, InputError
-from prophetkv_rag.integrations.llama_index import ProphetKVLLM, ProphetKVSynthesizer
+from prophetkv_rag.errors import InputError
+from prophetkv_rag.integrations.llama_index import CallRefusedError, ProphetKVLLM, ProphetKVSynthesizer
 from prophetkv_rag.prompt import Prompt
 from tests.integrations.rag import QUESTION, TEXTS, CallLog, chunk_key
 from tests.tiny import text_of
@@ -83,7 +83,7 @@ def test_own_template_and_errors(fresh_engine: ProphetKVEngine, call_log: CallLo
         ProphetKVSynthesizer(llm, text_qa_template=PromptTemplate("{query_str}")).synthesize(QUESTION, [node])
     with pytest.raises(InputError, match="MockLLM"):
         ProphetKVSynthesizer(MockLLM())
-    with pytest.raises(ContextWindowError):
+    with pytest.raises(CallRefusedError, match="context window"):
         ProphetKVSynthesizer(llm).synthesize(QUESTION, [NodeWithScore(node=TextNode(text=text_of(4000)))] * 2)
 
 
