@@ -11,8 +11,8 @@ from prophetkv_rag.errors import InputError, ProphetKVError
 class CallRefusedError(ProphetKVError, RuntimeError):
     """The engine refuses a prompt or a setting (`__cause__` says which: `ContextWindowError`, `InputError`).
 
-    It is no `ValueError`: LlamaIndex's refining synthesizers, the default ones, take those for a badly formatted answer,
-    log them, and answer "Empty Response".
+    It is no `ValueError`: LlamaIndex's refining synthesizers, the default ones, take those for a badly formatted
+    answer, log them, and answer "Empty Response".
     """
 
 

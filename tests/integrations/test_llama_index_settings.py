@@ -56,11 +56,13 @@ def test_without_it_a_prompt_passes_the_check_and_is_refused(mode: str, chat_eng
 @pytest.mark.parametrize("style", ["complete", "stream_complete", "acomplete"])
 def test_bad_settings_are_refused_too(style: str, chat_engine: ProphetKVEngine) -> None:
     llm = ProphetKVLLM(engine=chat_engine, strategy="nonsense")
+    calls = {
+        "complete": lambda: llm.complete("Hi"),
+        "stream_complete": lambda: list(llm.stream_complete("Hi")),
+        "acomplete": lambda: asyncio.run(llm.acomplete("Hi")),
+    }
     with pytest.raises(CallRefusedError, match="nonsense"):
-        if style == "acomplete":
-            asyncio.run(llm.acomplete("Hi"))
-        else:
-            list(getattr(llm, style)("Hi"))
+        calls[style]()
 
 
 @pytest.mark.parametrize("mode", ["compact", "compact_accumulate", "simple_summarize"])
