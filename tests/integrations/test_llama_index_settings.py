@@ -28,6 +28,7 @@ def settings() -> Iterator[None]:
     tokenizer = llama_index.core.global_tokenizer
     for name in FIELDS:
         setattr(Settings, name, None)
+    llama_index.core.global_tokenizer = None
     yield
     for name, value in kept.items():
         setattr(Settings, name, value)

@@ -56,5 +56,5 @@ def test_function_agents_are_refused(llm: ProphetKVLLM) -> None:
     async def talk() -> None:
         await FunctionAgent(tools=[], llm=llm).run("Hello")
 
-    with pytest.raises(ValueError, match="function calling"):
+    with pytest.raises(ValueError, match="FunctionCallingLLM"):
         asyncio.run(talk())
