@@ -159,7 +159,12 @@ class PromptReader:
         pieces = _Pieces()
         fresh = self.tokens.fresh(prompt.prefix, first=True)
         glue = self.tokens.fresh(prompt.glue)
+        if len(prompt.leads) not in (0, len(prompt.chunks)):
+            msg = f"the prompt has {len(prompt.leads)} leads, {len(prompt.chunks)} chunks; give one for each, or none"
+            raise InputError(msg)
         for number, chunk in enumerate(prompt.chunks):
+            if prompt.leads:
+                fresh = [*fresh, *self.tokens.fresh(prompt.leads[number])]
             if isinstance(chunk, str):
                 text = chunk.strip()
                 lead, tail = chunk[: len(chunk) - len(chunk.lstrip())], chunk[len(chunk.rstrip()) :]

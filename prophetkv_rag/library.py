@@ -59,6 +59,7 @@ class ChunkLibrary:
         self.chunk_index = ChunkIndex()
         self._owners_lock = threading.Lock()  # references and the index change together
         self._has_warned = False
+        self._registered: set[str] = set()  # keys whose text the index knows and the store does not
         self._describe(None)
         for key, entry in store.entries(identity.fingerprint):
             self.chunk_index.add(key, entry)
@@ -102,7 +103,7 @@ class ChunkLibrary:
             if key in wanted and entry is None:
                 continue
             wanted[key] = (input_ids, entry)
-            is_unknown_text = entry is not None and key not in self.chunk_index
+            is_unknown_text = entry is not None and (key not in self.chunk_index or key in self._registered)
             if key not in self.store or (is_unknown_text and not self._learn_text(key, input_ids, entry)):
                 missing[key] = (input_ids, entry)
         self._compute(missing, progress)
@@ -111,9 +112,36 @@ class ChunkLibrary:
             for key, (_, entry) in wanted.items():
                 if entry is not None:
                     self.chunk_index.add(key, entry)
+                    self._registered.discard(key)
         # Another owner may have dropped a cache between the look above and our reference, which holds it from now on.
         self._compute({key: chunk for key, chunk in wanted.items() if not self.store.knows(key)}, None)
         return keys
+
+    def register(self, text: str, *, owner: str) -> str | None:
+        """Find a text in prompts from now on; its cache is computed, and stored, by the first prompt that holds it.
+
+        Unlike `add` this runs no model, and only this process learns the text. `remove` undoes it.
+
+        Returns:
+            The chunk's key; `None` for a text too short to be found, and for one that is known already: whoever added
+            that one says how long it lives.
+
+        Raises:
+            ContextWindowError: If the text is longer than the model's context window.
+        """
+        entry = text_entry(text)
+        if entry is None:
+            return None
+        input_ids = self.tokens.chunk(text.strip())
+        self._check_length("the text", input_ids, self.context_window)
+        key = self.identity.key(input_ids)
+        with self._owners_lock:
+            if key in self.chunk_index:
+                return None
+            self.store.add_references(owner, [key])
+            self._registered.add(key)
+            self.chunk_index.add(key, entry)
+        return key
 
     def _learn_text(self, key: str, input_ids: Sequence[int], entry: TextEntry | None) -> bool:
         """Record the text of a chunk that was stored by its token ids alone; returns whether its cache is good."""
@@ -128,6 +156,7 @@ class ChunkLibrary:
             deleted = self.store.drop_references(owner, keys)
             for key in deleted:
                 self.chunk_index.remove(key)
+                self._registered.discard(key)
         return deleted
 
     def _chunk_ids(self, number: int, chunk: str | Sequence[int]) -> tuple[list[int], TextEntry | None]:

@@ -24,6 +24,7 @@ class Prompt:
         query: The question, where it is known apart from the suffix. Its tokens then ask in stage I if the suffix
             does not contain them, or if `ProphetKVConfig.query_scope` is `"question"`.
         glue: Put between two neighbouring chunks.
+        leads: What stands directly before each chunk (a header with its source, say), one for each chunk; or nothing.
     """
 
     prefix: TextOrIds
@@ -31,3 +32,4 @@ class Prompt:
     suffix: TextOrIds
     query: TextOrIds | None = None
     glue: TextOrIds = ""
+    leads: Sequence[TextOrIds] = ()

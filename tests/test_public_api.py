@@ -24,9 +24,14 @@ PUBLIC = {
         "UnsupportedModelError",
     ],
     "prophetkv_rag.integrations.llama_index": [
+        "AlteredTextCache",
+        "CallRefusedError",
         "MiniLMEmbedding",
         "ProphetKVChromaVectorStore",
         "ProphetKVLLM",
+        "ProphetKVSynthesizer",
+        "ReuseReportEvent",
+        "configure",
         "prompt_template_of",
     ],
     "prophetkv_rag.selection": [

@@ -12,7 +12,7 @@ from tests.integrations.rag import HashingEmbedding
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "examples" / "quickstart_llama_index.py"
+EXAMPLE = ROOT / "examples" / "quickstart.py"
 
 
 def quickstart() -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,16 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import default_completion_to_prompt
+from llama_index.core.prompts import BasePromptTemplate
 
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.llama_index.async_stream import iterate_in_thread, last_item
+from prophetkv_rag.integrations.llama_index.events import ReportAnnouncer
 from prophetkv_rag.integrations.llama_index.messages import Message, message_text, to_template_messages
 from prophetkv_rag.integrations.llama_index.predict import QueryAwareLLM
+from prophetkv_rag.integrations.llama_index.refusal import refusing
 from prophetkv_rag.integrations.llama_index.responses import responses, to_chat_response, to_completion
+from prophetkv_rag.prompt import Prompt
 
 if TYPE_CHECKING:
     from prophetkv_rag.config import ProphetKVConfig
@@ -35,9 +40,12 @@ if TYPE_CHECKING:
     from prophetkv_rag.report import ReuseReport
     from prophetkv_rag.store.base import ChunkStore
 
-Prompt = str | list[Message]
+AnyPrompt = str | list[Message] | Prompt
 
-CALL_OPTIONS = ("max_new_tokens", "temperature", "top_p", "stop", "seed", "strategy", "recompute_ratio", "query")
+CALL_OPTIONS = (
+    *("max_new_tokens", "temperature", "top_p", "stop", "seed"),
+    *("strategy", "recompute_ratio", "query", "deadline_s"),
+)
 """Keyword arguments of a single call that reach the engine; `max_tokens` is read as `max_new_tokens`."""
 
 
@@ -51,15 +59,20 @@ class ProphetKVLLM(QueryAwareLLM):
     nothing to this model are ignored.
 
     **Where the reuse report is.** Every `ChatResponse` and `CompletionResponse` carries it in `raw`, as plain numbers.
-    A query engine's `Response` does not keep `raw`; there are two ways to see it nevertheless:
+    A query engine's `Response` does not keep `raw`; there are other ways to see it nevertheless:
 
     - `llm.last_report`, the report of the most recent call on this object: enough for scripts and notebooks.
-    - LlamaIndex's instrumentation, for every call of a query (`refine` makes one per chunk) and for many threads:
-      `LLMChatEndEvent.response.raw`, or `LLMCompletionEndEvent.response.raw` for a model without a chat template.
-      Wrap a query in `instrument_tags({"request": 7})` to find its events by `event.tags`.
+    - LlamaIndex's instrumentation, for every call of a query (`refine` makes one per chunk) and for many threads: a
+      `ReuseReportEvent` before a call's first token, and `raw` in `LLMChatEndEvent.response`, or
+      `LLMCompletionEndEvent.response` for a model without a chat template. Wrap a query in
+      `instrument_tags({"request": 7})` to find its events by `event.tags`.
 
-    Async methods never block the event loop. Leaving a stream early, or cancelling a task, stops the generation (but
-    LlamaIndex's chat engines read their stream to its end in a thread of their own, whoever listens).
+    **Stopping.** Async methods never block the event loop. Leaving a stream early, or cancelling a task, stops the
+    generation. LlamaIndex's chat engines read their stream to its end in a thread of their own, whoever listens: give
+    them `llm.cancelled_by(event)`, and set the event. `deadline_s` ends an answer after so many seconds as it is then
+    (`raw["finish_reason"]` says `"deadline"`), or by `DeadlineError` if it had not begun.
+
+    **Errors.** A prompt that does not fit, and a setting that makes no sense, are a `CallRefusedError`.
 
     Example:
         ```python
@@ -80,9 +93,11 @@ class ProphetKVLLM(QueryAwareLLM):
     recompute_ratio: float | None = Field(
         default=None, description="Share of chunk tokens recomputed; None for the engine's setting.", ge=0.0, le=1.0
     )
+    deadline_s: float | None = Field(default=None, description="Seconds that one call may take; None for no limit.")
 
     _engine: Any = PrivateAttr(default=None)
     _last_report: Any = PrivateAttr(default=None)
+    _cancel: Any = PrivateAttr(default=None)
 
     def __init__(self, engine: ProphetKVEngine | None = None, **fields: Any) -> None:
         if engine is None or engine.tokenizer is None:
@@ -130,9 +145,13 @@ class ProphetKVLLM(QueryAwareLLM):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """Window, answer length, and whether the model chats: it does if its tokenizer has a chat template."""
+        """Window, answer length, and whether the model chats: it does if its tokenizer has a chat template.
+
+        LlamaIndex counts the words of messages, not what the chat template writes around them: the window given here is
+        smaller by that.
+        """
         return LLMMetadata(
-            context_window=self.context_window,
+            context_window=max(1, self.context_window - self._template_tokens()),
             num_output=self.max_new_tokens,
             is_chat_model=self.engine.has_chat_template,
             model_name=self.model_name,
@@ -146,6 +165,22 @@ class ProphetKVLLM(QueryAwareLLM):
         """
         return self._last_report
 
+    def render(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        """Return the whole text that the model reads for a filled template, its chat template's words included."""
+        if not self.metadata.is_chat_model:
+            return self._get_prompt(prompt, **prompt_args)
+        messages = self._from_messages(self._get_messages(prompt, **prompt_args))
+        return messages if isinstance(messages, str) else self.engine.library.tokens.render(messages)
+
+    def cancelled_by(self, event: threading.Event) -> ProphetKVLLM:
+        """Return a copy on the same engine whose calls all stop once `event` is set, with what they have by then.
+
+        For callers who cannot close the stream themselves: `index.as_chat_engine(llm=llm.cancelled_by(event))`.
+        """
+        twin = self.model_copy()
+        twin._cancel = event
+        return twin
+
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer chat messages."""
@@ -154,7 +189,7 @@ class ProphetKVLLM(QueryAwareLLM):
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Async twin of `chat`; cancelling it stops the generation."""
-        return to_chat_response(await last_item(self._stream(self._from_messages(messages), kwargs)))
+        return to_chat_response(await self._finish(self._from_messages(messages), kwargs))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
@@ -164,29 +199,29 @@ class ProphetKVLLM(QueryAwareLLM):
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """Async twin of `stream_chat`."""
-        return iterate_in_thread(responses(self._stream(self._from_messages(messages), kwargs), to_chat_response))
+        return self._astream(self._from_messages(messages), kwargs, to_chat_response)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt: as one user message if the model chats, or as it stands if `formatted`."""
-        return to_completion(self._generate(self._from_text(prompt, formatted), kwargs))
+        return to_completion(self._generate(self._from_text(prompt, formatted, kwargs), kwargs))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Async twin of `complete`; cancelling it stops the generation."""
-        return to_completion(await last_item(self._stream(self._from_text(prompt, formatted), kwargs)))
+        return to_completion(await self._finish(self._from_text(prompt, formatted, kwargs), kwargs))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """Answer a prompt piece by piece."""
-        return responses(self._stream(self._from_text(prompt, formatted), kwargs), to_completion)
+        return responses(self._stream(self._from_text(prompt, formatted, kwargs), kwargs), to_completion)
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """Async twin of `stream_complete`."""
-        return iterate_in_thread(responses(self._stream(self._from_text(prompt, formatted), kwargs), to_completion))
+        return self._astream(self._from_text(prompt, formatted, kwargs), kwargs, to_completion)
 
-    def _from_messages(self, messages: Sequence[ChatMessage]) -> Prompt:
+    def _from_messages(self, messages: Sequence[ChatMessage]) -> str | list[Message]:
         """Return what the engine takes: template messages, or text where the model or the caller has another format."""
         if self.engine.has_chat_template and self.messages_to_prompt is generic_messages_to_prompt:
             return to_template_messages(messages, self.engine.tokenizer)
@@ -194,7 +229,9 @@ class ProphetKVLLM(QueryAwareLLM):
             message_text(message)  # refuses images, which a text format would silently leave out
         return self.messages_to_prompt(messages)
 
-    def _from_text(self, prompt: str, formatted: bool) -> Prompt:
+    def _from_text(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> AnyPrompt:
+        if isinstance(kwargs.get("parts"), Prompt):  # from ProphetKVSynthesizer, which knows where the chunks are
+            return kwargs["parts"]
         if formatted:
             return prompt
         if self.completion_to_prompt is not default_completion_to_prompt:
@@ -211,21 +248,47 @@ class ProphetKVLLM(QueryAwareLLM):
         fields = {name: getattr(self, name) for name in CALL_OPTIONS if name in type(self).model_fields}
         return fields | call
 
-    def _generate(self, prompt: Prompt, kwargs: dict[str, Any]) -> GenerationResult:
-        result = self.engine.generate(prompt, **self._options(kwargs))
+    def _generate(self, prompt: AnyPrompt, kwargs: dict[str, Any]) -> GenerationResult:
+        announce = ReportAnnouncer(self.model_name)
+        with refusing():
+            result = self.engine.generate(prompt, cancel=self._cancel, **self._options(kwargs))
         self._last_report = result.report
+        announce(result.report)
         return result
 
-    def _stream(self, prompt: Prompt, kwargs: dict[str, Any]) -> Generator[StreamChunk, None, None]:
-        chunks = self.engine.stream(prompt, **self._options(kwargs))
+    def _stream(
+        self, prompt: AnyPrompt, kwargs: dict[str, Any], cancel: threading.Event | None = None
+    ) -> Generator[StreamChunk, None, None]:
+        announce = ReportAnnouncer(self.model_name)
+        chunks = self.engine.stream(prompt, cancel=self._cancel or cancel, **self._options(kwargs))
 
         def recorded() -> Generator[StreamChunk, None, None]:
-            with closing(chunks):
+            with closing(chunks), refusing():
                 for chunk in chunks:
                     self._last_report = chunk.report
+                    announce(chunk.report)
                     yield chunk
 
         return recorded()
+
+    async def _finish(self, prompt: AnyPrompt, kwargs: dict[str, Any]) -> StreamChunk:
+        left = threading.Event()  # a call that waits for the model is stopped too
+        return await last_item(self._stream(prompt, kwargs, left), on_leave=left.set)
+
+    def _astream(
+        self, prompt: AnyPrompt, kwargs: dict[str, Any], to_response: Callable[..., Any]
+    ) -> AsyncGenerator[Any, None]:
+        left = threading.Event()
+        return iterate_in_thread(responses(self._stream(prompt, kwargs, left), to_response), on_leave=left.set)
+
+    def _template_tokens(self) -> int:
+        """Return how many tokens the chat template adds to a system and a user message."""
+        if not self.engine.has_chat_template:
+            return 0
+        messages = [ChatMessage(role=role, content="x") for role in ("system", "user")]
+        tokens = self.engine.library.tokens
+        rendered = tokens.render(to_template_messages(messages, self.engine.tokenizer))
+        return len(tokens.fresh(rendered, first=True)) - len(messages)
 
 
 def _name_of(model: Any) -> str:

@@ -1,13 +1,15 @@
-"""The four template-level calls of an LLM, which know the question before it is flattened into the prompt.
+"""The template-level calls of an LLM, which know the question before it is flattened into the prompt.
 
 Response synthesizers call `predict`, `stream`, `apredict` or `astream` with a template and its variables. Here the
 question (`query_str`) is still apart from the context, so it is handed to the model as `query=`: ProphetKV scores the
-cached tokens by it. Otherwise these methods do what `LLM`'s own do. Nothing is kept between calls: the question travels
-as an argument, so threads, tasks and interleaved streams cannot see each other's.
+cached tokens by it. Otherwise these methods do what `LLM`'s own do, and the structured ones leave everything else to
+them. Nothing is kept between calls: the question travels as an argument, so threads, tasks and interleaved streams
+cannot see each other's.
 """
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Generator
 from typing import Any
 
 from llama_index.core.instrumentation.events.llm import LLMPredictEndEvent, LLMPredictStartEvent
@@ -90,6 +92,34 @@ class QueryAwareLLM(CustomLLM):
         text = self._get_prompt(prompt, **prompt_args)
         return await astream_completion_response_to_tokens(await self.astream_complete(text, formatted=True, **extra))
 
+    def structured_predict(
+        self, output_cls: Any, prompt: Any, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+    ) -> Any:
+        """Fill the template, run the model and return the answer as an `output_cls`, a pydantic model."""
+        prompt_args, llm_kwargs = _structured_args(prompt, prompt_args, llm_kwargs)
+        return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+
+    async def astructured_predict(
+        self, output_cls: Any, prompt: Any, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+    ) -> Any:
+        """Async twin of `structured_predict`."""
+        prompt_args, llm_kwargs = _structured_args(prompt, prompt_args, llm_kwargs)
+        return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+
+    def stream_structured_predict(
+        self, output_cls: Any, prompt: Any, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+    ) -> Generator[Any, None, None]:
+        """Yield the answer as an `output_cls`, as far as it goes."""
+        prompt_args, llm_kwargs = _structured_args(prompt, prompt_args, llm_kwargs)
+        return super().stream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+
+    async def astream_structured_predict(
+        self, output_cls: Any, prompt: Any, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+    ) -> AsyncGenerator[Any, None]:
+        """Async twin of `stream_structured_predict`."""
+        prompt_args, llm_kwargs = _structured_args(prompt, prompt_args, llm_kwargs)
+        return await super().astream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+
     def _start_predict(self, prompt: BasePromptTemplate, prompt_args: dict[str, Any]) -> dict[str, Any]:
         """Send the start events and return the repaired template variables."""
         prompt_args = join_context(prompt_args)
@@ -107,3 +137,10 @@ class QueryAwareLLM(CustomLLM):
         if prompt.output_parser is not None or self.output_parser is not None:
             msg = "Output parser is not supported for streaming."  # LlamaIndex's own words
             raise NotImplementedError(msg)
+
+
+def _structured_args(
+    prompt: BasePromptTemplate, prompt_args: dict[str, Any], llm_kwargs: dict[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the repaired template variables, and the model's arguments with the question among them."""
+    return join_context(prompt_args), {**query_kwargs(prompt, prompt_args), **(llm_kwargs or {})}

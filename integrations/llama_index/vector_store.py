@@ -15,6 +15,7 @@ from llama_index.vector_stores.chroma.base import _to_chroma_filter
 
 from prophetkv_rag.chroma import KVCachingCollection
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.integrations.llama_index.altered import forget_altered
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
@@ -103,6 +104,7 @@ class ProphetKVChromaVectorStore(ChromaVectorStore):
                 metadatas=[self._metadata_of(node, old_metadata.get(node.node_id)) for node in batch],
                 documents=[node.get_content(metadata_mode=MetadataMode.NONE) for node in batch],
             )
+            forget_altered(self._engine, old_metadata)
         return [node.node_id for node in nodes]
 
     def _metadata_of(self, node: BaseNode, old: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -117,6 +119,11 @@ class ProphetKVChromaVectorStore(ChromaVectorStore):
         where = _to_chroma_filter(filters) if filters is not None else {}
         return self._get(None, where=where, ids=node_ids).nodes
 
+    def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
+        """Delete the nodes of a document."""
+        super().delete(ref_doc_id, **delete_kwargs)
+        forget_altered(self._engine, [ref_doc_id])
+
     def delete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
     ) -> None:
@@ -124,12 +131,19 @@ class ProphetKVChromaVectorStore(ChromaVectorStore):
         where = _to_chroma_filter(filters) if filters is not None else None
         if where and node_ids is None:
             self._collection.delete(where=where)
+            forget_altered(self._engine, None)
         elif node_ids:
             self._collection.delete(ids=node_ids, where=where or None)
+            forget_altered(self._engine, node_ids)
 
     def clear(self) -> None:
         """Delete every node."""
         self._collection.delete(ids=self._collection.get(include=[])["ids"])
+        forget_altered(self._engine, None)
+
+    @property
+    def _engine(self) -> ProphetKVEngine:
+        return self._collection.engine
 
     async def aget_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
