@@ -82,9 +82,7 @@ class Conversations:
             msg = "This conversation is still answering the question before."
             raise InputError(msg)
         try:
-            llm = ProphetKVLLM(engine=self.knowledge.engine, max_new_tokens=self.max_new_tokens)
-            if hasattr(llm, "cancelled_by"):
-                llm = llm.cancelled_by(cancel)
+            llm = ProphetKVLLM(engine=self.knowledge.engine, max_new_tokens=self.max_new_tokens).cancelled_by(cancel)
             chat = ContextChatEngine.from_defaults(
                 retriever=self.knowledge.index.as_retriever(similarity_top_k=TOP_K),
                 llm=llm,
