@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from prophetkv_rag.cli import ask, bench, bench_quality, cache, calibrate, demo, doctor, index
+from prophetkv_rag.cli import ask, bench, bench_quality, cache, calibrate, demo, doctor, index, serve
 from prophetkv_rag.cli.console import PROGRAM, print_error
 from prophetkv_rag.errors import ProphetKVError
 
@@ -27,6 +27,7 @@ app.command()(index.index)
 app.command()(ask.ask)
 app.command()(demo.demo)
 app.command()(doctor.doctor)
+app.command()(serve.serve)
 bench.app.command()(bench_quality.quality)
 app.command()(calibrate.calibrate)
 app.add_typer(bench.app, name="bench")
