@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 Namespace = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 """Who refers to chunks: the cache of a chunk lives as long as one namespace (or local collection) has it."""
 
 _MAX_STOPS = 16
+
+
+def _encodable(text: str) -> str:
+    """Refuse text that is not Unicode: JSON can spell half a surrogate pair, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        msg = "is not valid Unicode (half of a surrogate pair)"
+        raise ValueError(msg) from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
 
 
 class _Body(BaseModel):
@@ -54,16 +67,16 @@ class StreamOptions(_Body):
 class ReuseOptions(_Body):
     """Our own extension of a chat request."""
 
-    strategy: str | None = None
+    strategy: Text | None = None
     recompute_ratio: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    query: str | None = None
+    query: Text | None = None
     deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class ChatRequest(_Body):
     """Body of `POST /v1/chat/completions`."""
 
-    model: str
+    model: Text
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -72,7 +85,7 @@ class ChatRequest(_Body):
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     n: int | None = None
     logprobs: bool | None = None
     tools: list[Any] | None = None
@@ -124,7 +137,7 @@ class ChatRequest(_Body):
 class PutChunks(_Body):
     """Body of `PUT /v1/chunks`."""
 
-    chunks: Annotated[list[str], Field(min_length=1)]
+    chunks: Annotated[list[Text], Field(min_length=1)]
     namespace: Namespace = "default"
 
 
@@ -132,16 +145,6 @@ class DeleteChunks(_Body):
     """Body of `DELETE /v1/chunks`: which chunks, by key or by text, or all of the namespace."""
 
     keys: list[str] = []
-    chunks: list[str] = []
+    chunks: list[Text] = []
     all: bool = False
     namespace: Namespace = "default"
-
-
-def _encodable(text: str) -> str:
-    """Refuse text that is not Unicode: JSON can spell half a surrogate pair, which no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        msg = "is not valid Unicode (half of a surrogate pair)"
-        raise ValueError(msg) from None
-    return text
