@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
+from prophetkv_rag.errors import DeadlineError
 from prophetkv_rag.server.disconnect import EventStream, unless_disconnected
 from prophetkv_rag.server.errors import as_api_error, model_not_found, shutting_down
 from prophetkv_rag.server.metrics import ServerMetrics
@@ -145,6 +146,8 @@ async def _next(ticket: Ticket[Piece], timeout_s: float) -> Piece | None:
     try:
         async with asyncio.timeout(timeout_s):
             return await anext(ticket)
+    except DeadlineError:  # a TimeoutError too, but the request's own
+        raise
     except TimeoutError:
         return None
 

@@ -91,9 +91,9 @@ def test_first_come_first_served(server: Running, pool: ThreadPoolExecutor) -> N
 def raw_request(server: Running, **more: Any) -> Iterator[socket.socket]:
     """A request on a socket of our own, which closes when the block ends."""
     body = json.dumps(server.body(*CHUNKS[:2], **more)).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=60) as raw:
-        raw.sendall(head.encode() + b"\r\n\r\n" + body)
+        raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         yield raw
 
 
@@ -215,15 +215,17 @@ def test_shutting_down(stream: bool) -> None:
 def test_shutting_down_cuts_what_takes_too_long(stream: bool) -> None:
     before = set(threading.enumerate())
     with ThreadPoolExecutor(max_workers=4) as pool, running(make_engine(), grace_s=1) as server:
-        answer = pool.submit(server.ask, max_tokens=FOREVER, stream=stream, question="Again " * 60)
-        wait_until(lambda: waiting(server)[0] == 1)
         slow = threading.Event()
         server.engine.model.register_forward_hook(lambda *_: slow.wait(0.02))
+        answer = pool.submit(server.ask, max_tokens=FOREVER, stream=stream)
+        wait_until(lambda: waiting(server)[0] == 1)
         server.server.should_exit = True
-        with pytest.raises((httpx.HTTPError, AssertionError)):
-            whole = answer.result()
-            assert whole.status_code == 200
-            assert "[DONE]" in whole.text or not stream
+        try:
+            response = answer.result()
+        except httpx.HTTPError:
+            pass
+        else:  # never half an answer that looks whole
+            assert response.status_code >= 500 or "[DONE]" not in response.text
     assert set(threading.enumerate()) <= before
 
 
