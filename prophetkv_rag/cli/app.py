@@ -23,6 +23,7 @@ from prophetkv_rag.cli import (
     demo,
     doctor,
     index,
+    serve,
 )
 from prophetkv_rag.cli.console import PROGRAM, print_error
 from prophetkv_rag.errors import ProphetKVError
@@ -41,6 +42,7 @@ app.command()(index.index)
 app.command()(ask.ask)
 app.command()(demo.demo)
 app.command()(doctor.doctor)
+app.command()(serve.serve)
 bench.app.command()(bench_ttft.ttft)
 bench.app.command()(bench_quality.quality)
 bench.app.command()(bench_kernels.kernels)

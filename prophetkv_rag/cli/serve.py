@@ -1,0 +1,203 @@
+"""`prophetkv-rag serve`: an OpenAI-compatible server on a database's caches, or on chunks that clients register."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prophetkv_rag.cli.console import print_json, progress_console, quiet_libraries, status
+from prophetkv_rag.cli.database import DEFAULT_DATABASE, find_settings, open_database, require_settings
+from prophetkv_rag.cli.model_choice import chosen_model
+from prophetkv_rag.errors import InputError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from prophetkv_rag.engine import ProphetKVEngine
+
+KEY_VARIABLE = "PROPHETKV_API_KEY"
+_LOOPBACK = ("localhost", "::1")
+
+
+def serve(
+    database: Annotated[
+        Path | None,
+        typer.Option(
+            "--database", "--db", help=f"Directory made by `prophetkv-rag index`; {DEFAULT_DATABASE} if it is there."
+        ),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Without a database: keep the caches of registered chunks here, not in memory.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Path or hub name; with a database, all its caches are computed for this one.")
+    ] = None,
+    model_name: Annotated[str | None, typer.Option(help="What clients call the model; its path's last part.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; the default serves this machine alone.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help=f"File with the API keys, one a line; else the variable {KEY_VARIABLE}.")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; further ones get status 429.")] = 32,
+    max_body: Annotated[int, typer.Option(min=1, help="Longest request body, in KiB.")] = 8192,
+    deadline: Annotated[float | None, typer.Option(help="Longest time for a request, waiting included, in s.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer where a request does not say.")] = 512,
+    strategy: Annotated[str, typer.Option(help="Which chunk tokens are recomputed.")] = "prophetkv",
+    recompute_ratio: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of chunk tokens recomputed: 0 plain reuse, 1 full prefill.")
+    ] = 0.2,
+    grace: Annotated[float, typer.Option(min=0.0, help="On shutdown, seconds for the answer that is running.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the server listens.")] = False,
+) -> None:
+    """Serve the model with OpenAI's chat API, reusing the KV caches of chunks found in prompts."""
+    create_app = _import_server()
+    from prophetkv_rag.config import ProphetKVConfig
+    from prophetkv_rag.selection import make_strategy
+    from prophetkv_rag.server.settings import ServerSettings
+
+    if database is not None and cache_dir is not None:
+        msg = "--database has its own caches; leave --cache-dir out"
+        raise InputError(msg)
+    make_strategy(strategy)
+    settings = ServerSettings(
+        model_name="model",
+        api_keys=_api_keys(api_key_file),
+        max_queue=max_queue,
+        max_body_bytes=max_body * 1024,
+        deadline_s=deadline,
+        default_max_tokens=max_new_tokens,
+    )
+    config = ProphetKVConfig(strategy=strategy, recompute_ratio=recompute_ratio)
+    console = progress_console()
+    if not settings.api_keys and not is_loopback(host):
+        console.print(
+            f"warning: listening on {host} without an API key: everybody who reaches this port can use the model and "
+            f"the chunks; set {KEY_VARIABLE} or --api-key-file",
+            markup=False,
+            soft_wrap=True,
+        )
+    with _bound_socket(host, port) as listening, _opened(database, cache_dir, model, config) as (engine, name):
+        settings = replace(settings, model_name=model_name or name)
+        app = create_app(engine, settings)
+        address = f"[{host}]" if ":" in host else host
+        url = f"http://{address}:{listening.getsockname()[1]}/v1"
+        if as_json:
+            ready = {"url": url, "model": settings.model_name, "chunks": len(engine.chunk_index)}
+            run_server(app, listening, grace, lambda: print_json(ready))
+        else:
+            text = f"{settings.model_name} at {url}, {len(engine.chunk_index)} chunks known; Ctrl-C stops it"
+            run_server(app, listening, grace, lambda: console.print(text, markup=False, soft_wrap=True))
+        console.print("stopped", markup=False)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on `host`."""
+    return host in _LOOPBACK or host.startswith("127.")
+
+
+def run_server(app: FastAPI, listening: socket.socket, grace_s: float, when_ready: Any) -> None:
+    """Serve until SIGINT or SIGTERM: then what waits is turned away, and what runs has `grace_s` to finish."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            when_ready()
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            app.state.services.drain()
+            await super().shutdown(sockets=sockets)
+
+    config = uvicorn.Config(
+        app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=max(1, round(grace_s))
+    )
+    # uvicorn raises the signal once more when it is done, which would end us before files are closed.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        Server(config).run(sockets=[listening])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _import_server() -> Any:
+    try:
+        import uvicorn  # noqa: F401
+
+        from prophetkv_rag.server.app import create_app
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
+            raise
+        msg = "this command needs a web server: pip install 'prophetkv-rag[server]'"
+        raise InputError(msg) from error
+    return create_app
+
+
+def _api_keys(file: Path | None) -> tuple[str, ...]:
+    if file is None:
+        key = os.environ.get(KEY_VARIABLE, "").strip()
+        return (key,) if key else ()
+    try:
+        keys = tuple(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"the API keys cannot be read from {file}: {getattr(error, 'strerror', None) or type(error).__name__}"
+        raise InputError(msg) from None
+    if not keys:
+        msg = f"{file} holds no API key; write one on a line of its own"
+        raise InputError(msg)
+    return keys
+
+
+@contextmanager
+def _bound_socket(host: str, port: int) -> Iterator[socket.socket]:
+    """Take the port before the model is loaded; connections are refused until the server listens on it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, port))
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            msg = f"cannot listen on {host}, port {port}: {reason}; choose another --port or --host"
+            raise InputError(msg) from error
+        yield listening
+
+
+@contextmanager
+def _opened(
+    database: Path | None, cache_dir: Path | None, model: str | None, config: Any
+) -> Iterator[tuple[ProphetKVEngine, str]]:
+    """Open the engine: a database's, or one on a plain store; yields it with the model's name."""
+    if database is None and cache_dir is None and find_settings(DEFAULT_DATABASE) is not None:
+        database = DEFAULT_DATABASE
+    remembered = require_settings(database) if database is not None else None
+    chosen = chosen_model(model, remembered.model if remembered else None)
+    quiet_libraries()
+    if database is not None and remembered is not None:
+        opened = open_database(database, replace(remembered, model=chosen), config=config)
+        try:
+            opened.bring_caches_up_to_date()
+            yield opened.engine, Path(chosen).name
+        finally:
+            opened.close()
+        return
+    from prophetkv_rag.engine import ProphetKVEngine
+    from prophetkv_rag.store.disk import DiskStore
+
+    with status(f"loading {Path(chosen).name}"):
+        store = DiskStore(cache_dir) if cache_dir is not None else None
+        engine = ProphetKVEngine.from_pretrained(chosen, config=config, store=store)
+    try:
+        yield engine, Path(chosen).name
+    finally:
+        engine.store.close()

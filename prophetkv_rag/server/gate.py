@@ -1,0 +1,109 @@
+"""What a request passes before anything else sees it: the API key, then the size of its body.
+
+A plain ASGI middleware: those built on Starlette's `BaseHTTPMiddleware` hide a client that goes away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from prophetkv_rag.server.errors import ApiError
+
+OPEN_PATHS = ("/health",)
+"""Answered without a key, for whoever watches whether the server is up."""
+
+_DRAINED_TIMES = 8
+"""A body that is too long is read and dropped, up to so many limits: most clients look for an answer only then."""
+
+
+class Gate:
+    """Lets a request through to the application, or answers 401 or 413."""
+
+    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], max_body_bytes: int) -> None:
+        """Stand in front of `app`; no check of keys if there are none."""
+        self.app = app
+        # Digests have one length, so comparing them tells nothing about a key's.
+        self._digests = [_digest(key) for key in api_keys]
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            headers = Headers(scope=scope)
+            self._check_key(scope["path"], headers)
+            body = await self._read_body(headers, receive)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        if body is not None:
+            await self.app(scope, _replay(body, receive), send)
+
+    def _check_key(self, path: str, headers: Headers) -> None:
+        if not self._digests or path in OPEN_PATHS:
+            return
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = _digest(key.strip())
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, whichever matches
+        if scheme.lower() == "bearer" and any(matches):
+            return
+        message = (
+            "the API key is wrong"
+            if scheme
+            else "this server wants an API key: send it in the header `Authorization: Bearer KEY`"
+        )
+        raise ApiError(message, status=401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    async def _read_body(self, headers: Headers, receive: Receive) -> bytes | None:
+        """Return the body, or `None` if the client went away while sending it."""
+        announced = headers.get("content-length", "0")
+        is_too_long = announced.isdigit() and int(announced) > self._max_body_bytes
+        if is_too_long and int(announced) > _DRAINED_TIMES * self._max_body_bytes:
+            raise self._too_long()
+        parts, size, is_whole = list[bytes](), 0, False
+        while not is_whole:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            part = message.get("body", b"")
+            size += len(part)
+            is_whole = not message.get("more_body", False)
+            if size > self._max_body_bytes:
+                is_too_long = True
+                parts.clear()
+                if size > _DRAINED_TIMES * self._max_body_bytes:
+                    break
+            elif not is_too_long:
+                parts.append(part)
+        if is_too_long:
+            raise self._too_long()
+        return b"".join(parts)
+
+    def _too_long(self) -> ApiError:
+        message = f"the request body is longer than {self._max_body_bytes} bytes; send less at once"
+        return ApiError(message, status=413, code="request_too_large", headers={"Connection": "close"})
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Give a body that was read already, then what really comes: the client going away."""
+    is_given = False
+
+    async def replay() -> Message:
+        nonlocal is_given
+        if is_given:
+            return await receive()
+        is_given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay

@@ -1,0 +1,96 @@
+"""What Prometheus reads at `/metrics`, in a registry of the application's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from prophetkv_rag.server.work_queue import WorkQueue
+from prophetkv_rag.store.base import StoreStats
+
+if TYPE_CHECKING:
+    from prophetkv_rag.report import ReuseReport
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class ServerMetrics:
+    """Counters that requests write, and gauges that are read when somebody asks."""
+
+    def __init__(self, stats: Callable[[], StoreStats], queues: Sequence[WorkQueue]) -> None:
+        """Make the metrics of one application.
+
+        Args:
+            stats: Reads the store of chunk caches.
+            queues: Whose lengths are shown.
+        """
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "prophetkv_requests",
+            "Chat requests by outcome: stop, length, cancelled, deadline, or the code of an error.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.chunks = Counter(
+            "prophetkv_chunk_lookups",
+            "Chunks in answered prompts: hit, miss (encoded for the prompt), corrupt, unused (by the strategy).",
+            ["status"],
+            registry=self.registry,
+        )
+        self.prompt_tokens = Counter(
+            "prophetkv_prompt_tokens",
+            "Prompt tokens: reused from caches, recomputed (chunk tokens), fresh (outside chunks).",
+            ["kind"],
+            registry=self.registry,
+        )
+        self.generated_tokens = Counter("prophetkv_generated_tokens", "Tokens of answers.", registry=self.registry)
+        self.ttft = self._histogram("prophetkv_ttft_seconds", "From a request's arrival to its first token.")
+        self.prefill = self._histogram("prophetkv_prefill_seconds", "The prefill alone, without waiting for a turn.")
+        self.waited = self._histogram("prophetkv_queue_wait_seconds", "From a request's arrival to its turn.")
+        for status in ("hit", "miss", "corrupt", "unused"):
+            self.chunks.labels(status)
+        for kind in ("reused", "recomputed", "fresh"):
+            self.prompt_tokens.labels(kind)
+        self.registry.register(_Gauges(stats, queues))
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, registry=self.registry, buckets=_SECONDS)
+
+    def count_prefill(self, report: ReuseReport, *, ttft_s: float, waited_s: float) -> None:
+        """Count a prompt that was prefilled."""
+        for chunk in report.chunks:
+            self.chunks.labels(chunk.status).inc()
+        self.prompt_tokens.labels("reused").inc(report.reused_tokens)
+        self.prompt_tokens.labels("recomputed").inc(report.recomputed_tokens)
+        self.prompt_tokens.labels("fresh").inc(report.fresh_tokens)
+        self.prefill.observe(report.timings_s.ttft)
+        self.waited.observe(waited_s)
+        self.ttft.observe(ttft_s)
+
+
+class _Gauges(Collector):
+    def __init__(self, stats: Callable[[], StoreStats], queues: Sequence[WorkQueue]) -> None:
+        self._stats, self._queues = stats, queues
+
+    def describe(self) -> Iterable[Metric]:
+        """Keep the registry from reading the store when it is made."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        yield GaugeMetricFamily("prophetkv_cache_bytes", "Bytes of all chunk caches in the store.", value=stats.nbytes)
+        yield GaugeMetricFamily("prophetkv_cache_chunks", "Chunk caches in the store.", value=stats.chunks)
+        yield GaugeMetricFamily(
+            "prophetkv_cache_tokens", "Tokens of all chunk caches in the store.", value=stats.tokens
+        )
+        waiting = GaugeMetricFamily("prophetkv_queue_length", "Requests waiting for their turn.", labels=["queue"])
+        running = GaugeMetricFamily("prophetkv_running", "Requests being worked on.", labels=["queue"])
+        for queue in self._queues:
+            waiting.add_metric([queue.name], queue.num_waiting)
+            running.add_metric([queue.name], queue.num_running)
+        yield waiting
+        yield running

@@ -1,0 +1,150 @@
+"""Request bodies. Types are strict, unknown fields are ignored, and what cannot be done is an error, not ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+Namespace = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
+"""Who refers to chunks: the cache of a chunk lives as long as one namespace (or local collection) has it."""
+
+_MAX_STOPS = 16
+
+
+def _encodable(text: str) -> str:
+    """Refuse text that is not Unicode: JSON can spell half a surrogate pair, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        msg = "is not valid Unicode (half of a surrogate pair)"
+        raise ValueError(msg) from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class ChatMessage(_Body):
+    """One message; a content of several text parts is joined by line breaks."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Any = None
+
+    @field_validator("content")
+    @classmethod
+    def _to_text(cls, content: Any) -> str:
+        if content is None:
+            return ""
+        if isinstance(content, str):
+            return _encodable(content)
+        if not isinstance(content, list):
+            msg = "must be a string or a list of text parts"
+            raise ValueError(msg)
+        texts = []
+        for part in content:
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type") != "text":
+                msg = 'a part must be {"type": "text", "text": "..."}; this model reads text only'
+                raise ValueError(msg)
+            texts.append(_encodable(part["text"]))
+        return "\n".join(texts)
+
+    def for_template(self) -> dict[str, str]:
+        """What the model's chat template gets."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+class StreamOptions(_Body):
+    """Options of a streamed answer."""
+
+    include_usage: bool | None = None
+
+
+class ReuseOptions(_Body):
+    """Our own extension of a chat request."""
+
+    strategy: Text | None = None
+    recompute_ratio: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    query: Text | None = None
+    deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
+class ChatRequest(_Body):
+    """Body of `POST /v1/chat/completions`."""
+
+    model: Text
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Text | list[Text] | None = None
+    n: int | None = None
+    logprobs: bool | None = None
+    tools: list[Any] | None = None
+    response_format: dict[str, Any] | None = None
+    prophetkv: ReuseOptions | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: str | list[str] | None) -> list[str]:
+        found = [stop] if isinstance(stop, str) else stop or []
+        if len(found) > _MAX_STOPS or not all(found):
+            msg = f"must be at most {_MAX_STOPS} strings, none empty"
+            raise ValueError(msg)
+        return found
+
+    @field_validator("n")
+    @classmethod
+    def _check_n(cls, n: int | None) -> int | None:
+        if n not in (None, 1):
+            msg = "only 1 answer a request is supported; send the request again for another"
+            raise ValueError(msg)
+        return n
+
+    @field_validator("logprobs")
+    @classmethod
+    def _check_logprobs(cls, logprobs: bool | None) -> bool | None:
+        if logprobs:
+            msg = "log probabilities are not supported; leave this out"
+            raise ValueError(msg)
+        return logprobs
+
+    @field_validator("tools")
+    @classmethod
+    def _check_tools(cls, tools: list[Any] | None) -> list[Any] | None:
+        if tools:
+            msg = "tools are not supported by this server; leave this out"
+            raise ValueError(msg)
+        return tools
+
+    @field_validator("response_format")
+    @classmethod
+    def _check_format(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and value.get("type", "text") != "text":
+            msg = 'only {"type": "text"} is supported; ask for JSON in the prompt'
+            raise ValueError(msg)
+        return value
+
+
+class PutChunks(_Body):
+    """Body of `PUT /v1/chunks`."""
+
+    chunks: Annotated[list[Text], Field(min_length=1)]
+    namespace: Namespace = "default"
+
+
+class DeleteChunks(_Body):
+    """Body of `DELETE /v1/chunks`: which chunks, by key or by text, or all of the namespace."""
+
+    keys: list[str] = []
+    chunks: list[Text] = []
+    all: bool = False
+    namespace: Namespace = "default"

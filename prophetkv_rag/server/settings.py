@@ -1,0 +1,51 @@
+"""The settings of the server: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from prophetkv_rag.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """Settings of `create_app`.
+
+    Attributes:
+        model_name: What clients call the model; a request for another one is an error.
+        api_keys: Clients must send one of these as `Authorization: Bearer KEY`; empty for no check. Never printed.
+        max_queue: Requests that may wait while one is answered; further ones are told to come back (429).
+        max_body_bytes: Longest request body.
+        deadline_s: Longest time for a request, waiting included; `None` for no limit. A request may ask for less.
+        default_max_tokens: Longest answer where a request does not say, in tokens.
+        ping_s: A stream that has nothing to say for so long sends a comment, so that no proxy closes it.
+
+    Raises:
+        InputError: If a value is outside what is allowed.
+    """
+
+    model_name: str
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    max_queue: int = 32
+    max_body_bytes: int = 8 * 1024 * 1024
+    deadline_s: float | None = None
+    default_max_tokens: int = 512
+    ping_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not self.model_name:
+            msg = "model_name is empty; give the name that clients send as `model`"
+            raise InputError(msg)
+        if any(not key.strip() for key in self.api_keys):
+            msg = "an API key is empty; give at least one character, or no key for no check"
+            raise InputError(msg)
+        for name, least in (("max_queue", 0), ("max_body_bytes", 1), ("default_max_tokens", 1)):
+            value = getattr(self, name)
+            if value < least:
+                msg = f"{name} is {value}; it must be at least {least}"
+                raise InputError(msg)
+        for name, seconds in (("deadline_s", self.deadline_s), ("ping_s", self.ping_s)):
+            if seconds is not None and not 0 < seconds < math.inf:
+                msg = f"{name} is {seconds}; it must be a positive number of seconds"
+                raise InputError(msg)

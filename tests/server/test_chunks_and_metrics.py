@@ -1,0 +1,165 @@
+"""Registering chunks over HTTP, whose they are, and the figures that Prometheus reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.server.running import CHUNKS, Running, make_engine, running
+from tests.tiny import text_of
+
+
+@pytest.fixture
+def server() -> Iterator[Running]:
+    with running(make_engine()) as found:
+        yield found
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[httpx.Client]:
+    with server.client() as made:
+        yield made
+
+
+def put(client: httpx.Client, *chunks: str, **more: Any) -> list[str]:
+    response = client.put("/v1/chunks", json={"chunks": list(chunks)} | more)
+    assert response.status_code == 200, response.text
+    return [chunk["key"] for chunk in response.json()["data"]]
+
+
+def delete(client: httpx.Client, **body: Any) -> dict[str, Any]:
+    response = client.request("DELETE", "/v1/chunks", json=body)
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+def statuses(server: Running, *chunks: str) -> list[str]:
+    return [chunk["status"] for chunk in server.ask_about(*chunks)["prophetkv"]["chunks"]]
+
+
+def test_chunks_come_and_go(server: Running, client: httpx.Client) -> None:
+    assert statuses(server, *CHUNKS[:2]) == []
+    keys = put(client, CHUNKS[0], f"  {CHUNKS[1]}\n", CHUNKS[0])
+    assert keys[0] == keys[2] != keys[1]
+    assert put(client, *CHUNKS[:2]) == keys[:2]
+    assert keys == server.engine.add_chunks([CHUNKS[0], CHUNKS[1], CHUNKS[0]], owner="http:default")
+    assert statuses(server, *CHUNKS[:2]) == ["hit", "hit"]
+    assert statuses(server, CHUNKS[1], CHUNKS[2]) == ["hit"]
+    assert delete(client, keys=keys[:1]) == {
+        "object": "list",
+        "namespace": "default",
+        "dropped": [keys[0]],
+        "deleted": [keys[0]],
+    }
+    assert statuses(server, *CHUNKS[:2]) == ["hit"]
+    assert delete(client, chunks=[f"\n{CHUNKS[1]} ", "never stored"])["deleted"] == [keys[1]]
+    assert statuses(server, *CHUNKS[:2]) == []
+    assert delete(client, keys=keys)["dropped"] == []
+
+
+def test_namespaces_hold_chunks_for_themselves(server: Running, client: httpx.Client) -> None:
+    [key] = put(client, CHUNKS[0])
+    assert put(client, CHUNKS[0], CHUNKS[1], namespace="other.store-2")[0] == key
+    server.engine.add_chunks([CHUNKS[1]], owner="a local collection")
+    assert delete(client, keys=[key])["deleted"] == []
+    assert statuses(server, CHUNKS[0]) == ["hit"]
+    gone = delete(client, all=True, namespace="other.store-2")
+    assert gone["deleted"] == [key]
+    assert len(gone["dropped"]) == 2
+    assert statuses(server, *CHUNKS[:2]) == ["hit"]  # the second is still the local collection's
+    # An HTTP client cannot name local owners.
+    assert delete(client, all=True, namespace="engine")["dropped"] == []
+    assert statuses(server, *CHUNKS[:2]) == ["hit"]
+
+
+def test_stats(server: Running, client: httpx.Client) -> None:
+    put(client, *CHUNKS[:3])
+    put(client, *CHUNKS[:1], namespace="b")
+    server.ask_about(*CHUNKS[:2])
+    stats = client.get("/v1/chunks").json()
+    store = server.engine.store.stats()
+    assert (stats["chunks"], stats["tokens"], stats["bytes"]) == (3, store.tokens, store.nbytes)
+    assert stats["hits"] == 2
+    assert "namespace" not in stats
+    assert client.get("/v1/chunks", params={"namespace": "b"}).json()["namespace_chunks"] == 1
+    assert client.get("/v1/chunks", params={"namespace": "nobody"}).json()["namespace_chunks"] == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "body", "param"),
+    [
+        ("PUT", {}, "chunks"),
+        ("PUT", {"chunks": []}, "chunks"),
+        ("PUT", {"chunks": "text"}, "chunks"),
+        ("PUT", {"chunks": [CHUNKS[1], 5]}, "chunks.1"),
+        ("PUT", {"chunks": ["\ud800 half"]}, "chunks.0"),
+        ("PUT", {"chunks": [CHUNKS[1], " \n "]}, None),
+        ("PUT", {"chunks": [CHUNKS[1], text_of(2500)]}, "messages"),
+        ("PUT", {"chunks": [CHUNKS[1]], "namespace": "../x"}, "namespace"),
+        ("PUT", {"chunks": [CHUNKS[1]], "namespace": ""}, "namespace"),
+        ("DELETE", {}, None),
+        ("DELETE", {"keys": "all"}, "keys"),
+        ("DELETE", {"all": "yes"}, "all"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_requests_store_nothing(
+    server: Running, client: httpx.Client, method: str, body: Any, param: str | None
+) -> None:
+    import json
+
+    put(client, CHUNKS[0])
+    response = client.request(
+        method, "/v1/chunks", content=json.dumps(body), headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert client.get("/v1/chunks", params={"namespace": "default"}).json()["namespace_chunks"] == 1
+    assert statuses(server, CHUNKS[0]) == ["hit"]
+
+
+def test_metrics(server: Running, client: httpx.Client) -> None:
+    put(client, *CHUNKS[:2])
+    first = server.ask_about(*CHUNKS[:2], max_tokens=5)["prophetkv"]
+    server.engine.store.delete([first["chunks"][0]["key"]])
+    second = server.ask_about(*CHUNKS[:2], max_tokens=5)["prophetkv"]
+    assert [chunk["status"] for chunk in second["chunks"]] == ["miss", "hit"]
+    with client.stream("POST", "/v1/chat/completions", json=server.body(*CHUNKS[:2], stream=True, max_tokens=5)) as got:
+        got.read()
+    client.post("/v1/chat/completions", json=server.body(model="other"))
+    client.post("/v1/chat/completions", json=server.body(text_of(2500)))
+    text = client.get("/metrics").text
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert found["prophetkv_requests_total", "length"] == 3
+    assert found["prophetkv_requests_total", "model_not_found"] == 1
+    assert found["prophetkv_requests_total", "context_length_exceeded"] == 1
+    statuses_seen = [found["prophetkv_chunk_lookups_total", kind] for kind in ("hit", "miss", "corrupt", "unused")]
+    assert sum(statuses_seen) == 6
+    assert statuses_seen[0] >= 3
+    assert statuses_seen[1] >= 1
+    assert statuses_seen[2:] == [0, 0]
+    for kind in ("reused", "recomputed", "fresh"):
+        assert found["prophetkv_prompt_tokens_total", kind] == 3 * first[f"{kind}_tokens"]
+    assert found["prophetkv_generated_tokens_total",] == 15
+    assert found["prophetkv_ttft_seconds_count",] == found["prophetkv_prefill_seconds_count",] == 3
+    assert found["prophetkv_ttft_seconds_sum",] >= found["prophetkv_prefill_seconds_sum",] > 0
+    stats = server.engine.store.stats()
+    assert found["prophetkv_cache_bytes",] == stats.nbytes > 0
+    assert found["prophetkv_cache_chunks",] == stats.chunks
+    assert found["prophetkv_queue_length", "chat"] == found["prophetkv_running", "chat"] == 0
+
+
+def test_two_applications_have_metrics_of_their_own(server: Running) -> None:
+    with running(make_engine()) as other:
+        other.ask()
+        assert other.metric("prophetkv_requests_total", outcome="length") == 1
+    assert server.metric("prophetkv_requests_total", outcome="length") == 0
