@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.errors import (
         ContextWindowError,
+        DeadlineError,
         InputError,
         ProphetKVError,
         StoreError,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ContextWindowError": "prophetkv_rag.errors",
+    "DeadlineError": "prophetkv_rag.errors",
     "GenerationResult": "prophetkv_rag.generation",
     "InputError": "prophetkv_rag.errors",
     "PrefillResult": "prophetkv_rag.prefill",
@@ -44,6 +46,7 @@ _HOME = {
 
 __all__ = [
     "ContextWindowError",
+    "DeadlineError",
     "GenerationResult",
     "InputError",
     "PrefillResult",

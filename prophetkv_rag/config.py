@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from prophetkv_rag.errors import InputError
+
 LEAD_IN_TOKENS = 256
 """Longest lead-in, in tokens; in a short context window an eighth of it at most."""
 
@@ -71,8 +73,8 @@ class ProphetKVConfig:
 
 
 def check_recompute_ratio(ratio: float) -> float:
-    """Return `ratio`, or raise `ValueError` if it is not a number in [0, 1]."""
+    """Return `ratio`, or raise `InputError` if it is not a number in [0, 1]."""
     if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0.0 <= ratio <= 1.0:
         msg = f"recompute_ratio is {ratio!r}; it must be a number from 0 (plain reuse) to 1 (full prefill)"
-        raise ValueError(msg)
+        raise InputError(msg)
     return float(ratio)

@@ -5,7 +5,7 @@ One sentence: ProphetKV is a function that builds a `past_key_values`; what foll
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,18 @@ import torch
 from prophetkv_rag.attention import RowsLayer, complete_cache, model_lock
 from prophetkv_rag.chunk_cache import CacheIdentity
 from prophetkv_rag.chunk_index import ChunkIndex
-from prophetkv_rag.config import LEAD_IN_TOKENS, ProphetKVConfig, check_recompute_ratio
+from prophetkv_rag.config import LEAD_IN_TOKENS, ProphetKVConfig
 from prophetkv_rag.encode import encode_prefix
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.generation import GenerationResult, SamplingSettings, StreamChunk, decode, end_token_ids
+from prophetkv_rag.generation import (
+    GenerationResult,
+    SamplingSettings,
+    StreamChunk,
+    decode,
+    end_token_ids,
+    stopped_before_prefill,
+)
+from prophetkv_rag.interrupt import Interrupted, InterruptibleLock
 from prophetkv_rag.layout import Message, PromptLayout, PromptReader
 from prophetkv_rag.library import ChunkLibrary
 from prophetkv_rag.model import load_model, model_fingerprint, tokenizer_fingerprint
@@ -27,7 +35,6 @@ from prophetkv_rag.prefill import Prefiller, PrefillResult
 from prophetkv_rag.probe import probe_model
 from prophetkv_rag.profile import Profile, load_profile
 from prophetkv_rag.prompt import Prompt
-from prophetkv_rag.report import Timings
 from prophetkv_rag.selection import QueryContext, Strategy, make_strategy
 from prophetkv_rag.store.base import ChunkStore
 from prophetkv_rag.store.memory import MemoryStore
@@ -86,12 +93,7 @@ class ProphetKVEngine:
             # A lead-in must leave most of a short window to the chunk.
             max_lead_in_tokens=min(LEAD_IN_TOKENS, self.context_window // 8),
         )
-        self.identity = CacheIdentity(
-            model=fingerprint,
-            tokenizer=tokenizer_fingerprint(tokenizer),
-            prefix_ids=prefix_ids,
-            dtype=self.support.dtype,
-        )
+        self.identity = CacheIdentity(fingerprint, tokenizer_fingerprint(tokenizer), prefix_ids, self.support.dtype)
         self.library = ChunkLibrary(
             model,
             self.support,
@@ -105,7 +107,9 @@ class ProphetKVEngine:
         )
         self.end_tokens = end_token_ids(model, tokenizer)
         self._reader = PromptReader(self._tokens, self.identity, self.chunk_index)
-        self._prefiller = Prefiller(model, self.support, self.config, self.library, self.model_lock)
+        self._prefiller = Prefiller(
+            model, self.support, self.config, self.library, self._reader, self.context_window, self.model_lock
+        )
 
     @classmethod
     def from_pretrained(
@@ -200,25 +204,7 @@ class ProphetKVEngine:
             InputError: For an empty prompt, an unknown strategy or a ratio outside [0, 1].
             ContextWindowError: If the prompt is longer than the context window.
         """
-        return self._prefill(prompt, strategy, recompute_ratio, query, is_answered=False)
-
-    def _prefill(
-        self, prompt: AnyPrompt, strategy: Any, ratio: float | None, query: str | None, *, is_answered: bool
-    ) -> PrefillResult:
-        started = time.perf_counter()
-        chosen = strategy if isinstance(strategy, Strategy) else make_strategy(strategy or self.config.strategy)
-        try:
-            ratio = check_recompute_ratio(self.config.recompute_ratio if ratio is None else ratio)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        self.library.refresh()
-        layout = self.read(prompt, query=query)
-        is_reuse = bool(layout.chunks) and chosen.uses_caches
-        layout.check_fits(self.context_window, is_reuse=is_reuse, is_answered=is_answered)
-        timings = Timings(match=time.perf_counter() - started)
-        if is_reuse:
-            return self._prefiller.reuse(layout, chosen, ratio, timings, started)
-        return self._prefiller.full(layout, chosen, timings, started)
+        return self._prefiller.run(prompt, strategy, recompute_ratio, query)
 
     def query_context(self, prompt: AnyPrompt, layers: Sequence[RowsLayer]) -> QueryContext:
         """Return what a strategy sees of a prompt over caches of the caller's own, to measure or develop strategies.
@@ -245,6 +231,8 @@ class ProphetKVEngine:
         strategy: str | Strategy | None = None,
         recompute_ratio: float | None = None,
         query: str | None = None,
+        cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
     ) -> Generator[StreamChunk, None, None]:
         """Answer a prompt piece by piece; closing the iterator stops generation at once.
 
@@ -258,21 +246,26 @@ class ProphetKVEngine:
             strategy: As in `prefill`.
             recompute_ratio: As in `prefill`.
             query: As in `prefill`.
+            cancel: Setting it, from any thread, ends the answer with the finish reason `"cancelled"` before the model
+                runs again; before the prefill that is one empty piece, with a report of zeros.
+            deadline_s: Seconds from the first `next`; then the answer ends as it is, with the reason `"deadline"`.
 
         Yields:
             Pieces of the answer; the last one has a finish reason.
 
         Raises:
             InputError: As in `prefill`, and for settings that make no sense; raised at the first `next`.
+            DeadlineError: If the deadline passes before the prefill, which is not broken off once it runs.
         """
         settings = SamplingSettings(
-            max_new_tokens=max_new_tokens,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
+            max_new_tokens=max_new_tokens, stop=stop, temperature=temperature, top_p=top_p, seed=seed
         )
-        result = self._prefill(prompt, strategy, recompute_ratio, query, is_answered=True)
+        lock = InterruptibleLock(self.model_lock, cancel, deadline_s)
+        try:
+            result = self._prefiller.run(prompt, strategy, recompute_ratio, query, lock)
+        except Interrupted as interrupted:
+            yield stopped_before_prefill(interrupted)
+            return
         room = self.context_window - result.report.prompt_tokens
         pieces = decode(
             self.model,
@@ -282,7 +275,7 @@ class ProphetKVEngine:
             replace(settings, max_new_tokens=min(settings.max_new_tokens, room)),
             end_tokens=self.end_tokens,
             to_text=self._tokens.decode,
-            model_lock=self.model_lock,
+            model_lock=lock,
             report=result.report,
         )
         del result  # decoding replaces the cache's tensors; the prompt's must not be kept beside them

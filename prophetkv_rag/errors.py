@@ -19,6 +19,10 @@ class UnknownModelError(InputError):
     """A model name or path that cannot be loaded."""
 
 
+class DeadlineError(ProphetKVError, TimeoutError):
+    """A call's deadline passed before its prompt was prefilled, so there is nothing to answer with."""
+
+
 class FetchError(ProphetKVError):
     """A model could not be fetched: no registry, not the pinned bytes, or no room; the message says which."""
 

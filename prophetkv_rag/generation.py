@@ -7,17 +7,18 @@ background thread. Sampling uses transformers' own logits processors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from prophetkv_rag.errors import InputError
+from prophetkv_rag.errors import DeadlineError, InputError
+from prophetkv_rag.interrupt import Interrupted, InterruptibleLock
 from prophetkv_rag.report import ReuseReport
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+"""`"cancelled"` and `"deadline"`: stopped from outside; the answer is what there was by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +44,20 @@ class StreamChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
-    """How tokens are chosen; `temperature` 0 is greedy.
+    """How tokens are chosen; `temperature` 0 is greedy. `stop` may be one string.
 
     Raises:
         InputError: If a value is outside what is allowed.
     """
 
     max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if self.max_new_tokens < 1:
             msg = f"max_new_tokens is {self.max_new_tokens}; it must be at least 1"
             raise InputError(msg)
@@ -136,7 +138,7 @@ def decode(
     *,
     end_tokens: frozenset[int],
     to_text: Callable[[Sequence[int]], str],
-    model_lock: AbstractContextManager[Any],
+    model_lock: InterruptibleLock,
     report: ReuseReport,
 ) -> Iterator[StreamChunk]:
     """Generate from a filled cache.
@@ -149,7 +151,7 @@ def decode(
         settings: How tokens are chosen and when to stop.
         end_tokens: Tokens that end the answer.
         to_text: Turns generated tokens into text.
-        model_lock: Held while the model runs.
+        model_lock: Held while the model runs; says when the call must stop.
         report: Passed through to every piece.
 
     Yields:
@@ -158,13 +160,24 @@ def decode(
     sampler, buffer, generated = _Sampler(settings, logits.device), _TextBuffer(settings.stop), list[int]()
     finish_reason: FinishReason | None = None
     while finish_reason is None:
-        token = sampler(input_ids, logits)
-        if token in end_tokens:
-            finish_reason = "stop"
-        else:
-            generated.append(token)
-            if len(generated) >= settings.max_new_tokens:
-                finish_reason = "length"
+        finish_reason = model_lock.reason
+        if finish_reason is None and generated:
+            step = torch.tensor([generated[-1:]], device=input_ids.device)
+            input_ids = torch.cat([input_ids, step], dim=1)
+            try:
+                with model_lock, torch.no_grad():
+                    output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                logits = output.logits[:, -1].float()
+            except Interrupted as interrupted:
+                finish_reason = interrupted.reason
+        if finish_reason is None:
+            token = sampler(input_ids, logits)
+            if token in end_tokens:
+                finish_reason = "stop"
+            else:
+                generated.append(token)
+                if len(generated) >= settings.max_new_tokens:
+                    finish_reason = "length"
         text, stopped = buffer.update(to_text(generated), is_last=finish_reason is not None)
         if stopped:
             finish_reason = "stop"
@@ -172,9 +185,18 @@ def decode(
         buffer.shown = max(buffer.shown, len(text))
         if delta or finish_reason is not None:
             yield StreamChunk(delta, text, tuple(generated), finish_reason, report)
-        if finish_reason is None:
-            step = torch.tensor([[token]], device=input_ids.device)
-            input_ids = torch.cat([input_ids, step], dim=1)
-            with model_lock, torch.no_grad():
-                output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits = output.logits[:, -1].float()
+
+
+def stopped_before_prefill(interrupted: Interrupted) -> StreamChunk:
+    """Return the only piece of an answer that was cancelled before its prefill: empty, with an empty report.
+
+    Raises:
+        DeadlineError: If it was not cancelled but came too late.
+    """
+    if interrupted.reason == "deadline":
+        msg = "the deadline passed before the prompt was prefilled; give a longer deadline_s, or call again later"
+        raise DeadlineError(msg)
+    report = ReuseReport(
+        "none", 0.0, prompt_tokens=0, chunk_tokens=0, reused_tokens=0, recomputed_tokens=0, fresh_tokens=0
+    )
+    return StreamChunk("", "", (), "cancelled", report)

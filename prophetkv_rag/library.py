@@ -170,10 +170,13 @@ class ChunkLibrary:
     def _put(self, key: str, cache: ChunkCache, entry: TextEntry | None) -> None:
         self.store.put(key, cache, fingerprint=self.identity.fingerprint, entry=entry)
 
-    def load(self, layout: PromptLayout) -> tuple[list[ChunkCache], list[ChunkStatus]]:
+    def load(
+        self, layout: PromptLayout, *, model_lock: AbstractContextManager[Any] | None = None
+    ) -> tuple[list[ChunkCache], list[ChunkStatus]]:
         """Load the chunks' caches; what is missing or bad is encoded again, exactly as at index time.
 
-        It is stored if somebody refers to it. A chunk that was never added is encoded for this prompt alone.
+        What was encoded is stored if somebody refers to it. A chunk that was never added is encoded for this prompt
+        alone. The model runs under `model_lock`, by default the library's own.
 
         Raises:
             ContextWindowError: If a chunk that was never added does not fit the window behind the encoding prefix.
@@ -195,7 +198,7 @@ class ChunkLibrary:
             for number, chunk in enumerate(layout.chunks):
                 if chunk.key in wanted:
                     self._check_length(f"chunk {number} of the prompt", chunk.input_ids, self.support.context_window)
-            with self.model_lock:
+            with model_lock or self.model_lock:
                 encoded = list(
                     encode_chunks(
                         self.model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,15 @@ from transformers.cache_utils import DynamicCache
 
 from prophetkv_rag.assemble import assemble
 from prophetkv_rag.attention import RowsLayer, resumable_cache
-from prophetkv_rag.config import ProphetKVConfig
-from prophetkv_rag.layout import PromptLayout
+from prophetkv_rag.config import ProphetKVConfig, check_recompute_ratio
+from prophetkv_rag.interrupt import InterruptibleLock
+from prophetkv_rag.layout import Message, PromptLayout, PromptReader
 from prophetkv_rag.library import ChunkLibrary
 from prophetkv_rag.model_support import ModelSupport
+from prophetkv_rag.prompt import Prompt
 from prophetkv_rag.recompute import recompute
 from prophetkv_rag.report import ChunkReport, ReuseReport, Timings
-from prophetkv_rag.selection import QueryContext, Strategy
+from prophetkv_rag.selection import QueryContext, Strategy, make_strategy
 from prophetkv_rag.selection.base import token_budget
 
 
@@ -52,7 +54,43 @@ class Prefiller:
     support: ModelSupport
     config: ProphetKVConfig
     library: ChunkLibrary
+    reader: PromptReader
+    context_window: int
     model_lock: AbstractContextManager[Any]
+
+    def run(
+        self,
+        prompt: str | Sequence[Message] | Prompt,
+        strategy: str | Strategy | None,
+        recompute_ratio: float | None,
+        query: str | None,
+        answer_lock: InterruptibleLock | None = None,
+    ) -> PrefillResult:
+        """Prefill a prompt; see `ProphetKVEngine.prefill`.
+
+        Args:
+            prompt: Text as it is, chat messages, or a `Prompt`.
+            strategy: `None` for the configured one.
+            recompute_ratio: `None` for the configured one.
+            query: The question, where the caller knows it apart from the prompt.
+            answer_lock: Of a call that goes on to answer; there must be room for an answer then.
+
+        Raises:
+            InputError, ContextWindowError: As `ProphetKVEngine.prefill`.
+            Interrupted: If the answer is not wanted any more.
+        """
+        started = time.perf_counter()
+        chosen = strategy if isinstance(strategy, Strategy) else make_strategy(strategy or self.config.strategy)
+        ratio = check_recompute_ratio(self.config.recompute_ratio if recompute_ratio is None else recompute_ratio)
+        self.library.refresh()
+        layout = self.reader.read(prompt, query=query)
+        is_reuse = bool(layout.chunks) and chosen.uses_caches
+        layout.check_fits(self.context_window, is_reuse=is_reuse, is_answered=answer_lock is not None)
+        timings = Timings(match=time.perf_counter() - started)
+        runner = self if answer_lock is None else replace(self, model_lock=answer_lock)
+        if is_reuse:
+            return runner.reuse(layout, chosen, ratio, timings, started)
+        return runner.full(layout, chosen, timings, started)
 
     def full(self, layout: PromptLayout, strategy: Strategy, timings: Timings, started: float) -> PrefillResult:
         """Prefill the whole prompt by the model's plain forward, with the attention it was loaded with."""
@@ -87,7 +125,7 @@ class Prefiller:
         """Reuse the chunks' caches and recompute what the strategy chooses."""
         device = self.model.device
         mark = time.perf_counter()
-        caches, statuses = self.library.load(layout)
+        caches, statuses = self.library.load(layout, model_lock=self.model_lock)
         timings.load = time.perf_counter() - mark
 
         with self.model_lock, torch.no_grad():

@@ -9,6 +9,7 @@ import pytest
 PUBLIC = {
     "prophetkv_rag": [
         "ContextWindowError",
+        "DeadlineError",
         "GenerationResult",
         "InputError",
         "PrefillResult",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from prophetkv_rag.generation import SamplingSettings, StreamChunk, decode
+from prophetkv_rag.interrupt import InterruptibleLock
 
 END = 0
 
@@ -45,7 +46,7 @@ def pieces(data: bytes, *, stop: tuple[str, ...] = (), max_new_tokens: int = 100
         SamplingSettings(stop=stop, max_new_tokens=max_new_tokens),
         end_tokens=frozenset([END]),
         to_text=byte_fallback,
-        model_lock=nullcontext(),
+        model_lock=InterruptibleLock(threading.RLock()),
         report=cast(Any, None),
     )
     return list(stream)
