@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REPR_WARNING = (
-    "the prompt holds retrieved documents as Python source (Document(metadata=...)), so no chunk in it can be reused, and "
-    "the model reads escaped text; format them: {'context': retriever | format_docs, ...} with "
+    "the prompt holds retrieved documents as Python source (Document(metadata=...)): the model reads escaped text, and "
+    "chunks with line breaks cannot be reused; format them: {'context': retriever | format_docs, ...} with "
     "def format_docs(docs): return '\\n\\n'.join(doc.page_content for doc in docs)"
 )
 
@@ -190,7 +190,7 @@ class ChatProphetKV(EngineModel, BaseChatModel):
                 if chunk.finish_reason is None:
                     yield ChatGenerationChunk(message=AIMessageChunk(content=chunk.delta))
                     continue
-                self._warn_of_reprs(prompt, num_chunks=len(chunk.report.chunks))
+                self._warn_of_reprs(prompt)
                 last = AIMessageChunk(
                     content=chunk.delta,
                     usage_metadata=usage(chunk),
@@ -211,7 +211,7 @@ class ChatProphetKV(EngineModel, BaseChatModel):
                     if delta:
                         yield ChatGenerationChunk(message=AIMessageChunk(content=delta))
                     continue
-                self._warn_of_reprs(run.messages, num_chunks=len(chunk.report.chunks))
+                self._warn_of_reprs(run.messages)
                 answer = run.answer
                 last = AIMessageChunk(
                     content=delta,
@@ -224,7 +224,7 @@ class ChatProphetKV(EngineModel, BaseChatModel):
                 yield ChatGenerationChunk(message=last)
                 return
 
-    def _warn_of_reprs(self, prompt: Sequence[dict[str, Any]], *, num_chunks: int) -> None:
-        if not num_chunks and not self._has_warned and holds_document_repr(prompt):
+    def _warn_of_reprs(self, prompt: Sequence[dict[str, Any]]) -> None:
+        if not self._has_warned and holds_document_repr(prompt, self._ready_engine().chunk_index):
             self._has_warned = True
             logger.warning(REPR_WARNING)

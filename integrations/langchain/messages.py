@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, FunctionMessage, ToolMessage
 
 from prophetkv_rag.errors import InputError
+
+if TYPE_CHECKING:
+    from prophetkv_rag.chunk_index import ChunkIndex
 
 ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
 """LangChain's message types and the roles that chat templates know."""
@@ -41,9 +44,20 @@ def message_text(message: BaseMessage) -> str:
     return "\n".join(_block_texts(message, message.content))
 
 
-def holds_document_repr(messages: Iterable[dict[str, Any]]) -> bool:
-    """Whether a prompt shows LangChain documents as Python source: retrieved, but never formatted."""
-    return any(_DOCUMENT_REPR.search(message["content"]) for message in messages)
+def holds_document_repr(messages: Iterable[dict[str, Any]], chunk_index: ChunkIndex) -> bool:
+    """Whether a prompt shows LangChain documents as Python source outside its chunks: retrieved, but not formatted."""
+    return any(
+        _DOCUMENT_REPR.search(message["content"]) and _DOCUMENT_REPR.search(_glue(message["content"], chunk_index))
+        for message in messages
+    )
+
+
+def _glue(text: str, chunk_index: ChunkIndex) -> str:
+    parts, end = [], 0
+    for match in chunk_index.find(text):
+        parts.append(text[end : match.start])
+        end = match.end
+    return "\0".join([*parts, text[end:]])
 
 
 def _block_texts(message: BaseMessage, blocks: Iterable[Any]) -> Iterable[str]:
