@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -13,13 +13,15 @@ T = TypeVar("T")
 _END: Any = object()
 
 
-async def iterate_in_thread(items: Generator[T, None, None]) -> AsyncGenerator[T, None]:
+async def iterate_in_thread(
+    items: Generator[T, None, None], *, on_leave: Callable[[], None] | None = None
+) -> AsyncGenerator[T, None]:
     """Yield the items of a blocking generator, computing each one in a worker thread only when it is asked for.
 
     The generator has a thread of its own rather than the loop's shared pool: a pool full of calls that wait for the
     engine could otherwise never run the step that lets the engine go. However the consumer leaves (to the end,
     `aclose()`, cancellation, an exception), the generator is closed, after the one step that may still be running;
-    nobody waits for that step, so cancellation is immediate.
+    nobody waits for that step, so cancellation is immediate. `on_leave` is called first: it may hasten that step's end.
     """
     loop = asyncio.get_running_loop()
     context = contextvars.copy_context()  # trace ids and tags reach the generator
@@ -32,18 +34,20 @@ async def iterate_in_thread(items: Generator[T, None, None]) -> AsyncGenerator[T
         while (item := await loop.run_in_executor(worker, step)) is not _END:
             yield item
     finally:
+        if on_leave is not None:
+            on_leave()
         worker.submit(context.run, items.close)
         worker.shutdown(wait=False)
 
 
-async def last_item(items: Generator[T, None, None]) -> T:
+async def last_item(items: Generator[T, None, None], *, on_leave: Callable[[], None] | None = None) -> T:
     """Run a blocking generator to its end in a thread and return its last item; cancellation closes it.
 
     Raises:
         ValueError: If the generator yields nothing.
     """
     last = _END
-    stream = iterate_in_thread(items)
+    stream = iterate_in_thread(items, on_leave=on_leave)
     try:
         async for item in stream:
             last = item

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import aclosing, closing
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from prophetkv_rag.integrations.async_stream import iterate_in_thread
 from prophetkv_rag.integrations.chat_template import fit_template
 from prophetkv_rag.integrations.langchain.messages import holds_document_repr, to_template_messages
 from prophetkv_rag.integrations.langchain.responses import metadata, usage
-from prophetkv_rag.integrations.langchain.settings import EngineModel
+from prophetkv_rag.integrations.langchain.settings import EngineModel, cancel_on_leave
 from prophetkv_rag.integrations.langchain.tool_format import find_tool_format
 from prophetkv_rag.integrations.langchain.tool_run import ToolRun, check_choice
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REPR_WARNING = (
-    "the prompt holds retrieved documents as Python source (Document(metadata=...)): the model reads escaped text, and "
-    "chunks with line breaks cannot be reused; format them: {'context': retriever | format_docs, ...} with "
+    "the prompt holds retrieved documents as Python source (Document(metadata=...)): the model reads escaped text, "
+    "and chunks with line breaks cannot be reused; format them: {'context': retriever | format_docs, ...} with "
     "def format_docs(docs): return '\\n\\n'.join(doc.page_content for doc in docs)"
 )
 
@@ -112,7 +112,7 @@ class ChatProphetKV(EngineModel, BaseChatModel):
             **kwargs: More arguments of each call.
 
         Raises:
-            InputError: If the model's chat template cannot show tools or writes no JSON calls, or the choice names none.
+            InputError: If the model's chat template cannot show tools or writes no JSON calls, or for an unknown choice.
         """
         find_tool_format(self._ready_engine().tokenizer)
         shown = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
@@ -134,7 +134,7 @@ class ChatProphetKV(EngineModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return generate_from_stream(self._pieces(messages, stop, kwargs))
+        return generate_from_stream(self._pieces(messages, self._engine_settings(stop, kwargs), kwargs))
 
     async def _agenerate(
         self,
@@ -143,7 +143,7 @@ class ChatProphetKV(EngineModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        async with aclosing(iterate_in_thread(self._pieces(messages, stop, kwargs))) as pieces:
+        async with aclosing(self._apieces(messages, stop, kwargs)) as pieces:
             return generate_from_stream(iter([piece async for piece in pieces]))
 
     def _stream(
@@ -153,7 +153,7 @@ class ChatProphetKV(EngineModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        with closing(self._pieces(messages, stop, kwargs)) as pieces:
+        with closing(self._pieces(messages, self._engine_settings(stop, kwargs), kwargs)) as pieces:
             for piece in pieces:
                 if run_manager:
                     run_manager.on_llm_new_token(piece.text, chunk=piece)
@@ -166,17 +166,24 @@ class ChatProphetKV(EngineModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        async with aclosing(iterate_in_thread(self._pieces(messages, stop, kwargs))) as pieces:
+        async with aclosing(self._apieces(messages, stop, kwargs)) as pieces:
             async for piece in pieces:
                 if run_manager:
                     await run_manager.on_llm_new_token(piece.text, chunk=piece)
                 yield piece
 
-    def _pieces(
+    def _apieces(
         self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, call: dict[str, Any]
-    ) -> Generator[ChatGenerationChunk, None, None]:
-        """Answer piece by piece. The call's settings are read here and now: in the caller's context."""
+    ) -> AsyncGenerator[ChatGenerationChunk, None]:
+        """Async twin of `_pieces`. The call's settings are read here and now: in the caller's context."""
         settings = self._engine_settings(stop, call)
+        leave = cancel_on_leave(settings)
+        return iterate_in_thread(self._pieces(messages, settings, call), on_leave=leave)
+
+    def _pieces(
+        self, messages: Sequence[BaseMessage], settings: dict[str, Any], call: dict[str, Any]
+    ) -> Generator[ChatGenerationChunk, None, None]:
+        """Answer piece by piece; the last one has the usage and the report."""
         if call.get("tools") and call.get("tool_choice") != "none":
             return self._tool_pieces(messages, settings, call)
         return self._text_pieces(messages, settings)

@@ -12,7 +12,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from prophetkv_rag.integrations.async_stream import iterate_in_thread, last_item
 from prophetkv_rag.integrations.langchain.responses import metadata, usage
-from prophetkv_rag.integrations.langchain.settings import EngineModel
+from prophetkv_rag.integrations.langchain.settings import EngineModel, cancel_on_leave
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import AnyPrompt
@@ -45,9 +45,9 @@ class ProphetKVLLM(EngineModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        last = []
+        last, settings = [], self._engine_settings(stop, kwargs)
         for prompt in prompts:
-            with closing(self._chunks(prompt, stop, kwargs)) as chunks:
+            with closing(self._chunks(prompt, settings)) as chunks:
                 *_, chunk = chunks
             last.append(chunk)
         return self._result(last)
@@ -59,7 +59,9 @@ class ProphetKVLLM(EngineModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return self._result([await last_item(self._chunks(prompt, stop, kwargs)) for prompt in prompts])
+        settings = self._engine_settings(stop, kwargs)
+        leave = cancel_on_leave(settings)
+        return self._result([await last_item(self._chunks(prompt, settings), on_leave=leave) for prompt in prompts])
 
     def _stream(
         self,
@@ -68,7 +70,7 @@ class ProphetKVLLM(EngineModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        with closing(self._chunks(prompt, stop, kwargs)) as chunks:
+        with closing(self._chunks(prompt, self._engine_settings(stop, kwargs))) as chunks:
             for chunk in chunks:
                 piece = self._piece(chunk)
                 if run_manager:
@@ -82,17 +84,16 @@ class ProphetKVLLM(EngineModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        async with aclosing(iterate_in_thread(self._chunks(prompt, stop, kwargs))) as chunks:
+        settings = self._engine_settings(stop, kwargs)
+        leave = cancel_on_leave(settings)
+        async with aclosing(iterate_in_thread(self._chunks(prompt, settings), on_leave=leave)) as chunks:
             async for chunk in chunks:
                 piece = self._piece(chunk)
                 if run_manager:
                     await run_manager.on_llm_new_token(piece.text, chunk=piece)
                 yield piece
 
-    def _chunks(
-        self, text: str, stop: Sequence[str] | None, call: dict[str, Any]
-    ) -> Generator[StreamChunk, None, None]:
-        settings = self._engine_settings(stop, call)
+    def _chunks(self, text: str, settings: dict[str, Any]) -> Generator[StreamChunk, None, None]:
         is_chat = self.use_chat_template and self._ready_engine().has_chat_template
         prompt: AnyPrompt = [{"role": "user", "content": text}] if is_chat else text
         return self._run(prompt, settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -158,6 +158,17 @@ class EngineModel(BaseModel):
             for chunk in chunks:
                 self._last_report = chunk.report
                 yield chunk
+
+
+def cancel_on_leave(settings: dict[str, Any]) -> Callable[[], None] | None:
+    """Give a call an event of its own, unless the caller brought one, and return what sets it.
+
+    A call that waits for the model then gives up at once when its task is cancelled.
+    """
+    if settings["cancel"] is not None:
+        return None
+    settings["cancel"] = threading.Event()
+    return settings["cancel"].set
 
 
 def _name_of(model: Any) -> str:

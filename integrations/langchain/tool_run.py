@@ -19,7 +19,7 @@ class ToolRun:
     """State of one answer.
 
     A forced choice (`"any"` or a tool's name) is forced by beginning the answer for the model: it goes on behind the
-    opening of a call, up to the arguments if there is only one tool to choose, and is stopped when its JSON is complete.
+    opening of a call (up to the arguments if only one tool can be meant), and is stopped when its JSON is complete.
 
     Args:
         engine: Renders the prompt; finds the question in it.

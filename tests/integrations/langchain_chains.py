@@ -24,9 +24,7 @@ from langchain_text_splitters import CharacterTextSplitter
 
 from tests.integrations.rag import QUESTION
 
-PROMPT = ChatPromptTemplate.from_messages(
-    [("system", "Answer from the context.\n\n{context}"), ("human", "{input}")]
-)
+PROMPT = ChatPromptTemplate.from_messages([("system", "Answer from the context.\n\n{context}"), ("human", "{input}")])
 LCEL_PROMPT = ChatPromptTemplate.from_template("Answer from the context:\n{context}\n\nQuestion: {input}")
 HISTORY = [HumanMessage("Is there a harbour?"), AIMessage("Yes, it never closes.")]
 HISTORY_PROMPT = ChatPromptTemplate.from_messages(

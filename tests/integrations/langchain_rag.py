@@ -1,4 +1,4 @@
-"""What the LangChain tests share: an embedding without a model, stores on the small corpus, and a log of model calls."""
+"""What the LangChain tests share: embeddings without a model, stores on the small corpus, a log of model calls."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class CallLog(BaseCallbackHandler):
     def on_llm_end(self, response: LLMResult, **kwargs: Any) -> None:
         for generations in response.generations:
             generation: Any = generations[0]
-            info = generation.message.response_metadata if hasattr(generation, "message") else generation.generation_info
+            info = (
+                generation.message.response_metadata if hasattr(generation, "message") else generation.generation_info
+            )
             self.reports.append(info["prophetkv"])
 
     @property
@@ -67,7 +69,9 @@ def new_store(engine: ProphetKVEngine, texts: Sequence[str] = (), **metadata: An
         f"test-{uuid.uuid4().hex}", HashingEmbeddings(), client=chromadb.EphemeralClient(), engine=engine
     )
     if texts:
-        store.add_documents([Document(page_content=text, metadata={"n": i, **metadata}) for i, text in enumerate(texts)])
+        store.add_documents(
+            [Document(page_content=text, metadata={"n": i, **metadata}) for i, text in enumerate(texts)]
+        )
     return store
 
 

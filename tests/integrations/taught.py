@@ -23,7 +23,8 @@ TOOL_TEMPLATE = (
     "{% endfor %}<|im_end|>\n{% endif %}"
     "<|im_start|>{{ message.role }}\n{{ message.content }}"
     "{% for call in message.tool_calls or [] %}"
-    '<tool_call>\n{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
+    '<tool_call>\n{"name": "{{ call.function.name }}", '
+    '"arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
     "{% endfor %}"
     "<|im_end|>\n"
     "{% endfor %}"
@@ -74,12 +75,8 @@ LESSONS = (
         "any",
         '{"setup": "Cat?"}}',
     ),
-    Lesson(
-        "Give me a joke about cats, include the punchline.", {"Joke": ("setup", "punchline")}, "any", JOKE_ANSWER
-    ),
-    Lesson(
-        "What is the weather in San Francisco, CA?", WEATHER, None, CALL % ("get_weather", '{"location": "SF"}')
-    ),
+    Lesson("Give me a joke about cats, include the punchline.", {"Joke": ("setup", "punchline")}, "any", JOKE_ANSWER),
+    Lesson("What is the weather in San Francisco, CA?", WEATHER, None, CALL % ("get_weather", '{"location": "SF"}')),
     Lesson(
         "Create a customer named '你好啊集团' (Hello Group) - a Chinese technology company",
         CUSTOMER,
@@ -92,7 +89,9 @@ LESSONS = (
         "any",
         '{"customer_name": "こ", "description": "x"}}',
     ),
-    Lesson(TOWN_QUESTION, {"search_town": ("query",)}, None, "I look.\n" + CALL % ("search_town", '{"query": "museum"}')),
+    Lesson(
+        TOWN_QUESTION, {"search_town": ("query",)}, None, "I look.\n" + CALL % ("search_town", '{"query": "museum"}')
+    ),
 )
 
 

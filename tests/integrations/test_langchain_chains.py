@@ -50,7 +50,9 @@ def test_every_chain_in_every_style(name: str, style: str, stores: dict[bool, An
 @pytest.mark.parametrize("style", ["invoke", "astream", "abatch"])
 def test_the_completion_model_reuses_too(name: str, style: str, stores: dict[bool, Any], log: CallLog) -> None:
     chain = CHAINS[name]
-    run(chain.build(ProphetKVLLM(engine=stores[False].engine, max_tokens=4), stores[False]), style, {"callbacks": [log]})
+    run(
+        chain.build(ProphetKVLLM(engine=stores[False].engine, max_tokens=4), stores[False]), style, {"callbacks": [log]}
+    )
     assert [chunk["status"] for chunk in log.chunks] == ["hit"] * (chain.reused * (2 if style == "abatch" else 1))
 
 
@@ -73,7 +75,9 @@ def test_without_format_docs_there_is_one_warning(stores: dict[bool, Any], caplo
     assert "retriever | format_docs" in warnings[0]
     with caplog.at_level(logging.WARNING):
         caplog.clear()
-        CHAINS["LCEL with format_docs"].build(ChatProphetKV(engine=model.engine, max_tokens=2), stores[False]).invoke(INPUT)
+        CHAINS["LCEL with format_docs"].build(ChatProphetKV(engine=model.engine, max_tokens=2), stores[False]).invoke(
+            INPUT
+        )
     assert not caplog.records
 
 
