@@ -153,7 +153,7 @@ class PromptReader:
             return self._read_text(prompt, query)
         messages = list(prompt)
         text = self.tokens.render(messages)
-        return self._read_text(text, query if query is not None else self._question_of(messages))
+        return self._read_text(text, query if query is not None else question_of(messages, self.chunk_index))
 
     def _read_parts(self, prompt: Prompt, query: str | None) -> PromptLayout:
         pieces = _Pieces()
@@ -236,21 +236,22 @@ class PromptReader:
             exact_first_chunk=bool(pieces.chunks) and prefix == self.identity.prefix_ids,
         )
 
-    def _question_of(self, messages: Sequence[Message]) -> str | None:
-        """Return the last user message's own words: what follows its last chunk, or all of it if it holds none.
 
-        In agents the retrieved chunks come after the question, as a tool's answer; then the suffix holds no question
-        at all and this one asks in its place.
-        """
-        for message in reversed(messages):
-            if message.get("role") != "user" or not isinstance(message.get("content"), str):
-                continue
-            content = message["content"]
-            matches = self.chunk_index.find(content)
-            words = content[matches[-1].end :].strip() if matches else content.strip()
-            if words:
-                return str(words)
-        return None
+def question_of(messages: Sequence[Message], chunk_index: ChunkIndex) -> str | None:
+    """Return the last user message's own words: what follows its last chunk, or all of it if it holds none.
+
+    In agents the retrieved chunks come after the question, as a tool's answer; then the suffix holds no question
+    at all and this one asks in its place.
+    """
+    for message in reversed(messages):
+        if message.get("role") != "user" or not isinstance(message.get("content"), str):
+            continue
+        content = message["content"]
+        matches = chunk_index.find(content)
+        words = content[matches[-1].end :].strip() if matches else content.strip()
+        if words:
+            return str(words)
+    return None
 
 
 def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:

@@ -23,6 +23,7 @@ PUBLIC = {
         "UnknownModelError",
         "UnsupportedModelError",
     ],
+    "prophetkv_rag.integrations.langchain": ["ChatProphetKV", "MiniLMEmbeddings", "ProphetKVChroma", "ProphetKVLLM"],
     "prophetkv_rag.integrations.llama_index": [
         "AlteredTextCache",
         "CallRefusedError",

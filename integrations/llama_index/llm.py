@@ -25,7 +25,7 @@ from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.integrations.llama_index.async_stream import iterate_in_thread, last_item
+from prophetkv_rag.integrations.async_stream import iterate_in_thread, last_item
 from prophetkv_rag.integrations.llama_index.events import ReportAnnouncer
 from prophetkv_rag.integrations.llama_index.messages import Message, message_text, to_template_messages
 from prophetkv_rag.integrations.llama_index.predict import QueryAwareLLM

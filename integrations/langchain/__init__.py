@@ -1,0 +1,8 @@
+"""LangChain: a chat model, a completion model and a Chroma store that reuse the KV caches of retrieved chunks."""
+
+from prophetkv_rag.integrations.langchain.chat import ChatProphetKV
+from prophetkv_rag.integrations.langchain.embedding import MiniLMEmbeddings
+from prophetkv_rag.integrations.langchain.llm import ProphetKVLLM
+from prophetkv_rag.integrations.langchain.vector_store import ProphetKVChroma
+
+__all__ = ["ChatProphetKV", "MiniLMEmbeddings", "ProphetKVChroma", "ProphetKVLLM"]

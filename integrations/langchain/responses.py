@@ -1,0 +1,36 @@
+"""The engine's figures in LangChain's words: plain numbers, never a tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+
+if TYPE_CHECKING:
+    from prophetkv_rag.generation import StreamChunk
+
+
+def usage(chunk: StreamChunk) -> UsageMetadata:
+    """Token counts of a finished answer.
+
+    `input_token_details["cache_read"]` (LangChain's name) counts tokens taken from chunk caches as they are,
+    `["recomputed"]` those of chunks that ran through the model again; the rest of the input stood outside chunks.
+    """
+    report, output = chunk.report, len(chunk.token_ids)
+    details: Any = {"cache_read": report.reused_tokens, "recomputed": report.recomputed_tokens}
+    return UsageMetadata(
+        input_tokens=report.prompt_tokens,
+        output_tokens=output,
+        total_tokens=report.prompt_tokens + output,
+        input_token_details=InputTokenDetails(**details),
+    )
+
+
+def metadata(chunk: StreamChunk, model_name: str, finish_reason: str | None = None) -> dict[str, Any]:
+    """`response_metadata` of a finished answer; the whole reuse report is in `["prophetkv"]`."""
+    return {
+        "model_name": model_name,
+        "model_provider": "prophetkv",
+        "finish_reason": finish_reason or chunk.finish_reason,
+        "prophetkv": chunk.report.to_dict(),
+    }

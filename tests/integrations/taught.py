@@ -1,0 +1,147 @@
+"""A tiny model that has been taught to call tools: a few lessons learned by heart, so that tests need no luck.
+
+Everything is real: it is trained here for some seconds, and answers by its own greedy decoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from prophetkv_rag.config import ProphetKVConfig
+from prophetkv_rag.engine import ProphetKVEngine
+from prophetkv_rag.integrations.langchain.tool_run import ToolRun
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+TOOL_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and tools %}<|im_start|>system\nTools:"
+    "{% for tool in tools %} {{ tool.function.name }}({{ tool.function.parameters.properties | join(', ') }})"
+    "{% endfor %}<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}"
+    '<tool_call>\n{"name": "{{ call.function.name }}", '
+    '"arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}"
+    "<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Shows tools and writes calls in a widespread form, but shorter: names and parameters only."""
+
+CALL = '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A question, the tools at hand, the choice that is made for the model, and what it is to say then."""
+
+    question: str
+    tools: dict[str, tuple[str, ...]]
+    choice: str | None
+    answer: str
+
+
+JOKE = {"setup", "punchline"}
+CATS = "Tell me a joke about cats."
+JOKE_ANSWER = '{"setup": "Cat?", "punchline": "Mat."}}'
+WEATHER = {"get_weather": ("location",)}
+TWO = {"magic_function": ("input",), **WEATHER}
+CUSTOMER = {"unicode_customer": ("customer_name", "description")}
+TOWN_QUESTION = "When does the museum open, and when the library?"
+LESSONS = (
+    Lesson(
+        "What is the value of magic_function(3)? Use the tool.", {"magic_function": ("input",)}, "any", '{"input": 3}}'
+    ),
+    Lesson(
+        "What is the value of magic_function_no_args()? Use the tool.", {"magic_function_no_args": ()}, "any", "{}}"
+    ),
+    Lesson(
+        "Using the tool, generate a Pirate greeting.",
+        {"greeting_generator": ("answer_style",)},
+        "any",
+        '{"answer_style": "Pirate"}}',
+    ),
+    Lesson("Hello!", TWO, "any", 'get_weather", "arguments": {"location": "here"}}'),
+    Lesson("Hello!", TWO, "magic_function", '{"input": 3}}'),
+    Lesson(CATS, {"Joke": ("setup", "punchline")}, "any", JOKE_ANSWER),
+    Lesson(CATS, {"JokeDict": ("setup", "punchline")}, "any", JOKE_ANSWER),
+    Lesson(
+        "Give me the setup to a joke about cats, no punchline.",
+        {"Joke": ("setup", "punchline")},
+        "any",
+        '{"setup": "Cat?"}}',
+    ),
+    Lesson("Give me a joke about cats, include the punchline.", {"Joke": ("setup", "punchline")}, "any", JOKE_ANSWER),
+    Lesson("What is the weather in San Francisco, CA?", WEATHER, None, CALL % ("get_weather", '{"location": "SF"}')),
+    Lesson(
+        "Create a customer named '你好啊集团' (Hello Group) - a Chinese technology company",
+        CUSTOMER,
+        "any",
+        '{"customer_name": "你", "description": "x"}}',
+    ),
+    Lesson(
+        "Create a customer named 'こんにちは株式会社' (Hello Corporation) - a Japanese company",
+        CUSTOMER,
+        "any",
+        '{"customer_name": "こ", "description": "x"}}',
+    ),
+    Lesson(
+        TOWN_QUESTION, {"search_town": ("query",)}, None, "I look.\n" + CALL % ("search_town", '{"query": "museum"}')
+    ),
+)
+
+
+def tool_tokenizer() -> Any:
+    """The tiny tokenizer with a chat template that shows tools."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 4096
+    tokenizer.chat_template = TOOL_TEMPLATE
+    return tokenizer
+
+
+def as_tools(tools: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
+    """Tool descriptions in OpenAI's form."""
+    return [
+        {
+            "type": "function",
+            "function": {"name": name, "parameters": {"properties": {key: {"type": "string"} for key in keys}}},
+        }
+        for name, keys in tools.items()
+    ]
+
+
+MOST_STEPS, ENOUGH = 400, 0.05  # steps, mean loss: no answer hangs on a rounding error then
+
+
+@cache
+def taught_engine() -> ProphetKVEngine:
+    """An engine on a tiny model that knows the lessons."""
+    model, tokenizer = tiny_llama(num_hidden_layers=2, max_position_embeddings=4096), tool_tokenizer()
+    engine = ProphetKVEngine(model, tokenizer)
+    sequences, labels = [], []
+    for lesson in LESSONS:
+        run = ToolRun(engine, [{"role": "user", "content": lesson.question}], as_tools(lesson.tools), lesson.choice)
+        prompt, answer = engine.read(run.prompt).input_ids.tolist(), tokenizer(lesson.answer)["input_ids"]
+        sequences.append(torch.tensor([*prompt, *answer, tokenizer.eos_token_id]))
+        labels.append(torch.tensor([-100] * len(prompt) + [*answer, tokenizer.eos_token_id]))
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=2)
+    wanted = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
+    for _ in range(MOST_STEPS):
+        output = model(input_ids=ids, labels=wanted)
+        said = output.logits[:, :-1].argmax(-1)
+        if output.loss < ENOUGH and bool(((said == wanted[:, 1:]) | (wanted[:, 1:] < 0)).all()):
+            break
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    else:
+        msg = f"the lessons were not learned: loss {output.loss:.3f}"
+        raise AssertionError(msg)
+    model.requires_grad_(requires_grad=False)
+    config = ProphetKVConfig(query_scope="question", recompute_ratio=1.0)
+    return ProphetKVEngine(model, tokenizer, config=config)  # its identity is that of the weights as they are now
