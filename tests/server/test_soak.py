@@ -120,7 +120,8 @@ class Soak:
 
 def soak(engine: ProphetKVEngine, texts: list[str], *, max_tokens: int, requests: int) -> Counter[str]:
     threads = set(threading.enumerate())
-    with running(engine, max_queue=CLIENTS) as server:
+    # A client that gave up may ask again before the server has noticed, so it can hold more places than one.
+    with running(engine, max_queue=4 * CLIENTS) as server:
         # The last text is never registered: it is an ordinary part of prompts.
         engine.add_chunks(texts[:-1])
         state = Soak(server, texts, max_tokens)
