@@ -1,4 +1,4 @@
-"""Async calls leave the event loop free; whoever leaves early, sets the event or is out of time stops the generation."""
+"""Async calls leave the loop free; whoever leaves early, sets the event or is out of time stops the generation."""
 
 from __future__ import annotations
 

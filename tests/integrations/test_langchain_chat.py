@@ -79,14 +79,14 @@ def test_configurable_fields_keep_the_engine(model: ChatProphetKV, seen: list[An
 def test_wrong_settings_say_what_to_do(model: ChatProphetKV, completion_engine: ProphetKVEngine) -> None:
     with pytest.raises(InputError, match="from_pretrained"):
         ChatProphetKV()
-    with pytest.raises(InputError, match="did you mean recompute_ratio"):
+    with pytest.raises(InputError, match=r"did you mean recompute_ratio"):
         ChatProphetKV(engine=model.engine, recompute_ration=0.5)
-    with pytest.raises(InputError, match="no chat template.*ProphetKVLLM"):
+    with pytest.raises(InputError, match=r"no chat template.*ProphetKVLLM"):
         ChatProphetKV(engine=completion_engine)
     for wrong in ({"temperature": -1}, {"top_p": 0}, {"recompute_ratio": 1.5}, {"max_tokens": 0}):
         with pytest.raises(ValidationError):
             ChatProphetKV(engine=model.engine, **wrong)
-    with pytest.raises(InputError, match="threading.Event"):
+    with pytest.raises(InputError, match=r"threading\.Event"):
         model.invoke("Hi", cancel=True)
 
 
@@ -195,7 +195,7 @@ def test_copies_share_the_engine_and_pickles_leave_it_out(cls: Any, chat_engine:
     assert len(data) < 10_000, "weights were pickled"
     again = pickle.loads(data)
     assert again.max_tokens == 3
-    with pytest.raises(InputError, match="set model.engine"):
+    with pytest.raises(InputError, match=r"set model\.engine"):
         again.invoke("Hi")
     again.engine = chat_engine
     assert again.invoke("Hi") is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ HEAD = (
 )
 TAIL = "<|im_end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 BARE = (  # as Llama 3 has it: no marker, other names
-    '{% for c in m.tool_calls or [] %}{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}'
+    '{% for c in m.tool_calls or [] %}{"name": "{{ c.function.name }}", '
+    '"parameters": {{ c.function.arguments | tojson }}}'
     "{% endfor %}"
 )
 LISTED = (  # as Mistral has it: a special token and a list
@@ -101,7 +103,7 @@ def test_what_small_models_write() -> None:
 def test_a_stream_shows_no_piece_of_a_call() -> None:
     found, text = find_tool_format(tool_tokenizer()), "I look < here.\n" + CALL % ("f", "{}")
     shown = [shown_part(text[:size], found) for size in range(len(text) + 1)]
-    assert all(later.startswith(earlier) for earlier, later in zip(shown, shown[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(shown))
     assert shown[-1] == "I look < here."
     assert not any("<tool" in part for part in shown)
 
