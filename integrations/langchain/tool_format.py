@@ -7,7 +7,6 @@ call's name and arguments show up tells how the model was taught to write a call
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,6 @@ from prophetkv_rag.errors import InputError
 
 PROBE_NAME = "prophetkv_probe_tool"
 PROBE_ARGUMENTS = {"probe_argument": "probe_value"}
-_REASONING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)  # templates of reasoning models put an empty one first
 _TOOL = {
     "type": "function",
     "function": {
@@ -43,7 +41,7 @@ class ToolFormat:
 
     Attributes:
         opening: Text between the start of the assistant's turn and the JSON object; may be empty.
-        marker: The opening as it looks in decoded text: stripped, without special tokens.
+        marker: The opening as it looks in decoded text: stripped, without special tokens and thoughts.
         arguments_key: `"arguments"`, or whatever the template calls them.
         before_name: The JSON up to the name, such as `{"name": "`.
         before_arguments: The JSON between the name and the arguments, such as `", "arguments": `.
@@ -79,7 +77,7 @@ def find_tool_format(tokenizer: Any) -> ToolFormat:
             "use a model whose template shows tools (such as Qwen 2.5 or Llama 3.1), or set tokenizer.chat_template"
         )
         raise InputError(msg)
-    answer = _REASONING.sub("", called[_turn_start(prompt, called) :])
+    answer = called[_turn_start(prompt, called) :]
     found = _find_call(answer)
     if found is None:
         msg = "the model's chat template writes tool calls in a form that is not JSON; only JSON calls can be read"
@@ -91,7 +89,7 @@ def find_tool_format(tokenizer: Any) -> ToolFormat:
         msg = "the model's chat template writes a call's arguments before its name; such calls cannot be read"
         raise InputError(msg)
     opening = answer[:start]
-    marker = opening
+    marker = opening.rpartition("</think>")[2]  # templates of reasoning models put an empty thought first
     for special in tokenizer.all_special_tokens:
         marker = marker.replace(special, "")
     # A marker without letters (a list's bracket) would be found all over an answer.
