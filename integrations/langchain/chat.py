@@ -45,13 +45,8 @@ class ChatProphetKV(EngineModel, BaseChatModel):
     are recognised in the prompt by their text; a prompt without any is answered by plain full prefill. Fields are
     defaults that a call may override: `model.invoke(prompt, temperature=0.7, recompute_ratio=0.3)`.
 
-<<<<<<< HEAD
-    **What was reused** is in every message, and in the last of a stream: `usage_metadata["input_token_details"]` has
-    the tokens reused (`cache_read`) and recomputed, `response_metadata["prophetkv"]` the whole report. Callbacks find
-=======
     **What was reused** is in every message, and in a stream's last: `usage_metadata["input_token_details"]` has the
     tokens reused (`cache_read`) and recomputed, `response_metadata["prophetkv"]` the whole report. Callbacks find
->>>>>>> team-langchain
     both in `response.generations[0][0].message`.
 
     **Stopping.** Async calls and streams stop when they are cancelled or closed, and so does `model.stream(...)`. A
@@ -117,11 +112,7 @@ class ChatProphetKV(EngineModel, BaseChatModel):
             **kwargs: More arguments of each call.
 
         Raises:
-<<<<<<< HEAD
-            InputError: If the model's chat template cannot show tools or writes no JSON calls, or a choice is unknown.
-=======
             InputError: If the model's chat template shows no tools or writes no JSON calls, or for an unknown choice.
->>>>>>> team-langchain
         """
         find_tool_format(self._ready_engine().tokenizer)
         shown = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
