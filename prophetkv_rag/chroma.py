@@ -169,8 +169,11 @@ class KVCachingCollection:
         return stripped(self.collection.peek(*args, **kwargs))
 
     def query(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Collection.query`."""
-        return stripped(self.collection.query(*args, **kwargs))
+        """As `Collection.query`; the caches of what is found begin to load at once."""
+        found = self.collection.query(*args, **kwargs)
+        keys = dict.fromkeys(key for row in found.get("metadatas") or () for key in cache_keys(row))
+        self.engine.store.read_ahead(keys, fingerprint=self.engine.identity.fingerprint)
+        return stripped(found)
 
     def search(self, *args: Any, **kwargs: Any) -> Any:
         """As `Collection.search` (Chroma Cloud only)."""

@@ -72,9 +72,10 @@ def column_parts(columns: Mapping[str, Any], part: range, num_records: int) -> d
     return parts
 
 
-def cache_keys(metadatas: Iterable[Mapping[str, Any] | None]) -> set[Any]:
-    """Return the values of our key in these metadata."""
-    return {metadata[PROPHETKV_ID] for metadata in metadatas if metadata and PROPHETKV_ID in metadata}
+def cache_keys(metadatas: Iterable[Mapping[str, Any] | None]) -> list[Any]:
+    """Return the values of our key in these metadata, in order, each once."""
+    found = (metadata[PROPHETKV_ID] for metadata in metadatas if metadata and PROPHETKV_ID in metadata)
+    return list(dict.fromkeys(found))
 
 
 def stripped(result: Any) -> Any:

@@ -147,6 +147,10 @@ class ChunkStore(ABC):
         """Whether a chunk that nobody has asked for yet would be kept, after `waiting` others."""
         return self.policy == "eager"
 
+    def read_ahead(self, keys: Iterable[str], *, fingerprint: str) -> None:
+        """Begin to load caches that a prompt is about to need, without making the caller wait; never raises."""
+        return None
+
     def put_soon(self, key: str, cache: ChunkCache, *, fingerprint: str) -> None:
         """Store the cache of a chunk that somebody refers to, without making the caller wait; never raises."""
         try:

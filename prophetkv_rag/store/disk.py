@@ -30,6 +30,7 @@ from prophetkv_rag.store.keys import check_key, is_key
 from prophetkv_rag.store.leases import Leases
 from prophetkv_rag.store.ram import RamTier, owned
 from prophetkv_rag.store.ranking import Eviction, Ranking
+from prophetkv_rag.store.read_ahead import ReadAhead
 from prophetkv_rag.store.space import Space
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class DiskStore(ChunkStore):
             self.drop_from_memory,
             blob_format=self.blob_format,
         )
+        self._read_ahead = ReadAhead(self.files, self.catalog, self._ram, self.blob_format)
         self.space = Space(self.catalog, self.files, self.leases, Ranking(eviction), max_bytes, self.directory)
         if policy != "read_only":
             self.space.adopt()
@@ -156,6 +158,10 @@ class DiskStore(ChunkStore):
         except OSError as error:
             msg = f"cannot write the chunk cache {path}: {error}"
             raise StoreError(msg) from error
+
+    def read_ahead(self, keys: Iterable[str], *, fingerprint: str) -> None:
+        """See `ChunkStore.read_ahead`: a thread reads them into the RAM tier."""
+        self._later.run(self._read_ahead, [key for key in keys if is_key(key)], fingerprint)
 
     def put_soon(self, key: str, cache: ChunkCache, *, fingerprint: str) -> None:
         """See `ChunkStore.put_soon`: a thread writes it; until then `get` finds it all the same."""

@@ -46,6 +46,11 @@ class RamTier:
         """K/V bytes held now."""
         return self._nbytes
 
+    def holds(self, key: str) -> bool:
+        """Whether something is held under `key`."""
+        with self._lock:
+            return key in self._caches
+
     def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> ChunkCache | None:
         """Return the cache if it is held and is the one that is meant."""
         with self._lock:

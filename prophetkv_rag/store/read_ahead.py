@@ -1,0 +1,44 @@
+"""Reads blobs into the RAM tier before a prompt needs them: from the moment that a collection finds the chunks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from prophetkv_rag.store.blob import BlobError
+from prophetkv_rag.store.blob_file import read_blob
+from prophetkv_rag.store.blob_files import BlobFiles
+from prophetkv_rag.store.catalog import Catalog
+from prophetkv_rag.store.formats import BlobFormat
+from prophetkv_rag.store.ram import RamTier
+
+logger = logging.getLogger(__name__)
+
+
+class ReadAhead:
+    """What it cannot read is left to the query itself, which says what is wrong; nothing is counted here."""
+
+    def __init__(self, files: BlobFiles, catalog: Catalog, ram: RamTier, blob_format: BlobFormat) -> None:
+        self._files = files
+        self._catalog = catalog
+        self._ram = ram
+        self._blob_format = blob_format
+
+    def __call__(self, keys: Iterable[str], fingerprint: str) -> None:
+        """Read what the RAM tier lacks, in order, as far as all of it fits in there."""
+        room = self._ram.max_bytes
+        for key in keys:
+            if self._ram.holds(key):
+                continue
+            try:
+                header, cache = read_blob(self._files.path(key), key=key, fingerprint=fingerprint)
+            except (BlobError, OSError) as error:
+                logger.debug("the chunk cache %s was not read ahead: %s", key, error)
+                continue
+            room -= cache.nbytes
+            if room < 0:
+                return
+            if header.blob_format in ("exact", self._blob_format):
+                self._ram.put(key, cache, fingerprint=fingerprint)
+                if key not in self._catalog:  # deleted meanwhile, and deleted means everywhere
+                    self._ram.drop([key])

@@ -1,0 +1,103 @@
+"""Caches of retrieved chunks begin to load when the collection answers, before the prompt is rendered."""
+
+from __future__ import annotations
+
+import chromadb
+import pytest
+
+from prophetkv_rag import Prompt, ProphetKVEngine
+from prophetkv_rag.chroma import KVCachingCollection
+from prophetkv_rag.store.disk import DiskStore
+from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
+
+MODEL = tiny_llama()
+TEXTS = list(CORPUS[:3])
+
+
+def opened(directory, **settings):
+    """An engine over the directory as another process finds it: nothing is in RAM yet."""
+    return ProphetKVEngine(MODEL, tiny_tokenizer(), store=DiskStore(directory, **settings))
+
+
+@pytest.fixture
+def collection(tmp_path):
+    client = chromadb.EphemeralClient()
+    raw = client.get_or_create_collection(f"ahead-{tmp_path.name}", embedding_function=None)
+    engine = opened(tmp_path)
+    vectors = [[float(i == j) for j in range(3)] for i in range(3)]
+    KVCachingCollection(raw, engine).add(ids=["0", "1", "2"], documents=TEXTS, embeddings=vectors)
+    engine.store.close()
+    return raw
+
+
+def ask(collection, engine, count=2):
+    found = KVCachingCollection(collection, engine).query(
+        query_embeddings=[[1.0, 0.5, 0.0]], n_results=count, include=["documents", "metadatas"]
+    )
+    engine.store.flush()
+    return found["documents"][0]
+
+
+def remove_blobs(directory):
+    for blob in (directory / "blobs").rglob("*.safetensors"):
+        blob.unlink()
+
+
+def test_what_was_found_is_in_ram_when_the_prompt_comes(collection, tmp_path):
+    engine = opened(tmp_path)
+    texts = ask(collection, engine)
+    assert texts == TEXTS[:2]
+    assert engine.store.stats().hits == 0  # reading ahead is not a use
+    remove_blobs(tmp_path)
+    report = engine.prefill(Prompt("Read: ", texts, " So?")).report
+    assert [chunk.status for chunk in report.chunks] == ["hit", "hit"]
+    assert engine.prefill(Prompt("Read: ", TEXTS[2:], " So?")).report.chunks[0].status == "miss"
+
+
+def test_without_a_query_nothing_is_read(collection, tmp_path):
+    engine = opened(tmp_path)
+    remove_blobs(tmp_path)
+    report = engine.prefill(Prompt("Read: ", TEXTS[:2], " So?")).report
+    assert {chunk.status for chunk in report.chunks} == {"miss"}
+
+
+def test_a_bad_blob_is_left_to_the_query(collection, tmp_path):
+    engine = opened(tmp_path)
+    clean = engine.prefill(Prompt("Read: ", TEXTS[:2], " So?"))
+    engine.store.close()
+    for blob in (tmp_path / "blobs").rglob("*.safetensors"):
+        blob.write_bytes(blob.read_bytes()[:-7])
+    engine = opened(tmp_path)
+    texts = ask(collection, engine)
+    assert engine.store.stats().corrupt == 0
+    result = engine.prefill(Prompt("Read: ", texts, " So?"))
+    assert {chunk.status for chunk in result.report.chunks} == {"corrupt"}
+    assert result.logits.equal(clean.logits) or (result.logits - clean.logits).abs().max() < 1e-4
+
+
+def test_what_was_deleted_does_not_come_back(collection, tmp_path):
+    engine = opened(tmp_path)
+    proxy = KVCachingCollection(collection, engine)
+    keys = engine.store.references(proxy.owner)
+    assert len(keys) == 3
+    proxy.delete(ids=["0", "1", "2"])
+    engine.store.read_ahead(keys, fingerprint=engine.identity.fingerprint)
+    engine.store.flush()
+    assert engine.store._ram.nbytes == 0
+
+
+def test_the_ram_tier_keeps_its_limit(collection, tmp_path):
+    engine = opened(tmp_path)
+    one = engine.store.get(
+        engine.library.identity.key(engine._tokens.chunk(TEXTS[0])),
+        fingerprint=engine.identity.fingerprint,
+        input_ids=engine._tokens.chunk(TEXTS[0]),
+    )[0]
+    assert one is not None
+    engine.store.close()
+    engine = opened(tmp_path, ram_bytes=int(1.2 * one.nbytes))
+    ask(collection, engine, count=3)
+    assert 0 < engine.store._ram.nbytes <= 1.2 * one.nbytes
+    engine = opened(tmp_path, ram_bytes=0)
+    ask(collection, engine, count=3)
+    assert engine.store._ram.nbytes == 0
