@@ -116,7 +116,9 @@ def check(directory: Path, limit: int | None, references: dict[str, set[int]], g
     numbers = generator.sample(range(len(TEXTS)), 4)
     found, wanted = engine.prefill(prompt_of(numbers)), CLEAN.prefill(prompt_of(numbers))
     if len(found.report.chunks) == len(numbers):
-        assert torch.equal(found.logits, wanted.logits), "another answer than a clean run's"
+        torch.testing.assert_close(found.logits, wanted.logits, atol=1e-4, rtol=1e-4)  # a clean run's answer
+            found.logits, wanted.logits, atol=1e-4, rtol=1e-4, msg="another answer than a clean run"
+        )
     gc(store, grace_s=-1)
     known = {row.key for row in store.catalog.rows()}
     files = list((directory / "blobs").rglob("*.safetensors"))

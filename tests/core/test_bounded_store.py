@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.chunk_index import text_entry
@@ -408,7 +409,7 @@ def test_a_catalog_that_is_gone_or_damaged_is_made_again_from_the_blobs(tmp_path
     engine = engine_on(store)
     found = engine.prefill("Read: " + " ".join(TEXTS) + " So?")
     assert [chunk.status for chunk in found.report.chunks] == ["hit"] * len(TEXTS)
-    assert found.logits.equal(wanted.logits)
+    torch.testing.assert_close(found.logits, wanted.logits, atol=1e-4, rtol=1e-4)
     assert store.verify().num_faults == 0
     assert engine.remove_chunks(keys[:1], owner="a") == keys[:1], "delete really deletes, whoever it was that referred"
     assert keys[0] not in store

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.store.disk import DiskStore
@@ -36,7 +37,7 @@ def assert_same_answer(engine: ProphetKVEngine) -> list[str]:
     result = engine.prefill(PROMPT)
     engine.store.flush()
     assert len(result.report.chunks) == len(TEXTS)
-    assert result.logits.equal(WANTED)
+    torch.testing.assert_close(result.logits, WANTED, atol=1e-4, rtol=1e-4)
     return [chunk.status for chunk in result.report.chunks]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import chromadb
 import hypothesis.strategies as st
-from chromadb.config import Settings
+import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -25,7 +25,7 @@ TEXTS = [text_of(12, seed=seed) for seed in range(7)]
 CONFIG = ProphetKVConfig(recompute_ratio=0.0, index_batch_tokens=64)
 CLEAN = ProphetKVEngine(MODEL, TOKENIZER, config=CONFIG)
 KEYS = CLEAN.add_chunks(TEXTS)
-NAMES = ("first", "second")
+NAMES = ("machine-first", "machine-second")
 BLOB_BYTES = 25_000  # about one of these texts' blobs
 
 names, texts, ids = st.sampled_from(NAMES), st.integers(0, len(TEXTS) - 1), st.sampled_from(["a", "b", "c", "d"])
@@ -37,7 +37,7 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.directory = Path(tempfile.mkdtemp())
-        self.client = chromadb.EphemeralClient(Settings(anonymized_telemetry=False))
+        self.client = chromadb.EphemeralClient()
         self.held: dict[str, dict[str, int]] = {name: {} for name in NAMES}
         self.limit = 3 * BLOB_BYTES
 
@@ -83,7 +83,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert all(chunk.status in ("hit", "miss") for chunk in result.report.chunks)
         full = CLEAN.prefill(prompt)
         if len(result.report.chunks) == len(wanted):
-            assert result.logits.equal(full.logits)
+            torch.testing.assert_close(result.logits, full.logits, atol=1e-4, rtol=1e-4)
 
     @precondition(lambda self: self.limit)
     @rule()
