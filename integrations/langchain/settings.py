@@ -167,8 +167,9 @@ def cancel_on_leave(settings: dict[str, Any]) -> Callable[[], None] | None:
     """
     if settings["cancel"] is not None:
         return None
-    settings["cancel"] = threading.Event()
-    return settings["cancel"].set
+    left = threading.Event()
+    settings["cancel"] = left
+    return left.set
 
 
 def _name_of(model: Any) -> str:

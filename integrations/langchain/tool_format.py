@@ -53,10 +53,13 @@ class ToolFormat:
     before_name: str
     before_arguments: str
 
-    def forced_start(self, name: str | None) -> str:
-        """Return how a call begins: of the named tool up to its arguments, else up to the name."""
+    def forced_start(self, name: str | None, *, has_arguments: bool = False) -> str:
+        """Return how a call begins: up to the tool's name, or with that given, inside the braces of its arguments.
+
+        Small models go on behind `"arguments": ` with a bare value; behind a brace they cannot.
+        """
         start = self.opening + self.before_name
-        return start if name is None else start + name + self.before_arguments
+        return start if name is None else start + name + self.before_arguments + ('{"' if has_arguments else "{")
 
 
 def find_tool_format(tokenizer: Any) -> ToolFormat:

@@ -41,16 +41,22 @@ class ToolRun:
             self.messages, tools=list(tools), tokenize=False, add_generation_prompt=True
         )
         forced = check_choice(choice, self.names)
-        self.start = "" if forced is None else self.format.forced_start(forced or None)
+        self.start = "" if forced is None else self._forced_start(tools, forced)
         self.prompt = rendered + self.start
         self.is_done = False
         self._text = ""
         self._shown = ""
 
+    def _forced_start(self, tools: Sequence[dict[str, Any]], name: str) -> str:
+        if not name:
+            return self.format.forced_start(None)
+        parameters = tools[self.names.index(name)]["function"].get("parameters") or {}
+        return self.format.forced_start(name, has_arguments=bool(parameters.get("required")))
+
     def add(self, chunk: StreamChunk) -> str:
         """Take in the next piece of the answer; returns the new text that is no part of a tool call."""
         self._text = self._marked_start + chunk.text
-        is_whole = bool(self.start) and "}" in chunk.delta and is_complete(self._text, self.format)
+        is_whole = bool(self.start) and "}" in chunk.delta and is_complete(self._text)
         self.is_done = is_whole or chunk.finish_reason is not None
         text = self.answer.text if self.is_done else shown_part(self._text, self.format)
         delta = text[len(self._shown) :]

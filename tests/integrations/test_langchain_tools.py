@@ -46,11 +46,11 @@ def tokenizer_with(template: str, end: str = TAIL) -> Any:
 def test_formats_are_found_by_rendering() -> None:
     found = find_tool_format(tool_tokenizer())
     assert (found.marker, found.arguments_key) == ("<tool_call>", "arguments")
-    assert found.forced_start("f") == '<tool_call>\n{"name": "f", "arguments": '
+    assert found.forced_start("f") == '<tool_call>\n{"name": "f", "arguments": {'
     assert found.forced_start(None) == '<tool_call>\n{"name": "'
     bare = find_tool_format(tokenizer_with(BARE))
     assert (bare.marker, bare.arguments_key) == ("", "parameters")
-    assert bare.forced_start("f") == '{"name": "f", "parameters": '
+    assert bare.forced_start("f", has_arguments=True) == '{"name": "f", "parameters": {"'
     listed = find_tool_format(tokenizer_with(LISTED))
     assert (listed.marker, listed.opening) == ("", "<|endoftext|>[")
     for end in (TAIL, TAIL.replace("<assistant>", "<assistant><think>\n")):
@@ -92,10 +92,13 @@ def test_what_small_models_write() -> None:
 
     assert names("Well. " + CALL % ("f", "{}") + "\n" + CALL % ("g", "{}")) == ["f", "g"]
     assert names('{"name": "f", "arguments": {}}') == ["f"], "the marker was forgotten"
+    assert names('```json\n{"name": "f", "arguments": {}}\n```') == ["f"], "a fence was put around it"
     assert names('{"name": "unknown", "arguments": {}}') == [], "an answer in JSON is no call"
     assert names('See {"name": "f", "arguments": {}}') == [], "an example in an answer is no call"
     text = read_answer("Text <tool_call>\n{broken", found, ["f"])
     assert (text.text, text.calls, text.invalid[0]["args"]) == ("Text", [], "{broken")
+    bare = read_answer('<tool_call>{"name": "f", "arguments": 36}', found, ["f"])
+    assert (bare.calls, bare.invalid[0]["name"], bare.invalid[0]["args"]) == ([], "f", "36")
     as_string = read_answer('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}', found, ["f"])
     assert as_string.calls[0]["args"] == {"a": 1}
 
