@@ -22,7 +22,7 @@ def pass_flops(model: Any, support: ModelSupport, positions: torch.Tensor) -> fl
     Embeddings are looked up, not multiplied; all else that has two dimensions counts as a matrix product.
     """
     embeddings = {id(weight) for weight in model.get_input_embeddings().parameters()}
-    weights = sum(p.numel() for p in backbone(model).parameters() if p.dim() >= 2 and id(p) not in embeddings)
+    weights: int = sum(p.numel() for p in backbone(model).parameters() if p.dim() >= 2 and id(p) not in embeddings)
     total = 2.0 * weights * positions.shape[0]
     heads = model.config.get_text_config(decoder=True).num_attention_heads
     for layer in support.layers:
@@ -51,4 +51,5 @@ def arithmetic_limit(model: Any, support: ModelSupport, layout: PromptLayout, re
     asking = outside[(outside < layout.context_start) | (outside >= layout.suffix_start)]
     computed = torch.cat([outside[outside >= layout.context_start], recomputed.cpu()])
     ours = pass_flops(model, support, asking) + pass_flops(model, support, computed)
-    return pass_flops(model, support, everything) / ours
+    limit: float = pass_flops(model, support, everything) / ours
+    return limit

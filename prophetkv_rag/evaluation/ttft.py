@@ -150,10 +150,9 @@ def measure_ttft(
             full_s, full_decode = full.report.timings_s.ttft, decode_seconds(engine, full)
             del full
             for arm, result in zip(arms, results, strict=True):
-                settings = {"strategy": arm.strategy, "recompute_ratio": arm.recompute_ratio}
-                ram = engine.prefill(prompt, **settings)
+                ram = engine.prefill(prompt, strategy=arm.strategy, recompute_ratio=arm.recompute_ratio)
                 decode = decode_seconds(engine, ram)
-                disk = on_disk.prefill(prompt, **settings).report
+                disk = on_disk.prefill(prompt, strategy=arm.strategy, recompute_ratio=arm.recompute_ratio).report
                 if repeat >= 0:
                     result.limit = arithmetic_limit(engine.model, engine.support, layout, ram.recomputed)
                     result.full_s.append(full_s)

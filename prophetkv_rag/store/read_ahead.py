@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from prophetkv_rag.store.blob import BlobError
+from prophetkv_rag.errors import BlobError
 from prophetkv_rag.store.blob_file import read_blob
 from prophetkv_rag.store.blob_files import BlobFiles
 from prophetkv_rag.store.catalog import Catalog
