@@ -19,7 +19,10 @@ from prophetkv_rag.default_model import fetch_default_model
 from prophetkv_rag.integrations.langchain import ChatProphetKV, MiniLMEmbeddings, ProphetKVChroma
 
 PROMPT = ChatPromptTemplate.from_messages(
-    [("system", "Answer from the context.\n\n{context}"), ("placeholder", "{history}"), ("human", "{question}")]
+    [
+        ("placeholder", "{history}"),
+        ("human", "Context:\n\n{context}\n\nAnswer from the context, in one sentence: {question}"),
+    ]
 )
 
 

@@ -59,9 +59,12 @@ class ProphetKVLLM(EngineModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        settings = self._engine_settings(stop, kwargs)
-        leave = cancel_on_leave(settings)
-        return self._result([await last_item(self._chunks(prompt, settings), on_leave=leave) for prompt in prompts])
+        last = []
+        for prompt in prompts:
+            settings = self._engine_settings(stop, kwargs)  # each with an event of its own, set when its answer ends
+            leave = cancel_on_leave(settings)
+            last.append(await last_item(self._chunks(prompt, settings), on_leave=leave))
+        return self._result(last)
 
     def _stream(
         self,

@@ -124,8 +124,16 @@ def test_a_streamed_call_is_the_invoked_one() -> None:
     assert whole.response_metadata["finish_reason"] == "tool_calls"
 
 
-def test_a_tools_answer_is_reused() -> None:
-    store = town_store(taught_engine())
+def test_a_tools_answer_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its chunks stand behind the question, which asks in stage I from behind the prompt's end."""
+    store, layouts = town_store(taught_engine()), []
+    read = store.engine._reader.read
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        layouts.append(read(*args, **kwargs))
+        return layouts[-1]
+
+    monkeypatch.setattr(store.engine._reader, "read", spy)
     call = {"name": "search_town", "args": {"query": "museum"}, "id": "1", "type": "tool_call"}
     model = ChatProphetKV(engine=store.engine, max_tokens=2)
     for runnable in (model, model.bind_tools(as_tools({"search_town": ("query",)}))):
@@ -137,6 +145,7 @@ def test_a_tools_answer_is_reused() -> None:
             ]
         )
         assert [chunk["status"] for chunk in message.response_metadata["prophetkv"]["chunks"]] == ["hit", "hit"]
+        assert store.engine.tokenizer.decode(layouts[-1].probe_ids) == TOWN_QUESTION
 
 
 def test_choices() -> None:
