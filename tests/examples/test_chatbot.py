@@ -6,11 +6,14 @@ import importlib
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 
 from prophetkv_rag.errors import InputError
@@ -229,6 +232,42 @@ def test_a_reader_that_leaves_cancels_the_answer(service: Any, client: TestClien
     kinds = [event["type"] for event in answering]
     assert "comparison" not in kinds
     assert not session.lock.locked()
+
+
+def test_a_client_that_goes_away_stops_the_model(service: Any, example: Any, client: TestClient) -> None:
+    """Over a real connection: LlamaIndex's own thread would read an answer that nobody wants to its end."""
+    steps = 0
+    model = service.knowledge.engine.model
+
+    def count(module: Any, args: Any, output: Any) -> None:
+        nonlocal steps
+        steps += 1
+
+    hook = model.register_forward_hook(count)
+    before = service.conversations
+    service.conversations = example["conversation"].Conversations(service.knowledge, max_new_tokens=3000)
+    server = uvicorn.Server(uvicorn.Config(example["web"].make_app(service), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.stream("POST", f"http://127.0.0.1:{port}/api/chat", json=QUESTION, timeout=60) as response:
+            found = (json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line)
+            session = next(event["session"] for event in found if event["type"] == "sources")
+            next(event for event in found if event["type"] == "token")
+        held = service.conversations.session(session).lock
+        assert held.acquire(timeout=20), "the session still answers"
+        held.release()
+        stopped_at = steps
+        time.sleep(0.3)
+        assert steps == stopped_at < 3000
+    finally:
+        hook.remove()
+        server.should_exit = True
+        thread.join()
+        service.conversations = before
 
 
 def test_until_the_model_is_loaded_the_page_says_so(example: Any) -> None:
