@@ -145,6 +145,6 @@ def plot_ttft(rows: Sequence[dict[str, Any]], peers: Sequence[dict[str, Any]], p
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set(xlabel="context tokens", ylabel="times sooner than full prefill (SDPA)", yscale="log")
     axis.set_yticks([1, 2, 3, 5, 10, 20, 50], labels=["1", "2", "3", "5", "10", "20", "50"])
-    axis.legend(title="dotted: arithmetic limit of the rows run", fontsize=8)
+    figure.legend(title="dotted: arithmetic limit of the rows run", loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -245,7 +245,7 @@ def test_a_client_that_goes_away_stops_the_model(service: Any, example: Any, cli
 
     hook = model.register_forward_hook(count)
     before = service.conversations
-    service.conversations = example["conversation"].Conversations(service.knowledge, max_new_tokens=3000)
+    service.conversations = example["conversation"].Conversations(service.knowledge, max_new_tokens=700)
     server = uvicorn.Server(uvicorn.Config(example["web"].make_app(service), port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -262,7 +262,7 @@ def test_a_client_that_goes_away_stops_the_model(service: Any, example: Any, cli
         held.release()
         stopped_at = steps
         time.sleep(0.3)
-        assert steps == stopped_at < 3000
+        assert steps == stopped_at < 700
     finally:
         hook.remove()
         server.should_exit = True
