@@ -20,6 +20,8 @@ from prophetkv_rag.store.disk import DiskStore
 from prophetkv_rag.store.upkeep import gc
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
+torch.set_num_threads(1)  # a fork of a process whose OpenMP has started threads hangs in its first parallel region
+
 MODEL, TOKENIZER = tiny_llama(), tiny_tokenizer()
 TEXTS = [text_of(16, seed=seed) for seed in range(10)]
 STEPS = ("index", "delete", "gc", "warm", "query")
