@@ -119,6 +119,7 @@ def check(directory: Path, limit: int | None, references: dict[str, set[int]], g
     found, wanted = engine.prefill(prompt_of(numbers)), CLEAN.prefill(prompt_of(numbers))
     if len(found.report.chunks) == len(numbers):
         torch.testing.assert_close(found.logits, wanted.logits, atol=1e-4, rtol=1e-4)  # a clean run's answer
+    store.flush()  # what the question had computed is being written
     gc(store, grace_s=-1)
     known = {row.key for row in store.catalog.rows()}
     files = list((directory / "blobs").rglob("*.safetensors"))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import chromadb
+import llama_index.core
 import pytest
 from llama_index.core.instrumentation import get_dispatcher
 
@@ -26,6 +27,14 @@ def make_engine(*, chat: bool = True) -> ProphetKVEngine:
         tokenizer.chat_template = None
     config = ProphetKVConfig(query_scope="question", recompute_ratio=0.3)
     return ProphetKVEngine(MODEL, tokenizer, config=config)
+
+
+@pytest.fixture(autouse=True)
+def own_global_tokenizer() -> Iterator[None]:
+    """LlamaIndex counts with a tokenizer of the whole process; what other tests have set must not be counted with."""
+    before, llama_index.core.global_tokenizer = llama_index.core.global_tokenizer, None
+    yield
+    llama_index.core.global_tokenizer = before
 
 
 @pytest.fixture(scope="session")
