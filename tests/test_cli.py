@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from prophetkv_rag import __version__
 from prophetkv_rag.cli.app import main
 from prophetkv_rag.cli.database import Database
+from prophetkv_rag.cli.demo_run import speeches_directory
 from prophetkv_rag.cli.indexing import IndexSummary, index_documents
 from prophetkv_rag.model import load_model
 from tests.tiny import save_tiny, save_tiny_encoder, text_of, tiny_tokenizer
@@ -386,15 +389,15 @@ def test_version_and_help(run: Run) -> None:
 
 
 def no_time_at_all(index: Callable[..., IndexSummary]) -> Callable[..., IndexSummary]:
-    def indexed(*arguments: Any) -> IndexSummary:
-        summary = index(*arguments)
+    def indexed(*arguments: Any, **options: Any) -> IndexSummary:
+        summary = index(*arguments, **options)
         summary.seconds = 0.0
         return summary
 
     return indexed
 
 
-def test_demo(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The tiny model's answers are noise, but the path is the real one; the second run computes no cache."""
     monkeypatch.setattr("prophetkv_rag.cli.demo.MAX_NEW_TOKENS", 2)
     first = run("demo", "--json")
@@ -412,6 +415,14 @@ def test_demo(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = run("demo")
     assert "KV caches reused from an earlier run, nothing computed" in printed
     assert "Time to first token" in printed
+
+    # Installed elsewhere, it is the same corpus, and stands in the database once.
+    elsewhere = tmp_path / "elsewhere"
+    with speeches_directory() as speeches:
+        shutil.copytree(speeches, elsewhere)
+    monkeypatch.setattr("prophetkv_rag.cli.demo_run.speeches_directory", lambda: nullcontext(elsewhere))
+    again = run("demo", "--json")["indexing"]
+    assert (again["total_chunks"], again["computed_chunks"]) == (first["indexing"]["total_chunks"], 0)
 
 
 def test_everything_printed_with_json_is_json(docs: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -49,17 +49,22 @@ class _StoredFile:
         return len(self.stamps) == self.expected and set(self.stamps.values()) == {stamp}
 
 
-def index_documents(database: Database, directory: Path, documents: Documents) -> IndexSummary:
+def index_documents(
+    database: Database, directory: Path, documents: Documents, *, only_corpus: str | None = None
+) -> IndexSummary:
     """Bring the database up to date with `documents`, read from `directory`.
 
     A file is known by the directory and its name relative to it, so several directories may have a file of one name. A
     changed file's chunks are replaced; files of the same directory that are gone are removed. Another chunk size counts
     as a change of every file. New chunks are written before old ones are deleted, so the caches of chunks that a change
     left alone are kept.
+
+    `only_corpus` is a name for what the database is about as a whole, wherever its directory lies today: the files are
+    known by it, and whatever else is stored goes.
     """
     started = time.perf_counter()
     summary = IndexSummary(skipped=dict(documents.skipped))
-    root = str(directory.resolve())
+    root = only_corpus or str(directory.resolve())
     stored = _stored_files(database)
     nodes: list[BaseNode] = []
     old_ids: set[str] = set()
@@ -72,10 +77,10 @@ def index_documents(database: Database, directory: Path, documents: Documents) -
         nodes += _split(database, file, stamp=stamp, root=root)
         summary.indexed.append(file.name)
     names = {file.name for file in documents.files}
-    for (directory_of, name), held in stored.items():
-        if directory_of == root and name not in names:
+    for (directory_of, file_name), held in stored.items():
+        if (directory_of == root and file_name not in names) or (only_corpus and directory_of != root):
             old_ids.update(held.stamps)
-            summary.removed.append(name)
+            summary.removed.append(file_name)
     _insert(database, nodes)
     database.index.vector_store.delete_nodes(sorted(old_ids - {node.node_id for node in nodes}))
     summary.new_chunks = len(nodes)
