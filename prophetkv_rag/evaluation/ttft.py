@@ -35,6 +35,7 @@ class TtftResult:
         strategy: As `make_strategy` reads it.
         recompute_ratio: Fraction of the chunk tokens recomputed.
         limit: Full prefill's arithmetic over this one's: how many times sooner it could be at most (`flops.py`).
+        mean_position: Where the recomputed tokens stand on average, as a fraction of the prompt; 0 if there are none.
         full_s: Full prefill's seconds.
         ram_s: Seconds with caches in RAM.
         disk_s: Seconds with every cache loaded from a warm disk (page cache), checked and decoded.
@@ -46,6 +47,7 @@ class TtftResult:
     strategy: str
     recompute_ratio: float
     limit: float = 0.0
+    mean_position: float = 0.0
     full_s: list[float] = field(default_factory=list)
     ram_s: list[float] = field(default_factory=list)
     disk_s: list[float] = field(default_factory=list)
@@ -70,6 +72,7 @@ class TtftResult:
             "speedup_disk": statistics.median(disk),
             "disk_overhead": statistics.median([d / r - 1 for d, r in zip(self.disk_s, self.ram_s, strict=True)]),
             "limit": self.limit,
+            "mean_position": self.mean_position,
             "share_of_limit": statistics.median(ratios) / self.limit,
             "decode_ratio": statistics.median(self.decode_ratio),
             "stages_s": {name: statistics.median(stage[name] for stage in self.stages_s) for name in self.stages_s[0]},
@@ -155,6 +158,8 @@ def measure_ttft(
                 disk = on_disk.prefill(prompt, strategy=arm.strategy, recompute_ratio=arm.recompute_ratio).report
                 if repeat >= 0:
                     result.limit = arithmetic_limit(engine.model, engine.support, layout, ram.recomputed)
+                    if ram.recomputed.numel():
+                        result.mean_position = float(ram.recomputed.float().mean()) / layout.num_tokens
                     result.full_s.append(full_s)
                     result.ram_s.append(ram.report.timings_s.ttft)
                     result.disk_s.append(disk.timings_s.ttft)

@@ -99,6 +99,7 @@ def test_the_command(tmp_path, capsys):
     assert arms == [(context, *arm) for context in (96, 160) for arm in each]
     for row in report["ttft"]:
         assert row["speedup_ram_min"] <= row["speedup_ram"] <= row["speedup_ram_max"]
+        assert (0 < row["mean_position"] < 1) == (row["recompute_ratio"] > 0)
         assert row["share_of_limit"] == pytest.approx(row["speedup_ram"] / row["limit"])
     limits = [row["limit"] for row in report["ttft"][:3]]
     assert limits == sorted(limits)  # the fewer rows, the higher

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,10 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 
 MODEL = tiny_llama(initializer_range=0.3, max_position_embeddings=4096)
 """Weights so large that its answers depend on every recomputed token: a lost chunk or question shows."""
+
+
+STEP_S = 0.02
+"""How long a pass of the model takes at least under `forwards`."""
 
 
 def make_engine(*, chat: bool = True) -> ProphetKVEngine:
@@ -90,3 +95,17 @@ def indexes(chat_engine: ProphetKVEngine, completion_engine: ProphetKVEngine) ->
             metadata = {"file_name": "town.md", "page": 3} if has_metadata else {}
             built[chat, has_metadata] = build_index(store, **metadata)
     return built
+
+
+@pytest.fixture
+def forwards(chat_engine: ProphetKVEngine) -> Iterator[list[float]]:
+    """Times of the model's passes, each of which is made to take at least `STEP_S`."""
+    times = []
+
+    def note(*args: Any) -> None:
+        times.append(time.monotonic())
+        time.sleep(STEP_S)
+
+    hook = chat_engine.model.model.layers[0].register_forward_pre_hook(note)
+    yield times
+    hook.remove()

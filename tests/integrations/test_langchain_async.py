@@ -7,7 +7,6 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,24 +16,9 @@ from langchain_core.prompts import ChatPromptTemplate
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import DeadlineError
 from prophetkv_rag.integrations.langchain import ChatProphetKV, ProphetKVLLM
+from tests.integrations.conftest import STEP_S
 from tests.integrations.langchain_rag import town_store
 from tests.integrations.rag import QUESTION
-
-STEP_S = 0.02
-
-
-@pytest.fixture
-def forwards(chat_engine: ProphetKVEngine) -> Iterator[list[float]]:
-    """Times of the model's passes, each of which is made to take at least `STEP_S`."""
-    times = []
-
-    def note(*args: Any) -> None:
-        times.append(time.monotonic())
-        time.sleep(STEP_S)
-
-    hook = chat_engine.model.model.layers[0].register_forward_pre_hook(note)
-    yield times
-    hook.remove()
 
 
 @pytest.fixture

@@ -18,25 +18,11 @@ from llama_index.core.schema import TextNode
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.integrations.async_stream import iterate_in_thread, last_item
 from prophetkv_rag.integrations.llama_index import ProphetKVLLM
+from tests.integrations.conftest import STEP_S
 from tests.integrations.rag import QUESTION, build_index
 from tests.tiny import text_of
 
 MESSAGES = [ChatMessage(content="Tell me everything about the old harbour.")]
-STEP_S = 0.02
-
-
-@pytest.fixture
-def forwards(chat_engine: ProphetKVEngine) -> Iterator[list[float]]:
-    """Times of the model's passes, each of which is made to take at least `STEP_S`."""
-    times = []
-
-    def note(*args: Any) -> None:
-        times.append(time.monotonic())
-        time.sleep(STEP_S)
-
-    hook = chat_engine.model.model.layers[0].register_forward_pre_hook(note)
-    yield times
-    hook.remove()
 
 
 @pytest.fixture

@@ -1,0 +1,34 @@
+"""Prints the paired differences that docs/quality.md quotes, from the rows beside this file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from prophetkv_rag.evaluation.intervals import bootstrap_mean
+
+OURS, PAPER = "prophetkv@prompt+corpus", "prophetkv"
+SETS = {"all": (), "without vt and cwe": ("ruler_vt", "ruler_cwe")}
+PAIRS = [((arm, ratio), (PAPER, ratio)) for ratio in (0.1, 0.2) for arm in (OURS, f"{PAPER}@corpus", f"{PAPER}@prompt")]
+PAIRS += [((OURS, ratio), (f"{PAPER}@corpus", ratio)) for ratio in (0.1, 0.2)] + [((OURS, 0.1), (PAPER, 0.2))]
+
+for file in sorted(Path(__file__).parent.glob("*.jsonl.gz")):
+    kl: dict[tuple[str, str], dict[tuple[str, float], float]] = defaultdict(dict)
+    for line in gzip.decompress(file.read_bytes()).decode().splitlines()[1:]:
+        row = json.loads(line)
+        kl[row["task"], row["example_id"]][row["strategy"], row["recompute_ratio"]] = row["kl"]
+    sets = {name: [arms for (task, _), arms in kl.items() if task not in left_out] for name, left_out in SETS.items()}
+    sets["question files"] = [arms for (task, _), arms in kl.items() if not task.startswith("ruler_")]
+    for name, examples in sets.items():
+        sys.stdout.write(f"{file.stem.partition('.')[0]}, {name}: {len(examples)} prompts\n")
+        for ours, base in PAIRS:
+            differences = [arms[ours] - arms[base] for arms in examples]
+            found = bootstrap_mean(differences)
+            change = sum(differences) / sum(arms[base] for arms in examples)
+            lower = sum(difference < 0 for difference in differences)
+            label = f"{ours[0]} {ours[1]:.0%} against {base[0]} {base[1]:.0%}"
+            interval = f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+            sys.stdout.write(f"  {label:58} {change:+.0%}  {interval}, lower on {lower}\n")
