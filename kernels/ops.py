@@ -182,13 +182,11 @@ def selected_rows_attention(
 
 def attend_and_score(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: RowBlocks, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """See `reference.attend_and_score`."""
     tensors = (query, keys, values)
-    result: tuple[torch.Tensor, torch.Tensor] = _run(
-        "attend_and_score", reference, tensors, *tensors, blocks, **options
-    )
-    return result
+    output: torch.Tensor = _run("attend_and_score", reference, tensors, *tensors, blocks, **options)
+    return output
 
 
 def log_sum_exp(query: torch.Tensor, keys: torch.Tensor, blocks: RowBlocks, **options: Any) -> torch.Tensor:

@@ -172,20 +172,23 @@ def attend_and_score(
     values: torch.Tensor,
     blocks: RowBlocks,
     *,
+    mass: torch.Tensor,
     context: torch.Tensor,
     scoring_rows: torch.Tensor,
     context_softmax: bool,
     scaling: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention as `selected_rows_attention`, and the attention mass that each context key receives.
+) -> torch.Tensor:
+    """Attention as `selected_rows_attention`, adding up the attention mass that each context key receives.
 
     Args:
         query: `[H, m, D]`.
         keys: `[Hkv, n, D]`.
         values: `[Hkv, n, Dv]`.
         blocks: The rows' positions, window and hidden keys.
+        mass: `[Hkv, n]`, fp32: added to, so that layers may share it: the weights that a key/value head's queries of
+            the scoring rows give each context key, summed; other keys' stay as they are.
         context: `[n]`, bool: the keys to score.
         scoring_rows: `[m]`, bool: the rows that ask.
         context_softmax: Whether each row's weights are normalised over the visible context keys only, or are the
@@ -195,13 +198,11 @@ def attend_and_score(
         sinks: `[H]` sink logits, or `None`.
 
     Returns:
-        The output `[m, H, Dv]`, and the mass `[n]` in fp32: the mean over heads and scoring rows of the weights
-        (0 outside the context).
+        `[m, H, Dv]` in the dtype of `query`.
     """
     num_heads, num_rows, _ = query.shape
     num_kv_heads = keys.shape[0]
     output = query.new_empty(num_rows, num_heads, values.shape[-1])
-    mass = torch.zeros(keys.shape[1], dtype=torch.float32, device=keys.device)
     context_columns = context.float()
     for block in blocks:
         rows, span = block.rows, block.keys
@@ -217,6 +218,5 @@ def attend_and_score(
         if context_softmax:
             context_part = torch.matmul(weights, context_columns[span]).unsqueeze(1)
             weight_of_row = weight_of_row / context_part.clamp_min(torch.finfo(torch.float32).tiny)
-        mass[span] += torch.matmul(weight_of_row, weights).sum(dim=(0, 1))
-    num_scoring = int(scoring_rows.sum())
-    return output, mass.mul_(context_columns).div_(max(1, num_scoring) * num_heads)
+        mass[:, span].addcmul_(torch.matmul(weight_of_row, weights)[:, 0], context_columns[span])
+    return output

@@ -51,13 +51,14 @@ def attend_and_score(
     values: torch.Tensor,
     blocks: RowBlocks,
     *,
+    mass: torch.Tensor,
     context: torch.Tensor,
     scoring_rows: torch.Tensor,
     context_softmax: bool,
     scaling: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """As `reference.attend_and_score`: three launches, no `[H, m, n]` tensor, nothing waits for the device."""
     heads, num_rows, _ = query.shape
     lse = query.new_empty(heads, num_rows, dtype=torch.float32)
@@ -69,6 +70,5 @@ def attend_and_score(
         lse = log_sum_exp(query, keys, blocks, scaling=scaling, softcap=softcap, context=context)
     # A row that does not ask, or sees nothing of the context, has no say.
     lse.masked_fill_(lse.isneginf() | ~scoring_rows, float("inf"))
-    mass = torch.zeros(keys.shape[:2], dtype=torch.float32, device=keys.device)
     add_query_scores(mass, query, keys, lse, blocks, scaling=scaling, softcap=softcap, context=context)
-    return output, mass.sum(0).div_(scoring_rows.sum().clamp_min_(1) * heads)
+    return output

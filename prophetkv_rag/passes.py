@@ -45,14 +45,16 @@ class EncodePass(AttentionPass):
         self.tables = RopeTables(self.positions)
         self._masks: dict[int | None, torch.Tensor] = {}
 
-    def _mask(self, window: int | None) -> torch.Tensor:
+    def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """Return the additive mask of a window, in the queries' dtype, which SDPA would else make in every layer."""
         if window not in self._masks:
             rows = self.positions[:, None]
             keys = torch.arange(int(self.positions[-1]) + 1, device=rows.device)[None, :]
             visible = keys <= rows
             if window is not None:
                 visible &= keys > rows - window
-            self._masks[window] = visible
+            mask = torch.zeros(visible.shape, dtype=dtype, device=rows.device)
+            self._masks[window] = mask.masked_fill_(~visible, float("-inf"))
         return self._masks[window]
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
@@ -66,13 +68,13 @@ class EncodePass(AttentionPass):
             batch = key.shape[0]
             key = torch.cat([prefix_key.expand(batch, -1, -1, -1), key], dim=2)
             value = torch.cat([prefix_value.expand(batch, -1, -1, -1), value], dim=2)
-        mask = self._mask(layer.sliding_window)
         if call.softcap is None and call.sinks is None:
             if self.prefix is None and layer.sliding_window is None:
                 output = F.scaled_dot_product_attention(
                     query, key, value, is_causal=True, scale=call.scaling, enable_gqa=True
                 )
             else:
+                mask = self._mask(layer.sliding_window, query.dtype)
                 output = F.scaled_dot_product_attention(
                     query, key, value, attn_mask=mask, scale=call.scaling, enable_gqa=True
                 )
@@ -146,11 +148,13 @@ class RowsPass(AttentionPass):
             output = last.attend(replace(call, query=call.query[:, :, -1:]))
             return F.pad(output, (0, 0, 0, 0, num_rows - 1, 0))
         if call.layer_idx in self.watched:
-            output, self.received[call.layer_idx] = ops.attend_and_score(
+            mass = torch.zeros(call.key.shape[1:3], dtype=torch.float32, device=call.key.device)
+            output = ops.attend_and_score(
                 call.query[0],
                 call.key[0],
                 call.value[0],
                 self.blocks(call),
+                mass=mass,
                 context=self.watched[call.layer_idx],
                 scoring_rows=torch.ones(num_rows, dtype=torch.bool, device=call.query.device),
                 context_softmax=False,
@@ -158,6 +162,7 @@ class RowsPass(AttentionPass):
                 softcap=call.softcap,
                 sinks=call.sinks,
             )
+            self.received[call.layer_idx] = mass.sum(0).div_(num_rows * call.query.shape[1])
             return output[None]
         output = ops.selected_rows_attention(
             call.query[0],
@@ -193,16 +198,28 @@ class ScoringPass(RowsPass):
         self._asking = RowsPass(layers, rows[self._num_plain :], hidden_keys=hidden_keys)
         self.scoring_rows = scoring_rows[self._num_plain :]
         self.context_softmax = context_softmax
-        self.scores = torch.zeros(context.shape[0], dtype=torch.float32, device=rows.device)
+        self._mass: dict[tuple[int, int], torch.Tensor] = {}  # by heads and key/value heads, which may differ by layer
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """`[n]` in fp32: the mean over heads and scoring rows of the weights, summed over layers (Algorithm 1)."""
+        total = torch.zeros(self.context.shape, dtype=torch.float32, device=self.context.device)
+        for (num_heads, _), mass in self._mass.items():
+            total += mass.sum(0).div_(num_heads * int(self.scoring_rows.sum()))
+        return total
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        """Attend and add this layer's mass to `scores` (Algorithm 1's plain sum over layers)."""
+        """Attend, adding this layer's mass to that of the layers before it."""
+        heads = (call.query.shape[1], call.key.shape[1])
+        if heads not in self._mass:
+            self._mass[heads] = torch.zeros(heads[1], self.context.shape[0], device=self.context.device)
         asking = replace(call, query=call.query[:, :, self._num_plain :])
-        output, mass = ops.attend_and_score(
+        output = ops.attend_and_score(
             asking.query[0],
             call.key[0],
             call.value[0],
             self._asking.blocks(asking),
+            mass=self._mass[heads],
             context=self.context,
             scoring_rows=self.scoring_rows,
             context_softmax=self.context_softmax,
@@ -210,7 +227,6 @@ class ScoringPass(RowsPass):
             softcap=call.softcap,
             sinks=call.sinks,
         )
-        self.scores += mass
         if self._num_plain == 0:
             return output[None]
         plain = self._plain.attend(replace(call, query=call.query[:, :, : self._num_plain]))

@@ -170,9 +170,11 @@ def _scores(shape: Shape, device: str) -> list[Work]:
         blocks = ops.RowBlocks(rows, num_groups=shape.heads // shape.kv_heads)
         context = torch.arange(shape.keys, device=device) < shape.keys - shape.question
         asking = torch.ones(shape.question, dtype=torch.bool, device=device)
+        mass = torch.zeros(shape.kv_heads, shape.keys, device=device)
         return lambda q, k, v: ops.attend_and_score(
-            q, k, v, blocks, context=context, scoring_rows=asking, context_softmax=True, scaling=shape.scaling
-        )
+            q, k, v, blocks,
+            mass=mass, context=context, scoring_rows=asking, context_softmax=True, scaling=shape.scaling,
+        )  # fmt: skip
 
     inputs = _attention_inputs(shape, device, shape.question)
     return _both("attention and scores", gigabytes, gigaflops, inputs, score)

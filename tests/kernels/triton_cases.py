@@ -136,11 +136,15 @@ def test_attention_and_scores(shape, context_softmax):
     case = case_of(shape)
     truth, _, _ = case.attention()
     true_mass = case.mass(context_softmax)
-    found, mass = ops.attend_and_score(
-        case.query, case.key, case.value, case.blocks(),
+    before = torch.rand(case.kv_heads, case.keys, device=DEVICE) * 1e-3
+    total = before.clone()
+    found = ops.attend_and_score(
+        case.query, case.key, case.value, case.blocks(), mass=total,
         context=case.context, scoring_rows=case.asking, context_softmax=context_softmax,
         **case.settings, sinks=case.sink_logits,
     )  # fmt: skip
+    assert torch.equal(total[:, ~case.context], before[:, ~case.context])
+    mass = (total - before).sum(0) / (case.heads * int(case.asking.sum()))
     assert error(found, truth) < TOLERANCE[case.dtype]
     if float(true_mass.norm()) > 0:
         assert error(mass, true_mass) < SCORE_TOLERANCE
