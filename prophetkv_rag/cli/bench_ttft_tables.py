@@ -12,15 +12,26 @@ def print_tables(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = results()
-    table = Table(title="Time to first token against full prefill, medians (min-max)")
-    columns = ("context", "strategy", "full s", "s", "sooner", "limit", "of it", "of 1/p", "disk adds", "decode")
+    table = Table(title="Time to first token against full prefill, medians")
+    columns = (
+        "context",
+        "strategy",
+        "full s",
+        "s",
+        "sooner (min-max)",
+        "limit",
+        "of it",
+        "of 1/p",
+        "disk adds",
+        "decode",
+    )
     _add_columns(table, columns, left=1)
     for row in report["ttft"]:
         table.add_row(
             str(row["context_tokens"]),
             _label(row),
-            _spread(row, "full_prefill_s"),
-            _spread(row, "ram_s"),
+            f"{row['full_prefill_s']:.2f}",
+            f"{row['ram_s']:.2f}",
             _spread(row, "speedup_ram"),
             f"{row['limit']:.2f}",
             f"{row['share_of_limit']:.0%}",
@@ -28,18 +39,12 @@ def print_tables(report: dict[str, Any]) -> None:
             f"{row['disk_overhead']:.0%}",
             f"{row['decode_ratio']:.2f}",
         )
-    for row in report["peers"]:
-        name = row["peer"] if row["same_first_token"] else f"{row['peer']} *"
-        table.add_row(str(row["context_tokens"]), name, "", _spread(row, "seconds"), _spread(row, "speedup"))
     console.print(table)
     console.print(
         "s: caches in RAM; limit: full prefill's arithmetic over that of the rows that were run; p: the ratio; decode: "
         "speed after reuse over that after full prefill"
     )
-    if any(not row["same_first_token"] for row in report["peers"]):
-        console.print("*: its first token is not full prefill's")
-    for line in report["left_out"]:
-        console.print(f"not measured: {line}", markup=False, highlight=False)
+    _print_peers(report)
     _print_stages(report)
     _print_growth(report)
     index = report["index"]
@@ -56,12 +61,29 @@ def print_tables(report: dict[str, Any]) -> None:
     console.print(", ".join(f"{key} {value}" for key, value in report["conditions"].items()))
 
 
+def _print_peers(report: dict[str, Any]) -> None:
+    """Print what else was measured on the same prompts, and what was not."""
+    from rich.table import Table
+
+    console = results()
+    if report["peers"]:
+        table = Table(title="Peers on the same token ids, medians")
+        _add_columns(table, ("context", "peer", "s", "sooner (min-max)", "first token"), left=1)
+        for row in report["peers"]:
+            token = "the same" if row["same_first_token"] else "another"
+            table.add_row(
+                str(row["context_tokens"]), row["peer"], f"{row['seconds']:.2f}", _spread(row, "speedup"), token
+            )
+        console.print(table)
+    for line in report["left_out"]:
+        console.print(f"not measured: {line}", markup=False, highlight=False)
+
+
 def _print_stages(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = results()
-    title = "Where the time goes, seconds (medians, caches in RAM; load_disk, load_ahead: instead of load)"
-    table = Table(title=title)
+    table = Table(title="Where the time goes, seconds (medians, caches in RAM; load_disk, load_ahead: instead of load)")
     _add_columns(table, ("context", "strategy", *report["ttft"][0]["stages_s"]), left=1)
     for row in report["ttft"]:
         values = (f"{value:.3f}" for value in row["stages_s"].values())
@@ -88,8 +110,8 @@ def _print_growth(report: dict[str, Any]) -> None:
         table.add_row(
             f"{row['from_tokens']} to {row['to_tokens']}",
             _label(row),
-            f"{row['full_ms']:.3f} ({row['full_ms_low']:.2f}-{row['full_ms_high']:.2f})",
-            f"{row['ms']:.3f} ({row['ms_low']:.2f}-{row['ms_high']:.2f})",
+            f"{row['full_ms']:.2f} ({row['full_ms_low']:.2f}-{row['full_ms_high']:.2f})",
+            f"{row['ms']:.2f} ({row['ms_low']:.2f}-{row['ms_high']:.2f})",
             "" if row["times_less"] is None else f"{row['times_less']:.2f}",
             f"{row['full_mflop']:.1f}",
             f"{row['mflop']:.1f}",

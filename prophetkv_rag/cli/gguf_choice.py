@@ -88,4 +88,4 @@ def _own_weights(model: Any, folder: Path, *, prompt_cache: bool) -> tuple[GgufM
         return None, str(error)
     except OSError as error:
         return None, f"the weights cannot be written to {folder}: {error.strerror or error}"
-    return GgufModel(f"{name}, same weights", path, "f32" if name == "F32" else "f16", prompt_cache), None
+    return GgufModel(f"{name}, same weights", path, prompt_cache), None

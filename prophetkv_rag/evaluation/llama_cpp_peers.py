@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
@@ -31,14 +31,17 @@ class GgufModel:
     Attributes:
         label: Names its rows in the tables.
         path: The GGUF file.
-        cache_dtype: Of its KV cache; llama.cpp's default is f16.
         prompt_cache: Whether its prompt cache is measured too, not only full prefill.
+        exact: Keep the KV cache in f32, to compare numbers; otherwise f16, its default.
+
+    Its flash attention is used where full prefill is measured alone: on a CPU it is somewhat faster for a whole prompt,
+    and several times slower for the few rows after a prefix.
     """
 
     label: str
     path: Path
-    cache_dtype: Literal["f16", "f32"] = "f16"
     prompt_cache: bool = True
+    exact: bool = False
 
 
 def why_not_llama_cpp() -> str | None:
@@ -66,7 +69,7 @@ def open_llama_cpp(engine: ProphetKVEngine, gguf: GgufModel, *, num_tokens: int)
     import llama_cpp
     import torch
 
-    kind = llama_cpp.GGML_TYPE_F32 if gguf.cache_dtype == "f32" else llama_cpp.GGML_TYPE_F16
+    kind = llama_cpp.GGML_TYPE_F32 if gguf.exact else llama_cpp.GGML_TYPE_F16
     try:
         llama = llama_cpp.Llama(
             str(gguf.path),
@@ -77,7 +80,7 @@ def open_llama_cpp(engine: ProphetKVEngine, gguf: GgufModel, *, num_tokens: int)
             n_threads_batch=torch.get_num_threads(),
             type_k=kind,
             type_v=kind,
-            flash_attn=True,
+            flash_attn=not (gguf.prompt_cache or gguf.exact),
             verbose=False,
         )
     except (ValueError, OSError) as error:
