@@ -122,4 +122,4 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _pairs_together(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Reorder rows (`[heads * head_dim, n]`): for Llama, llama.cpp rotates neighbours, transformers two halves."""
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    return weight.reshape(-1, 2, head_dim // 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)

