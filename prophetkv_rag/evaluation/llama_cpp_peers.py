@@ -17,7 +17,7 @@ from typing import Any
 
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.evaluation.ttft_peers import Peer, num_shared, other_order, other_question
+from prophetkv_rag.evaluation.ttft_peers import Peer, has_other_order, num_shared, other_order, other_question
 from prophetkv_rag.prompt import Prompt
 
 BATCH_TOKENS = 512
@@ -177,10 +177,9 @@ def llama_cpp_peers(
 ) -> tuple[AbstractContextManager[Any], list[Peer]]:
     """Return what llama.cpp does on this prompt, and what closes its model."""
     ids = engine.read(prompt).input_ids.tolist()
-    earlier = {
-        order: engine.read(make(prompt)).input_ids.tolist()
-        for order, make in (("same order", other_question), ("other order", other_order))
-    }
+    earlier = {"same order": engine.read(other_question(prompt)).input_ids.tolist()}
+    if has_other_order(prompt):
+        earlier["other order"] = engine.read(other_order(prompt)).input_ids.tolist()
     llama = open_llama_cpp(engine, gguf, num_tokens=max(map(len, (ids, *earlier.values()))))
     peers: list[Peer] = [LlamaCppFull(llama, gguf.label, ids)]
     if gguf.prompt_cache:

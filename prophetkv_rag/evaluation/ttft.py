@@ -20,7 +20,7 @@ from prophetkv_rag.evaluation.fidelity import Arm
 from prophetkv_rag.evaluation.flops import full_flops, reuse_flops
 from prophetkv_rag.evaluation.llama_cpp_peers import GgufModel, llama_cpp_peers
 from prophetkv_rag.evaluation.tasks.prompting import user_turn
-from prophetkv_rag.evaluation.ttft_peers import PEERS, Peer, decode_seconds
+from prophetkv_rag.evaluation.ttft_peers import decode_seconds, transformers_peers
 from prophetkv_rag.evaluation.ttft_results import LoadingResult, PeerResult, TtftResult
 from prophetkv_rag.prompt import Prompt
 from prophetkv_rag.store.disk import DiskStore
@@ -94,7 +94,7 @@ def measure_ttft(
     results = [TtftResult(context_tokens, arm.strategy, arm.recompute_ratio) for arm in arms]
     loading = LoadingResult(context_tokens)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
-        others: list[Peer] = [make(engine, prompt) for make in PEERS if peers]
+        others = transformers_peers(engine, prompt) if peers else []
         for gguf in ggufs:
             closing, found = llama_cpp_peers(engine, prompt, gguf)
             opened.enter_context(closing)

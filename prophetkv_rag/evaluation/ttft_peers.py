@@ -7,7 +7,7 @@ token. In RAG that holds while the same chunks come in the same order, and ends 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +45,11 @@ def other_question(prompt: Prompt) -> Prompt:
 def other_order(prompt: Prompt) -> Prompt:
     """Return an earlier prompt with the chunks in the opposite order: the best one was another."""
     return Prompt(prompt.prefix, list(reversed(prompt.chunks)), prompt.suffix)
+
+
+def has_other_order(prompt: Prompt) -> bool:
+    """Whether the opposite order is another one: not with a single chunk."""
+    return list(prompt.chunks) != list(reversed(prompt.chunks))
 
 
 def num_shared(ours: Sequence[int], earlier: Sequence[int]) -> int:
@@ -107,7 +112,12 @@ class PrefixReuseOtherOrder(PrefixReuse):
         return other_order(prompt)
 
 
-PEERS: Sequence[Callable[[ProphetKVEngine, Prompt], Peer]] = (PrefixReuse, PrefixReuseOtherOrder)
+def transformers_peers(engine: ProphetKVEngine, prompt: Prompt) -> list[Peer]:
+    """Return what transformers' own prefix reuse does on this prompt."""
+    peers: list[Peer] = [PrefixReuse(engine, prompt)]
+    if has_other_order(prompt):
+        peers.append(PrefixReuseOtherOrder(engine, prompt))
+    return peers
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from prophetkv_rag.evaluation.llama_cpp_peers import (
     why_not_llama_cpp,
 )
 from prophetkv_rag.evaluation.ttft import corpus_prompt
+from prophetkv_rag.evaluation.ttft_peers import transformers_peers
 from prophetkv_rag.wheel_fetch import cache_directory, is_complete
 from tests.families import SUPPORTED
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
@@ -138,6 +139,20 @@ def test_full_prefill_alone(tmp_path):
     closing, peers = llama_cpp_peers(engine, PROMPT, GgufModel("own", path, prompt_cache=False))
     with closing:
         assert [peer.name for peer in peers] == ["llama.cpp own, full prefill"]
+
+
+@needs_llama_cpp
+def test_one_chunk_has_no_other_order(tmp_path):
+    pytest.importorskip("gguf")
+    engine = ProphetKVEngine(tiny_llama(), tiny_tokenizer())
+    path = tmp_path / "own.gguf"
+    write_gguf(engine.model, path)
+    one = Prompt([3, 4, 5], [[20] * 40], [7, 8, 9])
+    closing, peers = llama_cpp_peers(engine, one, GgufModel("own", path))
+    with closing:
+        names = [peer.name for peer in (*transformers_peers(engine, one), *peers)]
+    assert [name for name in names if "other" in name] == []
+    assert len(names) == 4
 
 
 @needs_llama_cpp
