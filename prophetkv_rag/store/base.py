@@ -195,9 +195,7 @@ class ChunkStore(ABC):
         """These are about to be loaded: begin to bring them from a slower tier; never waits, never raises."""
         return None
 
-    def bring(
-        self, chunks: Mapping[str, tuple[Sequence[int], TextEntry | None]], *, fingerprint: str
-    ) -> set[str]:
+    def bring(self, chunks: Mapping[str, tuple[Sequence[int], TextEntry | None]], *, fingerprint: str) -> set[str]:
         """Bring caches (key -> token ids and text entry) from a slower tier while indexing, where it has them.
 
         Returns:

@@ -60,8 +60,7 @@ class DiskStore(ChunkStore):
         StoreError: If the directory cannot be used.
     """
 
-    remote: RemoteTier | None = None
-    """The tier behind the disk, in a `TieredStore`."""
+    remote: RemoteTier | None = None  # the tier behind the disk, in a `TieredStore`
 
     def __init__(
         self,

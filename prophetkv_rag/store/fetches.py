@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import BlobError
@@ -44,10 +43,6 @@ class Found:
     data: bytes = b""
 
 
-Check: TypeAlias = Callable[[bytes, str, str], ChunkCache | None]
-"""Data, key, fingerprint -> the cache, `None` for one of another format; raises `BlobError`."""
-
-
 @dataclass(slots=True, eq=False)
 class Fetch:
     """One read on its way."""
@@ -69,13 +64,11 @@ class Fetches:
 
     Args:
         tier: The remote.
-        check: Makes a cache of what came.
         keep: Called in the thread with what was read, after whoever waits has it; says whether it has a place now.
     """
 
-    def __init__(self, tier: RemoteTier, check: Check, keep: Callable[[Fetch, Found], bool]) -> None:
+    def __init__(self, tier: RemoteTier, keep: Callable[[Fetch, Found], bool]) -> None:
         self._tier = tier
-        self._check = check
         self._keep = keep
         self._lock = threading.Lock()
         self._in_flight: dict[str, Fetch] = {}
@@ -214,7 +207,7 @@ class Fetches:
                 found = Found(is_there=size is not None)
             else:
                 data = tier.files.read(fetch.fingerprint, fetch.key)
-                cache = self._check(data, fetch.key, fetch.fingerprint)
+                cache = tier.check(data, fetch.key, fetch.fingerprint)
                 tier.set_usable(fetch.key, cache is not None)
                 found = Found(cache, cache is not None, data=data)
         except FileNotFoundError:

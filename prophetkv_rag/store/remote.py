@@ -5,14 +5,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
+from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store.base import RemoteStats
 from prophetkv_rag.store.breaker import Breaker
 from prophetkv_rag.store.remote_files import RemoteFiles
 from prophetkv_rag.store.remote_records import RemoteRecords
 
+if TYPE_CHECKING:
+    from prophetkv_rag.store.uploads import Uploads
+
 logger = logging.getLogger(__name__)
+
+Check: TypeAlias = Callable[[bytes, str, str], ChunkCache | None]
+"""Data, key, fingerprint -> the cache, `None` for one of another format; raises `BlobError`."""
 
 _WARN_AGAIN_S = 600.0
 
@@ -25,16 +34,26 @@ class RemoteTier:
     Attributes:
         files: The blobs there.
         records: What the catalog knows of them.
+        check: Makes a cache of a blob's bytes.
         timeout_s: Longest that a query waits for it.
         max_bytes: Most bytes of blobs there; `None` for no limit.
         reads, writes: Whether it is asked at all.
+        uploads: What writes there; `None` in a store that is opened read-only.
     """
 
     def __init__(
-        self, files: RemoteFiles, records: RemoteRecords, *, timeout_s: float, max_bytes: int | None = None
+        self,
+        files: RemoteFiles,
+        records: RemoteRecords,
+        check: Check,
+        *,
+        timeout_s: float,
+        max_bytes: int | None = None,
     ) -> None:
         self.files = files
         self.records = records
+        self.check = check
+        self.uploads: Uploads | None = None
         self.timeout_s = timeout_s
         self.max_bytes = max_bytes
         self.reads = Breaker()
@@ -106,10 +125,12 @@ class RemoteTier:
         if hits:
             self.records.count_hits(hits)
 
-    def stats(self, waiting: int) -> RemoteStats:
+    def stats(self) -> RemoteStats:
         """Return counts since the store was opened, and what the catalog knows to be there."""
+        waiting = 0 if self.uploads is None else len(self.uploads)
         try:
             chunks, nbytes, others, hits = self.records.totals()
+            waiting += self.records.num_to_delete()
         except StoreError:  # opened read-only, and of an older version
             chunks = nbytes = others = hits = 0
         with self._lock:

@@ -3,8 +3,8 @@
     <url>/<fingerprint>/<key>.safetensors       a blob, the same bytes as on disk
     <url>/<fingerprint>/<key>.<random>.tmp      one that is being written, where a rename is what makes it whole
 
-Both names are hex digits made by us, so no path comes from data, and whoever computes the same chunk with the same model
-finds it by its name.
+Both names are hex digits made by us, so no path comes from data, and whoever computes the same chunk with the same
+model finds it by its name.
 """
 
 from __future__ import annotations
@@ -174,6 +174,9 @@ def _check_url(url: str) -> str:
     protocol, separator, rest = url.partition("://")
     if not separator or not rest.strip("/") or "::" in url:
         msg = f"{url!r} is no remote tier; give a URL such as s3://bucket/prefix, gs://bucket/prefix or file:///mnt/caches"
+        raise InputError(msg)
+    if protocol in ("file", "local") and not rest.startswith("/"):
+        msg = f"{url!r} would move with the working directory; write the whole path, as in file:///mnt/caches"
         raise InputError(msg)
     try:
         import fsspec

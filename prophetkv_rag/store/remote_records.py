@@ -150,6 +150,13 @@ class RemoteRecords:
         return chosen if needed <= 0 else None
 
 
+def doom_whole(run: sqlite3.Connection, fingerprints: Iterable[str]) -> None:
+    """Note, inside a transaction, that everything of these fingerprints is to be deleted from every remote."""
+    for fingerprint in fingerprints:
+        run.execute("DELETE FROM remote_deletes WHERE fingerprint = ?", (fingerprint,))
+        run.execute(f"INSERT INTO remote_deletes SELECT url, ?, '{WHOLE}' FROM remotes", (fingerprint,))
+
+
 def _ranked(
     run: sqlite3.Connection, url: str, ranking: Ranking, costs: Mapping[str, float]
 ) -> Sequence[tuple[float, str, str, int]]:

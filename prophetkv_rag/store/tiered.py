@@ -66,7 +66,7 @@ class TieredStore(DiskStore):
         directory: See `DiskStore`.
         ram_bytes: See `DiskStore`.
         remote: Where the remote tier is.
-        remote_max_bytes: Most bytes of blobs there, other machines' included as far as this one knows (it lists them every
+        remote_max_bytes: Most bytes of blobs there, other machines' included as this one saw them last (it looks every
             five minutes); `None` for no limit. What is worth least goes first.
         remote_timeout_s: Longest that a query waits for the remote, and longest that it may take for one blob before it
             is left alone for a while (15 seconds, then longer).
@@ -101,24 +101,23 @@ class TieredStore(DiskStore):
         files = RemoteFiles(remote, remote_options)
         super().__init__(directory, ram_bytes, **settings)
         records = RemoteRecords(self.catalog, files.name)
-        self.remote = RemoteTier(files, records, timeout_s=timeout_s, max_bytes=remote_max_bytes)
-        self._fetches = Fetches(self.remote, self.check_blob, self._keep)
-        self.uploads: Uploads | None = None
+        self.remote = RemoteTier(files, records, self._check_blob, timeout_s=timeout_s, max_bytes=remote_max_bytes)
+        self._fetches = Fetches(self.remote, self._keep)
         if self.policy != "read_only":
             ranking = Ranking(settings.get("eviction", "value"))
             lock = DirectoryLock(self.directory / "remote.lock")
-            self.uploads = Uploads(self.remote, self.catalog, self.files.path, self.check_blob, ranking, lock)
+            self.remote.uploads = Uploads(self.remote, self.catalog, self.files.path, ranking, lock)
             self.space.on_write = self._offer
             records.register()
             if records.num_to_delete():
-                self.uploads.settle()
+                self._settle()
 
     def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> tuple[ChunkCache | None, bool]:
         """See `ChunkStore.get`: from RAM, from disk, else from the remote, if it answers in time."""
         cache, was_corrupt = super().get(key, fingerprint=fingerprint, input_ids=input_ids)
         if cache is not None:
-            if self.uploads is not None:
-                self.uploads.offer_once(key, fingerprint)
+            if self.remote.uploads is not None:
+                self.remote.uploads.offer_once(key, fingerprint)
             return cache, was_corrupt
         try:
             fetch = self._fetches.begin([key], fingerprint).get(key)
@@ -142,22 +141,22 @@ class TieredStore(DiskStore):
         if_referenced: bool = False,
     ) -> None:
         """See `DiskStore.put`; it is uploaded afterwards, also if it has no place on the disk."""
-        if self.uploads is not None and not if_referenced:
-            self.uploads.wait_for_room()
+        if self.remote.uploads is not None and not if_referenced:
+            self.remote.uploads.wait_for_room()
         super().put(key, cache, fingerprint=fingerprint, entry=entry, if_referenced=if_referenced)
-        if self.uploads is not None:
-            self.uploads.offer(key, fingerprint)
+        if self.remote.uploads is not None:
+            self.remote.uploads.offer(key, fingerprint)
 
     def accepts_new(self, waiting: int = 0) -> bool:
         """See `ChunkStore.accepts_new`: on the disk, or behind it."""
         if super().accepts_new(waiting):
             return True
-        if self.policy != "eager" or self.uploads is None or self.remote.writes.is_open:
+        if self.policy != "eager" or self.remote.uploads is None or self.remote.writes.is_open:
             return False
         if self.remote.max_bytes is None:
             return True
         _, ours, others, _ = self.remote.records.totals()
-        coming = len(self.uploads) + waiting + 1
+        coming = len(self.remote.uploads) + waiting + 1
         return ours + others + self.space.typical_bytes * coming <= self.remote.max_bytes
 
     def expect(self, keys: Iterable[str], *, fingerprint: str) -> None:
@@ -174,9 +173,7 @@ class TieredStore(DiskStore):
         super().read_ahead(keys, fingerprint=fingerprint)
         self.expect(keys, fingerprint=fingerprint)
 
-    def bring(
-        self, chunks: Mapping[str, tuple[Sequence[int], TextEntry | None]], *, fingerprint: str
-    ) -> set[str]:
+    def bring(self, chunks: Mapping[str, tuple[Sequence[int], TextEntry | None]], *, fingerprint: str) -> set[str]:
         """See `ChunkStore.bring`; what has no room on the disk is only looked for."""
         here: set[str] = set()
         remaining = iter(chunks.items())
@@ -200,12 +197,12 @@ class TieredStore(DiskStore):
 
     def push(self) -> int:
         """Upload, some time soon, all that is on disk and not in the remote; returns how many that is."""
-        if self.uploads is None:
+        if self.remote.uploads is None:
             self._must_be_writable("upload caches")
             return 0
         missing = self.remote.records.missing()
         for key, fingerprint in missing:
-            self.uploads.offer(key, fingerprint)
+            self.remote.uploads.offer(key, fingerprint)
         return len(missing)
 
     def flush(self) -> None:
@@ -213,8 +210,8 @@ class TieredStore(DiskStore):
         super().flush()
         self._fetches.flush()
         super().flush()
-        if self.uploads is not None:
-            self.uploads.flush()
+        if self.remote.uploads is not None:
+            self.remote.uploads.flush()
 
     def delete(self, keys: Iterable[str]) -> None:
         """See `ChunkStore.delete`; from the remote it is deleted as soon as that answers."""
@@ -233,34 +230,33 @@ class TieredStore(DiskStore):
         keys = list(keys)
         super().drop_from_memory(keys)
         self._fetches.drop(keys)
-        if self.uploads is not None:
-            self.uploads.drop(keys)
+        if self.remote.uploads is not None:
+            self.remote.uploads.drop(keys)
 
     def stats(self) -> StoreStats:
         """See `ChunkStore.stats`."""
-        waiting = 0 if self.uploads is None else len(self.uploads) + self.remote.records.num_to_delete()
-        return replace(super().stats(), remote=self.remote.stats(waiting))
+        return replace(super().stats(), remote=self.remote.stats())
 
     def close(self) -> None:
         """See `ChunkStore.close`; what the remote does not take within its time-out is uploaded another time."""
         super().flush()
         self._fetches.close()
-        if self.uploads is not None:
-            self.uploads.close(self.remote.timeout_s)
+        if self.remote.uploads is not None:
+            self.remote.uploads.close(self.remote.timeout_s)
             try:
                 self.remote.note_hits()
             except StoreError:
                 logger.debug("the hits in the remote tier were not noted", exc_info=True)
         super().close()
 
-    def check_blob(self, data: bytes, key: str, fingerprint: str) -> ChunkCache | None:
+    def _check_blob(self, data: bytes, key: str, fingerprint: str) -> ChunkCache | None:
         """Return the cache that a blob of the remote holds, or `None` for another format; `BlobError` if it is bad."""
         blob_format = parse_blob_header(data).blob_format
         cache = decode_blob(data, key=key, fingerprint=fingerprint)
         return cache if blob_format in ("exact", self.blob_format) else None
 
     def _keep(self, fetch: Fetch, found: Found) -> bool:
-        """Put what was read where the next prompt finds it, if it is a chunk of ours; returns whether it is anywhere."""
+        """Put what was read where the next prompt finds it, if it is a chunk of ours; returns whether it is there."""
         key, fingerprint, cache = fetch.key, fetch.fingerprint, found.cache
         if cache is None:
             return False
@@ -278,9 +274,9 @@ class TieredStore(DiskStore):
         return self._ram.holds(key)
 
     def _offer(self, row: CatalogRow, data: bytes, is_kept: bool) -> None:
-        if self.uploads is not None:
-            self.uploads.offer(row.key, row.fingerprint, None if is_kept else data)
+        if self.remote.uploads is not None:
+            self.remote.uploads.offer(row.key, row.fingerprint, None if is_kept else data)
 
     def _settle(self) -> None:
-        if self.uploads is not None:
-            self.uploads.settle()
+        if self.remote.uploads is not None:
+            self.remote.uploads.settle()

@@ -30,7 +30,6 @@ class Uploads:
         tier: The remote.
         catalog: Says what is still wanted.
         path_of: Where a key's blob is on disk.
-        check: Raises `BlobError` for a blob that is not whole.
         ranking: What goes first where there is a limit.
         lock: Held during each write, so that the processes on a directory keep to one limit, and none deletes what
             another has just uploaded again.
@@ -41,14 +40,12 @@ class Uploads:
         tier: RemoteTier,
         catalog: Catalog,
         path_of: Callable[[str], Path],
-        check: Callable[[bytes, str, str], object],
         ranking: Ranking,
         lock: DirectoryLock,
     ) -> None:
         self._tier = tier
         self._catalog = catalog
         self._path_of = path_of
-        self._check = check
         self._ranking = ranking
         self._lock = lock
         self._changed = threading.Condition()
@@ -112,6 +109,11 @@ class Uploads:
             self._changed.notify_all()
         if self._thread is not None and self._busy_since is None:
             self._thread.join(grace_s)
+
+    def recount(self) -> None:
+        """List the remote, and note in the catalog what is there."""
+        with self._lock.exclusive():  # nothing of ours is being written
+            _count(self._tier)
 
     @property
     def _has_work(self) -> bool:
@@ -191,7 +193,7 @@ class Uploads:
             return
         try:
             data = self._path_of(key).read_bytes() if data is None else data
-            self._check(data, key, fingerprint)
+            tier.check(data, key, fingerprint)
         except (FileNotFoundError, BlobError):
             return
         if not (tier.is_usable(key) and tier.files.size(fingerprint, key) == len(data)):
@@ -212,7 +214,7 @@ class Uploads:
         if nbytes > tier.max_bytes:
             return False
         if abs(time.time() - records.counted_at()) > RECOUNT_S:
-            count_remote(tier)
+            _count(tier)
         _, ours, others, _ = records.totals()
         needed = ours + others + nbytes - tier.max_bytes
         if needed <= 0:
@@ -226,8 +228,7 @@ class Uploads:
         return victims is not None
 
 
-def count_remote(tier: RemoteTier) -> None:
-    """List the remote and note in the catalog what is there; nothing is to be written meanwhile."""
+def _count(tier: RemoteTier) -> None:
     sizes: dict[str, int] = {}
     others = 0
     for blob in tier.files.blobs():
@@ -236,4 +237,3 @@ def count_remote(tier: RemoteTier) -> None:
         else:
             others += blob.nbytes
     tier.records.recount(sizes, others)
-
