@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def push(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> None:
     """Upload the caches that the remote tier lacks, without loading the model.
 
-    Exit status: 0 if it has them all, 1 if some are still waiting because it does not answer. Caches are uploaded while indexing and answering; this is for what an interruption or an outage has left.
+    Exit status: 0 if it has them all, 1 if some are still waiting because it does not answer.
+
+    Caches are uploaded while indexing and answering; this is for what an interruption or an outage has left.
     """
     store = open_caches(db)
     try:
