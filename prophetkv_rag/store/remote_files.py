@@ -58,7 +58,7 @@ class RemoteFiles:
 
     def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
         self.protocol = _check_url(url)
-        self.name = re.sub(r"://[^/@]*@", "://", url.rstrip("/"))
+        self.name = _without_password(url.rstrip("/"))
         """The URL without a password."""
         self._url = url.rstrip("/")
         self._options = dict(options or {})
@@ -169,9 +169,14 @@ class RemoteFiles:
             logger.debug("%s is left over in the remote tier", path, exc_info=True)
 
 
+def _without_password(url: str) -> str:
+    return re.sub(r"://[^/@]*@", "://", url)
+
+
 def _check_url(url: str) -> str:
     """Return the protocol; nothing is opened."""
     protocol, separator, rest = url.partition("://")
+    url = _without_password(url)
     if not separator or not rest.strip("/") or "::" in url:
         msg = f"{url!r} is no remote tier; give a URL such as s3://bucket/prefix, gs://bucket/prefix or file:///mnt/caches"
         raise InputError(msg)

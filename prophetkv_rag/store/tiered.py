@@ -106,7 +106,9 @@ class TieredStore(DiskStore):
         if self.policy != "read_only":
             ranking = Ranking(settings.get("eviction", "value"))
             lock = DirectoryLock(self.directory / "remote.lock")
-            self.remote.uploads = Uploads(self.remote, self.catalog, self.files.path, ranking, lock)
+            self.remote.uploads = Uploads(
+                self.remote, self.catalog, self.files.path, ranking, self.space.flush_uses, lock
+            )
             self.space.on_write = self._offer
             records.register()
             if records.num_to_delete():

@@ -31,6 +31,7 @@ class Uploads:
         catalog: Says what is still wanted.
         path_of: Where a key's blob is on disk.
         ranking: What goes first where there is a limit.
+        note_uses: Called before chunks are ranked.
         lock: Held during each write, so that the processes on a directory keep to one limit, and none deletes what
             another has just uploaded again.
     """
@@ -41,17 +42,20 @@ class Uploads:
         catalog: Catalog,
         path_of: Callable[[str], Path],
         ranking: Ranking,
+        note_uses: Callable[[], None],
         lock: DirectoryLock,
     ) -> None:
         self._tier = tier
         self._catalog = catalog
         self._path_of = path_of
         self._ranking = ranking
+        self._note_uses = note_uses
         self._lock = lock
         self._changed = threading.Condition()
         self._waiting: dict[str, tuple[str, bytes | None]] = {}
         self._nbytes = 0
         self._seen: set[str] = set()
+        self._refused: set[str] = set()
         self._has_deletes = False
         self._busy_since: float | None = None
         self._is_closed = False
@@ -199,6 +203,7 @@ class Uploads:
         if not (tier.is_usable(key) and tier.files.size(fingerprint, key) == len(data)):
             records.remove([key])  # it is not there as it should be
             if not self._make_room(key, len(data)):
+                self._refused.add(key)
                 return
             tier.files.write(fingerprint, key, data)
             tier.count("uploads")
@@ -215,10 +220,14 @@ class Uploads:
             return False
         if abs(time.time() - records.counted_at()) > RECOUNT_S:
             _count(tier)
+            with self._changed:  # what had no room may have become worth it, and is offered again when it is next used
+                self._seen -= self._refused
+                self._refused.clear()
         _, ours, others, _ = records.totals()
         needed = ours + others + nbytes - tier.max_bytes
         if needed <= 0:
             return True
+        self._note_uses()
         victims = records.victims(self._ranking, key, nbytes=nbytes, needed=needed)
         for victim, fingerprint in victims or ():
             tier.files.remove(fingerprint, victim)
