@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store.catalog import Catalog
@@ -131,23 +131,41 @@ class RemoteRecords:
             others = other_bytes + sum(nbytes for key, nbytes in sizes.items() if key not in chunks)
             run.execute("UPDATE remotes SET others = ?, counted_at = ? WHERE url = ?", (others, time.time(), self.url))
 
-    def victims(self, ranking: Ranking, key: str, *, nbytes: int, needed: int) -> list[tuple[str, str]] | None:
+    def victims(
+        self, ranking: Ranking, key: str, *, nbytes: int, needed: int, wanted: int
+    ) -> list[tuple[str, str]] | None:
         """Return (key, fingerprint) of what to evict there, so that `needed` bytes become free for a chunk.
 
         `None` if that would cost more than it gains. What only other machines' catalogs know is not ours to evict.
+
+        Args:
+            ranking: The rule.
+            key: The chunk that wants in: only what ranks lower may be evicted for it.
+            nbytes: Its size.
+            needed: Bytes that have to become free.
+            wanted: Bytes, more than that, to free while all is being ranked, if what ranks lower has them.
         """
         with self._catalog.transaction(is_write=False) as run:
             costs = dict(run.execute("SELECT fingerprint, seconds_per_token FROM identities"))
             newcomer = ranking.rank_of(run, key, nbytes=nbytes)
-            rows = _ranked(run, self.url, ranking, costs)
+            rows = run.execute(
+                """SELECT c.key, c.fingerprint, r.nbytes, c.uses, c.last_use, c.score, c.num_tokens
+                FROM remote_chunks r JOIN chunks c ON c.key = r.key WHERE r.url = ?""",
+                (self.url,),
+            ).fetchall()
+        ranked = sorted(
+            (ranking.rank(*use, seconds_per_token=costs.get(fingerprint), nbytes=size), other, fingerprint, size)
+            for other, fingerprint, size, *use in rows
+        )
         chosen: list[tuple[str, str]] = []
-        for rank, other, fingerprint, size in rows:
-            if needed <= 0 or rank >= newcomer:
+        freed = 0
+        for rank, other, fingerprint, size in ranked:
+            if freed >= wanted or rank >= newcomer:
                 break
             if other != key:
                 chosen.append((other, fingerprint))
-                needed -= size
-        return chosen if needed <= 0 else None
+                freed += size
+        return chosen if freed >= needed else None
 
 
 def doom_whole(run: sqlite3.Connection, fingerprints: Iterable[str]) -> None:
@@ -155,17 +173,3 @@ def doom_whole(run: sqlite3.Connection, fingerprints: Iterable[str]) -> None:
     for fingerprint in fingerprints:
         run.execute("DELETE FROM remote_deletes WHERE fingerprint = ?", (fingerprint,))
         run.execute(f"INSERT INTO remote_deletes SELECT url, ?, '{WHOLE}' FROM remotes", (fingerprint,))
-
-
-def _ranked(
-    run: sqlite3.Connection, url: str, ranking: Ranking, costs: Mapping[str, float]
-) -> Sequence[tuple[float, str, str, int]]:
-    rows = run.execute(
-        """SELECT c.key, c.fingerprint, r.nbytes, c.uses, c.last_use, c.score, c.num_tokens
-        FROM remote_chunks r JOIN chunks c ON c.key = r.key WHERE r.url = ?""",
-        (url,),
-    )
-    return sorted(
-        (ranking.rank(*use, seconds_per_token=costs.get(fingerprint), nbytes=nbytes), key, fingerprint, nbytes)
-        for key, fingerprint, nbytes, *use in rows
-    )

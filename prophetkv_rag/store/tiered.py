@@ -179,7 +179,7 @@ class TieredStore(DiskStore):
         """See `ChunkStore.bring`; what has no room on the disk is only looked for."""
         here: set[str] = set()
         remaining = iter(chunks.items())
-        while self.policy == "eager" and not self.remote.reads.is_open and (part := dict(islice(remaining, _BATCH))):
+        while self.policy == "eager" and self.remote.reads.wait_s == 0 and (part := dict(islice(remaining, _BATCH))):
             try:
                 with self.catalog.transaction():
                     for key, (input_ids, entry) in part.items():

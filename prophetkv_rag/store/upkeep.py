@@ -66,6 +66,8 @@ def verify(store: DiskStore, *, repair: bool = False) -> VerifyReport:
         with store.directory_lock.exclusive():
             store.catalog.renew()
             rebuild(store.catalog, store.files)
+            if store.remote is not None:
+                store.remote.records.register()
     rows = store.catalog.rows()
     faults = [(row, fault) for row in rows if (fault := _fault(store, row)) is not None]
     with store.directory_lock.exclusive():  # nothing is being written now

@@ -198,7 +198,7 @@ class Uploads:
         try:
             data = self._path_of(key).read_bytes() if data is None else data
             tier.check(data, key, fingerprint)
-        except (FileNotFoundError, BlobError):
+        except (OSError, BlobError):
             return
         if not (tier.is_usable(key) and tier.files.size(fingerprint, key) == len(data)):
             records.remove([key])  # it is not there as it should be
@@ -228,7 +228,9 @@ class Uploads:
         if needed <= 0:
             return True
         self._note_uses()
-        victims = records.victims(self._ranking, key, nbytes=nbytes, needed=needed)
+        victims = records.victims(
+            self._ranking, key, nbytes=nbytes, needed=needed, wanted=max(needed, tier.max_bytes // 50)
+        )
         for victim, fingerprint in victims or ():
             tier.files.remove(fingerprint, victim)
             records.remove([victim])
