@@ -113,7 +113,7 @@ class Fetches:
         try:
             return fetch.future.result(max(0.0, left))
         except FutureTimeoutError:
-            # One that had to wait for its turn has not had its time: the prompt has too many, which is no fault of theirs.
+            # One that had to wait for its turn has not had its time: there are many chunks, and it is not slow.
             if fetch.started is not None and time.monotonic() - fetch.started > 0.9 * self._tier.timeout_s:
                 self._tier.failed(self._tier.reads, TimeoutError(f"no answer in {self._tier.timeout_s:g} s"))
             return Found()

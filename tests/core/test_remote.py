@@ -235,7 +235,7 @@ def test_what_is_deleted_while_it_is_uploaded_does_not_stay(tmp_path: Path) -> N
             other.delete([key_of(1)])
 
     FaultyFileSystem.before = staticmethod(before)
-    put(store, 1, 2)
+    put(store, 2, 1)
     assert there(1, 2) == [False, True]
     other.close()
     store.close()

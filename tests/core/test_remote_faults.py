@@ -123,6 +123,8 @@ def test_no_fault_changes_an_answer_and_each_costs_one_warning(
             asked = FaultyFileSystem.calls.total()
             assert ask(engine) == ["miss"] * 4
             assert FaultyFileSystem.calls.total() == asked, "it is left alone for a while"
+    if "claims" in fault or "size" in fault:
+        assert FaultyFileSystem.calls["cat_file"] == 0, "no memory was taken for it"
     assert len(caplog.records) == 1, caplog.text
     assert "remote tier faulty://bucket/caches" in caplog.text
     store.close()
