@@ -105,7 +105,7 @@ def hanging(*methods: str) -> Iterator[None]:
 
     def before(method: str, path: str) -> None:
         if not methods or method in methods:
-            over.wait(60)
+            over.wait(600)
 
     FaultyFileSystem.before = staticmethod(before)
     try:
