@@ -73,6 +73,7 @@ class RemoteFiles:
         """
         files, root = self._open()
         path = self._path(root, fingerprint, key)
+        files.invalidate_cache()  # or it would say what it was when it was listed
         size = files.info(path)["size"]
         if size is None or size > MAX_BLOB_BYTES:  # before memory is taken
             msg = f"the remote says that it has {size} bytes"

@@ -21,6 +21,7 @@ class FaultyFileSystem(MemoryFileSystem):
         size: What is said about a file's size goes through this.
         calls: How often each method was called.
         most_bytes: The most that it ever held.
+        listed: What it said last, and goes on to say until its cache is made invalid, as clients of object stores do.
     """
 
     protocol = "faulty"
@@ -31,6 +32,7 @@ class FaultyFileSystem(MemoryFileSystem):
     size: ClassVar[Callable[[int], Any]]
     calls: ClassVar[Counter[str]] = Counter()
     most_bytes: ClassVar[int] = 0
+    listed: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -59,7 +61,7 @@ class FaultyFileSystem(MemoryFileSystem):
 
     def info(self, path: str, **options: Any) -> Any:
         self._called("info", path)
-        found = super().info(path, **options)
+        found = self.listed.get(self._strip_protocol(path)) or super().info(path, **options)
         return {**found, "size": type(self).size(found["size"])}
 
     def cat_file(self, path: str, start: Any = None, end: Any = None, **options: Any) -> bytes:
@@ -81,7 +83,13 @@ class FaultyFileSystem(MemoryFileSystem):
 
     def find(self, path: str, *arguments: Any, **options: Any) -> Any:
         self._called("find", path)
-        return super().find(path, *arguments, **options)
+        found = super().find(path, *arguments, **options)
+        if options.get("detail"):
+            type(self).listed = dict(found)
+        return found
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.listed.clear()
 
 
 FaultyFileSystem.reset()

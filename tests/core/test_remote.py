@@ -431,6 +431,17 @@ def test_a_password_in_the_url_is_kept_out_of_sight() -> None:
     assert "secret" not in str(error.value)
 
 
+def test_what_was_listed_before_is_not_believed() -> None:
+    files = RemoteFiles(REMOTE)
+    files.write(FINGERPRINT, key_of(1), b"short")
+    assert [blob.nbytes for blob in files.blobs()] == [5]
+    files.write(FINGERPRINT, key_of(1), b"longer than that")
+    assert files.read(FINGERPRINT, key_of(1)) == b"longer than that"
+    assert len(list(files.blobs())) == 1
+    files.write(FINGERPRINT, key_of(1), b"x")
+    assert files.size(FINGERPRINT, key_of(1)) == 1
+
+
 def test_metrics_tell_the_tiers_apart(tmp_path: Path) -> None:
     prometheus_client = pytest.importorskip("prometheus_client")
     from prophetkv_rag.server.metrics import ServerMetrics

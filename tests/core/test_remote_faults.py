@@ -136,7 +136,9 @@ def test_without_a_fault_every_cache_comes_from_there(tmp_path: Path, caplog: py
     engine = engine_on(store)
     engine.add_chunks(TEXTS)
     with caplog.at_level(logging.WARNING):
-        assert [ask(engine), ask(engine)] == [["hit"] * 4] * 2
+        assert ask(engine) == ["hit"] * 4
+        store.flush()  # what is just being put away would be found on its way
+        assert ask(engine) == ["hit"] * 4
     assert caplog.records == []
     assert FaultyFileSystem.calls["cat_file"] == 8
     store.close()
@@ -179,9 +181,11 @@ def test_it_is_asked_again_after_a_while_and_heals(tmp_path: Path, caplog: pytes
 
 @pytest.mark.usefixtures("uploaded")
 def test_bad_blobs_there_are_replaced(tmp_path: Path) -> None:
-    for file in FaultyFileSystem.store.values():
-        file.seek(0)
-        file.truncate(1000)
+    for number, file in enumerate(FaultyFileSystem.store.values()):
+        file.seek(-50, 2)
+        file.write(b"?" * 50)
+        if number % 2:
+            file.truncate(1000)
     store = open_machine(tmp_path / "mine")
     engine = engine_on(store)
     engine.add_chunks(TEXTS)
