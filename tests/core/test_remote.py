@@ -36,6 +36,7 @@ def _empty_remote() -> None:
 
 
 def opened(directory: Path, remote: str = REMOTE, ram_bytes: int = 0, **settings: object) -> TieredStore:
+    settings = {"remote_timeout_s": 30.0, **settings}  # a busy machine is slow by itself
     store = open_disk_store(directory, ram_bytes=ram_bytes, remote=remote, **settings)
     assert isinstance(store, TieredStore)
     return store

@@ -33,7 +33,7 @@ WANTED = CLEAN.prefill(PROMPT).logits
 
 def open_machine(directory: Path, **settings: object) -> TieredStore:
     """A machine that has no room of its own, so that every prompt needs the remote."""
-    options = {"max_bytes": 0, "policy": "on_first_use", "remote_timeout_s": 0.3, "remote": REMOTE, **settings}
+    options = {"max_bytes": 0, "policy": "on_first_use", "remote_timeout_s": 30.0, "remote": REMOTE, **settings}
     return TieredStore(directory, 0, **options)  # type: ignore[arg-type]
 
 
@@ -109,7 +109,7 @@ def test_no_fault_changes_an_answer_and_each_costs_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
     inject, expected = FAULTS[fault]
-    store = open_machine(tmp_path / "mine")
+    store = open_machine(tmp_path / "mine", remote_timeout_s=0.3 if "hangs" in fault else 30.0)
     engine = engine_on(store)
     engine.add_chunks(TEXTS)
     with ExitStack() as stack, caplog.at_level(logging.WARNING):
