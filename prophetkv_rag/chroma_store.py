@@ -34,10 +34,11 @@ def open_store(client: Any, directory: str | Path | None = None, **settings: Any
         client: A chromadb client (or a collection of one).
         directory: Where to keep the caches; by default beside the data of a `PersistentClient`, and in memory for an
             `EphemeralClient`.
-        **settings: Limits, policy and format of a store on disk: see `DiskStore`.
+        **settings: Limits, policy and format of a store on disk, see `DiskStore`; with `remote="s3://bucket/prefix"` a
+            tier behind it, see `TieredStore`.
 
     Raises:
-        InputError: For an HTTP client without a directory.
+        InputError: For an HTTP client without a directory, and for an `EphemeralClient` with a remote tier and none.
         StoreError: If the directory cannot be used.
     """
     if directory is None:
@@ -46,12 +47,15 @@ def open_store(client: Any, directory: str | Path | None = None, **settings: Any
         msg = "a Chroma HTTP client has no directory on this machine; say where chunk caches go with directory=..."
         raise InputError(msg)
     if directory is None:
+        if settings.get("remote") is not None:
+            msg = "a remote tier stands behind a disk; say where chunk caches go on this one with directory=..."
+            raise InputError(msg)
         from prophetkv_rag.store.memory import MemoryStore
 
         return MemoryStore()
-    from prophetkv_rag.store.disk import DiskStore
+    from prophetkv_rag.store.tiered import open_disk_store
 
-    return DiskStore(directory, **settings)
+    return open_disk_store(directory, **settings)
 
 
 def live_references(client: Any) -> dict[str, set[str]]:

@@ -184,9 +184,12 @@ class ChunkLibrary:
 
     def _compute(self, missing: _Wanted, progress: Callable[[int, int], None] | None) -> None:
         """Compute and store chunks; what the store has no room for, or does not want yet, it only gets to know."""
-        left = dict(missing)
+        if not missing:
+            return
+        here = self.store.bring(missing, fingerprint=self.identity.fingerprint)
+        left = {key: chunk for key, chunk in missing.items() if key not in here}
         if left and self.store.accepts_new():
-            self._encode_and_store(missing, left, progress)
+            self._encode_and_store(dict(left), left, progress)
         for key, (input_ids, entry) in left.items():
             self.store.note(key, fingerprint=self.identity.fingerprint, num_tokens=len(input_ids), entry=entry)
 
@@ -246,6 +249,7 @@ class ChunkLibrary:
     ) -> tuple[list[ChunkCache], list[ChunkStatus]]:
         found: dict[str, ChunkCache] = {}
         status: dict[str, ChunkStatus] = {}
+        self.store.expect({chunk.key: None for chunk in layout.chunks}, fingerprint=self.identity.fingerprint)
         for chunk in layout.chunks:
             if chunk.key in status:
                 continue

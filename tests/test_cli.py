@@ -560,6 +560,40 @@ def test_a_limit_and_a_format_are_remembered(run: Run, docs: Path) -> None:
     assert len(answer["report"]["chunks"]) == 4
 
 
+def test_a_remote_tier_is_remembered_shared_and_cleared(run: Run, docs: Path, tmp_path: Path) -> None:
+    url, folder = f"file://{tmp_path}/remote", tmp_path / "remote"
+    count = index_tiny(run, docs, "--remote", url, "--remote-limit", "1GB", "--remote-timeout", 5)["total_chunks"]
+    blobs = [path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))]
+    assert len(blobs) == count
+    found = run("cache", "stats", "--json")["remote"]
+    assert (found["url"], found["chunks"], found["max_bytes"], found["waiting"]) == (url, count, 10**9, 0)
+    assert f"{count} of them in file://" in run("cache", "stats")
+
+    run("index", docs, "--db", "other", "--chunk-size", 64, "--remote", url, "--json")
+    assert run("cache", "stats", "--db", "other", "--json")["remote"]["all_hits"] == count, "nothing was computed"
+    shutil.rmtree("other/prophetkv/blobs")
+    answer = run("ask", "Who?", "--db", "other", "--max-new-tokens", 1, "--json")
+    assert {chunk["status"] for chunk in answer["report"]["chunks"]} == {"hit"}
+
+    assert run("cache", "verify", "--json")["remote_checked"] == count
+    next(folder.rglob("*.safetensors")).write_bytes(b"spoilt")
+    assert len(run("cache", "verify", "--json", status=1)["remote_bad"]) == 1
+    assert "repaired" in run("cache", "verify", "--repair")
+    assert run("cache", "push", "--json")["uploaded"] == 1
+    assert "0 caches uploaded" in run("cache", "push")
+    shutil.rmtree(".prophetkv/prophetkv")
+    assert run("cache", "warm", "--json")["computed"] == 0, "they come from there"
+    assert [path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))] == blobs
+
+    report = run("cache", "gc", "--json")
+    assert (report["remote_deleted"], report["remote_waiting"]) == (0, 0)
+    report = run("cache", "clear", "--all", "--json")
+    assert (report["deleted"], report["remote_waiting"]) == (count, 0)
+    assert list(folder.rglob("*.safetensors")) == []
+    index_tiny(run, docs, "--remote", "none")
+    assert "remote" not in run("cache", "stats", "--json")
+
+
 def test_mistakes_with_caches_are_said_in_one_line(run: Run, fails: Run, docs: Path, tmp_path: Path) -> None:
     index_tiny(run, docs)
     assert "either --namespace NAME or --all" in fails("cache", "clear")
@@ -570,3 +604,7 @@ def test_mistakes_with_caches_are_said_in_one_line(run: Run, fails: Run, docs: P
     assert "is no size" in fails("index", docs, "--cache-limit", "much")
     assert "allowed: exact" in fails("index", docs, "--cache-format", "zip")
     assert "allowed: eager" in fails("index", docs, "--cache-policy", "never")
+    assert "give a URL such as s3://" in fails("index", docs, "--remote", "bucket")
+    assert "go with --remote URL" in fails("index", docs, "--remote-limit", "1GB")
+    assert "has no remote tier" in fails("cache", "push")
+    assert "goes with --cache-dir" in fails("serve", "--remote", "s3://bucket/prefix")

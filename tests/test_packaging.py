@@ -129,6 +129,8 @@ def test_pins_satisfy_the_declared_ranges() -> None:
     pins = dict(line.lower().replace("_", "-").split("==") for line in lines if line and not line.startswith("#"))
     extras = SETTINGS["project"]["optional-dependencies"]
     declared = [*SETTINGS["project"]["dependencies"], *SETTINGS["dependency-groups"]["dev"]]
-    declared += [entry for name in ("llama-index", "langchain", "gguf", "app", "bench") for entry in extras[name]]
+    declared += [
+        entry for name in ("llama-index", "langchain", "gguf", "app", "remote", "bench") for entry in extras[name]
+    ]
     for requirement in map(Requirement, declared):
         assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement

@@ -23,6 +23,7 @@ from prophetkv_rag.cli import (
     demo,
     doctor,
     index,
+    remote,
     serve,
 )
 from prophetkv_rag.cli.console import PROGRAM, print_error
@@ -51,6 +52,7 @@ bench.app.command()(bench_store.store)
 app.command()(calibrate.calibrate)
 app.add_typer(bench.app, name="bench")
 cache.app.command()(cache_move.warm)
+cache.app.command()(remote.push)
 cache.app.command("export")(cache_move.export_)
 cache.app.command("import")(cache_move.import_)
 app.add_typer(cache.app, name="cache")

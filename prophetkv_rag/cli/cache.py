@@ -13,8 +13,10 @@ from prophetkv_rag.cli.database import BLOB_DIRECTORY, DEFAULT_DATABASE, open_ch
 from prophetkv_rag.errors import InputError
 
 if TYPE_CHECKING:
+    from prophetkv_rag.store.base import VerifyReport
     from prophetkv_rag.store.disk import DiskStore
     from prophetkv_rag.store.statistics import Usage
+    from prophetkv_rag.store.upkeep import GcReport
 
 app = typer.Typer(help="Look at, check and move the KV caches of a database.", no_args_is_help=True)
 
@@ -32,8 +34,10 @@ def stats(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) ->
     rows, limit = usage(store), store.max_bytes
     store.close()
     shown = {key: values[key] for key in ("chunks", "tokens", "nbytes", "location")}
+    remote = values["remote"]
     if as_json:
-        print_json({**shown, "limit": limit, "usage": [asdict(row) for row in rows]})
+        tiers = {} if remote is None else {"remote": remote}
+        print_json({**shown, "limit": limit, **tiers, "usage": [asdict(row) for row in rows]})
         return
     mean = shown["nbytes"] / shown["tokens"] if shown["tokens"] else 0
     of_limit = "" if limit is None else f" of {limit / 1e6:,.1f} MB"
@@ -42,6 +46,14 @@ def stats(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) ->
         f"({mean / 1e3:.1f} kB a token) in {shown['location']}",
         markup=False,
     )
+    if remote is not None:
+        of_limit = "" if remote["max_bytes"] is None else f" of {remote['max_bytes'] / 1e6:,.1f} MB"
+        results().print(
+            f"{remote['chunks']} of them in {remote['url']}, {remote['nbytes'] / 1e6:,.1f} MB{of_limit}; "
+            f"{remote['all_hits']} caches read from there, {remote['other_bytes'] / 1e6:,.1f} MB of others; "
+            f"{remote['waiting']} uploads and deletes waiting",
+            markup=False,
+        )
     if rows:
         _print_usage(rows, _collection_names(db))
 
@@ -87,17 +99,26 @@ def verify(
         report = store.verify(repair=repair)
     store.close()
     if as_json:
-        print_json(asdict(report))
+        print_json(_shown(report, store))
     else:
         console = results()
-        for title, keys in (("bad", report.bad), ("missing", report.missing), ("orphan", report.orphans)):
+        for title, keys in (
+            ("bad", report.bad),
+            ("missing", report.missing),
+            ("orphan", report.orphans),
+            ("bad in the remote tier", report.remote_bad),
+            ("missing in the remote tier", report.remote_missing),
+        ):
             for key in keys:
                 console.print(f"{title:>9}  {key}", markup=False)
-        if report.catalog:
-            console.print(f"{'catalog':>9}  {report.catalog}", markup=False)
+        for title, what in (("catalog", report.catalog), ("the remote tier cannot be read", report.remote_error)):
+            if what:
+                console.print(f"{title:>9}  {what}", markup=False)
+        if store.remote is not None:
+            console.print(f"{report.remote_checked} caches checked in {store.remote.files.name}", markup=False)
         ending = "" if not report.num_faults else ": repaired" if repair else "; --repair deletes them"
         console.print(f"{report.checked} caches checked, {report.num_faults} faults found{ending}", markup=False)
-    if report.num_faults and not repair:
+    if report.remote_error or (report.num_faults and not repair):
         raise typer.Exit(1)
 
 
@@ -122,13 +143,19 @@ def gc(
         report = collect(store, live_references(client), grace_s=grace)
     store.close()
     if as_json:
-        print_json(asdict(report))
+        print_json(_shown(report, store))
         return
     results().print(
         f"{report.unreferenced} caches and {report.orphans} stray files deleted, {report.freed_bytes / 1e6:,.1f} MB; "
         f"{report.stale_references} references to records that are gone",
         markup=False,
     )
+    if store.remote is not None:
+        results().print(
+            f"{report.remote_deleted} caches and {report.remote_orphans} half-written files deleted in "
+            f"{store.remote.files.name}; {report.remote_waiting} deletes are still waiting for it",
+            markup=False,
+        )
 
 
 @app.command()
@@ -148,19 +175,27 @@ def clear(
     deleted = delete(store, namespace)
     left = store.stats()
     store.close()
+    waiting = {} if left.remote is None else {"remote_waiting": left.remote.waiting}
     if as_json:
-        print_json({"deleted": deleted, "chunks_left": left.chunks, "nbytes_left": left.nbytes})
+        print_json({"deleted": deleted, "chunks_left": left.chunks, "nbytes_left": left.nbytes, **waiting})
         return
     results().print(f"{deleted} caches deleted; {left.chunks} are left, {left.nbytes / 1e6:,.1f} MB", markup=False)
+    if left.remote is not None and left.remote.waiting:
+        results().print(f"{left.remote.url} has not answered; `cache gc` deletes them there when it does", markup=False)
 
 
 def open_caches(db: Path) -> DiskStore:
     """Open the chunk caches of a database with the limits it was made with; `InputError` if there is no database."""
     settings = require_settings(db)
-    from prophetkv_rag.store.disk import DiskStore
+    from prophetkv_rag.store.tiered import open_disk_store
 
-    options: Any = settings.store_options()
-    return DiskStore(db.resolve() / BLOB_DIRECTORY, **options)
+    return open_disk_store(db.resolve() / BLOB_DIRECTORY, **settings.store_options())
+
+
+def _shown(report: VerifyReport | GcReport, store: DiskStore) -> dict[str, Any]:
+    """A report as JSON; without a remote tier it says nothing of one."""
+    values = asdict(report)
+    return {name: value for name, value in values.items() if store.remote or not name.startswith("remote_")}
 
 
 def _collection_names(db: Path) -> dict[str, str]:

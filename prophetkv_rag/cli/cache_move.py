@@ -11,6 +11,7 @@ import typer
 from prophetkv_rag.cli.cache import DatabaseOption, JsonOption, open_caches
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
 from prophetkv_rag.cli.database import DEFAULT_DATABASE, open_database, require_settings
+from prophetkv_rag.cli.remote import push_caches
 
 
 def warm(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> None:
@@ -37,10 +38,11 @@ def warm(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> 
             database.collection.cache_existing()
         database.collection.progress = None
         database.bring_caches_up_to_date()
+        uploaded = push_caches(database.engine.store)
         stats = database.engine.store.stats()
     finally:
         database.close()
-    report = {"computed": computed, "chunks": stats.chunks, "nbytes": stats.nbytes}
+    report = {"computed": computed, "chunks": stats.chunks, "nbytes": stats.nbytes, **uploaded}
     if as_json:
         print_json(report)
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from prophetkv_rag.errors import InputError
@@ -13,6 +13,15 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _POLICIES = ("eager", "on_first_use")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteOptions:
+    """What was given on the command line; "none" for no remote tier, or no limit."""
+
+    url: str | None
+    limit: str | None
+    timeout_s: float | None
 
 
 def parse_size(text: str) -> int | None:
@@ -37,6 +46,7 @@ def with_cache_options(
     limit: str | None,
     blob_format: str | None,
     policy: str | None,
+    remote: RemoteOptions | None = None,
 ) -> DatabaseSettings:
     """Return the settings with what was asked for, else what the database remembers; `InputError` for bad values."""
     if policy is not None and policy not in _POLICIES:
@@ -47,9 +57,31 @@ def with_cache_options(
 
         check_format(blob_format)
     base = remembered or settings
-    return replace(
+    settings = replace(
         settings,
         cache_limit=base.cache_limit if limit is None else parse_size(limit),
         cache_format=blob_format or base.cache_format,
         cache_policy=policy or base.cache_policy,
+        remote=base.remote,
+        remote_limit=base.remote_limit,
+        remote_timeout=base.remote_timeout,
+    )
+    return settings if remote is None else _with_remote(settings, remote)
+
+
+def _with_remote(settings: DatabaseSettings, remote: RemoteOptions) -> DatabaseSettings:
+    url = settings.remote if remote.url is None else remote.url
+    url = "" if url == "none" else url
+    if not url and (remote.limit is not None or remote.timeout_s is not None):
+        msg = "--remote-limit and --remote-timeout go with --remote URL"
+        raise InputError(msg)
+    if url and remote.url is not None:
+        from prophetkv_rag.store.remote_files import RemoteFiles
+
+        RemoteFiles(url)
+    return replace(
+        settings,
+        remote=url,
+        remote_limit=settings.remote_limit if remote.limit is None else parse_size(remote.limit),
+        remote_timeout=settings.remote_timeout if remote.timeout_s is None else remote.timeout_s,
     )

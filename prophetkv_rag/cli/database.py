@@ -46,6 +46,9 @@ class DatabaseSettings:
         cache_limit: Most bytes of caches on disk, or `None`.
         cache_format: How caches are written (`store.formats`).
         cache_policy: `"eager"` or `"on_first_use"` (`DiskStore`).
+        remote: URL of the tier behind the disk (`store.tiered`); "" for none.
+        remote_limit: Most bytes of caches there, or `None`.
+        remote_timeout: Seconds that a query waits for it; `None` for the default.
     """
 
     model: str
@@ -56,10 +59,22 @@ class DatabaseSettings:
     cache_limit: int | None = None
     cache_format: str = "exact"
     cache_policy: str = "eager"
+    remote: str = ""
+    remote_limit: int | None = None
+    remote_timeout: float | None = None
 
     def store_options(self) -> dict[str, Any]:
-        """Return what `DiskStore` is opened with."""
-        return {"max_bytes": self.cache_limit, "blob_format": self.cache_format, "policy": self.cache_policy}
+        """Return what `open_disk_store` is called with."""
+        options: dict[str, Any] = {
+            "max_bytes": self.cache_limit,
+            "blob_format": self.cache_format,
+            "policy": self.cache_policy,
+        }
+        if self.remote:
+            options["remote"] = self.remote
+            options["remote_max_bytes"] = self.remote_limit
+            options["remote_timeout_s"] = self.remote_timeout
+        return options
 
 
 def lead_in_of(text: str) -> str:
@@ -85,6 +100,9 @@ def find_settings(path: Path) -> DatabaseSettings | None:
             cache_limit=None if values.get("cache_limit") is None else int(values["cache_limit"]),
             cache_format=str(values.get("cache_format", "exact")),
             cache_policy=str(values.get("cache_policy", "eager")),
+            remote=str(values.get("remote", "")),
+            remote_limit=None if values.get("remote_limit") is None else int(values["remote_limit"]),
+            remote_timeout=None if values.get("remote_timeout") is None else float(values["remote_timeout"]),
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -178,7 +196,7 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
     from prophetkv_rag.chroma import KVCachingCollection
     from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.model import load_model
-    from prophetkv_rag.store.disk import DiskStore
+    from prophetkv_rag.store.tiered import open_disk_store
 
     with status(f"loading {Path(settings.model).name}"):
         model, tokenizer = load_model(settings.model)
@@ -187,8 +205,7 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
             prompt_template=frameworks.prompt_template_of(tokenizer) if settings.behind_prompt else None,
             lead_in=settings.lead_in or None,
         )
-        options: Any = settings.store_options()
-        store = DiskStore(directory / BLOB_DIRECTORY, **options)
+        store = open_disk_store(directory / BLOB_DIRECTORY, **settings.store_options())
         engine = ProphetKVEngine(model, tokenizer, config=config, store=store)
         client, chroma_collection = open_chroma(directory)
         collection = KVCachingCollection(chroma_collection, engine)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prophetkv_rag.cli.cache_options import with_cache_options
+from prophetkv_rag.cli.cache_options import RemoteOptions, with_cache_options
 from prophetkv_rag.cli.console import print_json, quiet_libraries, results
 from prophetkv_rag.cli.database import (
     DEFAULT_CHUNK_SIZE,
@@ -23,6 +23,7 @@ from prophetkv_rag.cli.database import (
 )
 from prophetkv_rag.cli.documents import read_documents
 from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
+from prophetkv_rag.cli.remote import finish_uploads
 from prophetkv_rag.errors import InputError
 
 
@@ -54,6 +55,16 @@ def index(
     cache_policy: Annotated[
         str | None, typer.Option(help="When KV caches are computed: eager (now) or on_first_use.")
     ] = None,
+    remote: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Keep KV caches behind the disk too, such as s3://bucket/prefix (fsspec), or 'none'."
+        ),
+    ] = None,
+    remote_limit: Annotated[str | None, typer.Option(metavar="SIZE", help="Most bytes there, or 'none'.")] = None,
+    remote_timeout: Annotated[
+        float | None, typer.Option(min=0.01, metavar="SECONDS", help="Longest that a query waits for it; 2 s.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Split the text files of DIR into chunks, embed them into Chroma and compute their KV caches.
@@ -71,7 +82,8 @@ def index(
         lead_in=_lead_in(lead_in, remembered.lead_in if remembered else lead_in_of(documents.files[0].text)),
         behind_prompt=remembered.behind_prompt if remembered else True,
     )
-    settings = with_cache_options(settings, remembered, cache_limit, cache_format, cache_policy)
+    tier = RemoteOptions(remote, remote_limit, remote_timeout)
+    settings = with_cache_options(settings, remembered, cache_limit, cache_format, cache_policy, tier)
     quiet_libraries()
     fetch_embedding()
     from prophetkv_rag.cli.indexing import index_documents
@@ -83,6 +95,7 @@ def index(
         database.bring_caches_up_to_date()
         summary = index_documents(database, directory, documents)
         report = {"database": str(db), "model": settings.model, "chunk_size": settings.chunk_size, **asdict(summary)}
+        finish_uploads(database.engine.store)
         report["caches"] = cache_totals(database)
     finally:
         database.close()

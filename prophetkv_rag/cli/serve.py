@@ -37,6 +37,9 @@ def serve(
     cache_dir: Annotated[
         Path | None, typer.Option(help="Without a database: keep the caches of registered chunks here, not in memory.")
     ] = None,
+    remote: Annotated[
+        str | None, typer.Option(metavar="URL", help="With --cache-dir: a remote tier behind it, as in `index`.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Path or hub name; with a database, all its caches are computed for this one.")
     ] = None,
@@ -68,6 +71,9 @@ def serve(
     if database is not None and cache_dir is not None:
         msg = "--database has its own caches; leave --cache-dir out"
         raise InputError(msg)
+    if remote is not None and cache_dir is None:
+        msg = "--remote goes with --cache-dir; a database has the remote tier that `index` gave it"
+        raise InputError(msg)
     make_strategy(strategy)
     settings = ServerSettings(
         model_name="model",
@@ -86,7 +92,7 @@ def serve(
             markup=False,
             soft_wrap=True,
         )
-    with _bound_socket(host, port) as listening, _opened(database, cache_dir, model, config) as (engine, name):
+    with _bound_socket(host, port) as listening, _opened(database, cache_dir, remote, model, config) as (engine, name):
         settings = replace(settings, model_name=model_name or name)
         app = create_app(engine, settings)
         address = f"[{host}]" if ":" in host else host
@@ -175,7 +181,7 @@ def _bound_socket(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextmanager
 def _opened(
-    database: Path | None, cache_dir: Path | None, model: str | None, config: Any
+    database: Path | None, cache_dir: Path | None, remote: str | None, model: str | None, config: Any
 ) -> Iterator[tuple[ProphetKVEngine, str]]:
     """Open the engine: a database's, or one on a plain store; yields it with the model's name."""
     if database is None and cache_dir is None and find_settings(DEFAULT_DATABASE) is not None:
@@ -192,10 +198,10 @@ def _opened(
             opened.close()
         return
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.store.disk import DiskStore
+    from prophetkv_rag.store.tiered import open_disk_store
 
     with status(f"loading {Path(chosen).name}"):
-        store = DiskStore(cache_dir) if cache_dir is not None else None
+        store = open_disk_store(cache_dir, remote=remote) if cache_dir is not None else None
         engine = ProphetKVEngine.from_pretrained(chosen, config=config, store=store)
     try:
         yield engine, Path(chosen).name

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from prophetkv_rag.server.work_queue import WorkQueue
-from prophetkv_rag.store.base import StoreStats
+from prophetkv_rag.store.base import RemoteStats, StoreStats
 
 if TYPE_CHECKING:
     from prophetkv_rag.report import ReuseReport
@@ -87,6 +87,8 @@ class _Gauges(Collector):
         yield GaugeMetricFamily(
             "prophetkv_cache_tokens", "Tokens of all chunk caches in the store.", value=stats.tokens
         )
+        if stats.remote is not None:
+            yield from _remote_metrics(stats.remote)
         waiting = GaugeMetricFamily("prophetkv_queue_length", "Requests waiting for their turn.", labels=["queue"])
         running = GaugeMetricFamily("prophetkv_running", "Requests being worked on.", labels=["queue"])
         for queue in self._queues:
@@ -94,3 +96,16 @@ class _Gauges(Collector):
             running.add_metric([queue.name], queue.num_running)
         yield waiting
         yield running
+
+
+def _remote_metrics(remote: RemoteStats) -> Iterator[Metric]:
+    yield GaugeMetricFamily("prophetkv_remote_up", "0 while the remote tier fails.", value=int(remote.is_answering))
+    yield GaugeMetricFamily("prophetkv_remote_bytes", "Bytes of this store's caches there.", value=remote.nbytes)
+    yield GaugeMetricFamily("prophetkv_remote_chunks", "This store's caches there.", value=remote.chunks)
+    yield GaugeMetricFamily("prophetkv_remote_waiting", "Uploads and deletes still to be done.", value=remote.waiting)
+    calls = CounterMetricFamily(
+        "prophetkv_remote_calls", "Calls of the remote tier, by what came of them.", labels=["outcome"]
+    )
+    for outcome in ("hits", "misses", "bad", "failures", "uploads", "deletes"):
+        calls.add_metric([outcome], getattr(remote, outcome))
+    yield calls

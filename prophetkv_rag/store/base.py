@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -37,6 +37,39 @@ class TextEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoteStats:
+    """A remote tier: what the catalog knows to be there, and counts since the store was opened.
+
+    Attributes:
+        url: Without a password.
+        chunks, nbytes: Of this store's catalog.
+        other_bytes: What else was there when it was listed last (other machines' caches).
+        max_bytes: Its limit, or `None`.
+        all_hits: Caches that stores on this directory have ever read from there.
+        waiting: Uploads and deletes that are still to be done.
+        is_answering: Whether its last call did not fail.
+        hits, misses, bad: Reads, by what came of them; `bad` failed its checks.
+        failures: Calls that raised or took too long.
+        uploads, deletes: Blobs written and removed.
+    """
+
+    url: str
+    chunks: int
+    nbytes: int
+    other_bytes: int
+    max_bytes: int | None
+    all_hits: int
+    waiting: int
+    is_answering: bool
+    hits: int = 0
+    misses: int = 0
+    bad: int = 0
+    failures: int = 0
+    uploads: int = 0
+    deletes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class StoreStats:
     """Counts since the store was opened, and what it holds now."""
 
@@ -47,6 +80,7 @@ class StoreStats:
     misses: int = 0
     corrupt: int = 0
     location: str = "memory"
+    remote: RemoteStats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +94,17 @@ class VerifyReport:
     repaired: bool = False
     catalog: str = ""
     """What is wrong with the catalog itself; "" for nothing."""
+    remote_checked: int = 0
+    remote_bad: tuple[str, ...] = ()
+    remote_missing: tuple[str, ...] = ()
+    remote_error: str = ""
+    """Why the remote tier could not be checked; "" if it was, or there is none."""
 
     @property
     def num_faults(self) -> int:
         """How much was found."""
-        return len(self.bad) + len(self.missing) + len(self.orphans) + bool(self.catalog)
+        lists = (self.bad, self.missing, self.orphans, self.remote_bad, self.remote_missing)
+        return sum(map(len, lists)) + bool(self.catalog) + bool(self.remote_error)
 
 
 class ChunkStore(ABC):
@@ -150,6 +190,18 @@ class ChunkStore(ABC):
     def read_ahead(self, keys: Iterable[str], *, fingerprint: str) -> None:
         """Begin to load caches that a prompt is about to need, without making the caller wait; never raises."""
         return None
+
+    def expect(self, keys: Iterable[str], *, fingerprint: str) -> None:
+        """These are about to be loaded: begin to bring them from a slower tier; never waits, never raises."""
+        return None
+
+    def bring(self, chunks: Mapping[str, tuple[Sequence[int], TextEntry | None]], *, fingerprint: str) -> set[str]:
+        """Bring caches (key -> token ids and text entry) from a slower tier while indexing, where it has them.
+
+        Returns:
+            Keys that need not be computed: the store knows them now. Never raises.
+        """
+        return set()
 
     def put_soon(self, key: str, cache: ChunkCache, *, fingerprint: str) -> None:
         """Store the cache of a chunk that somebody refers to, without making the caller wait; never raises."""

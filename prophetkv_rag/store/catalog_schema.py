@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Bumped whenever the tables change; kept in the file as SQLite's `user_version`."""
 
 _STEPS: tuple[tuple[str, ...], ...] = (
@@ -37,6 +37,19 @@ _STEPS: tuple[tuple[str, ...], ...] = (
             BEGIN UPDATE state SET value = value + new.nbytes - old.nbytes WHERE name = 'nbytes'; END""",
         """CREATE TRIGGER chunk_deleted AFTER DELETE ON chunks WHEN old.nbytes != 0
             BEGIN UPDATE state SET value = value - old.nbytes WHERE name = 'nbytes'; END""",
+    ),
+    # 3: remote tiers (by URL), what is known to be there, and what is still to be deleted there: also by a process that
+    # was opened without the remote. An empty key stands for everything of a fingerprint.
+    (
+        "CREATE TABLE remotes (url TEXT PRIMARY KEY, others INTEGER NOT NULL DEFAULT 0, "
+        "counted_at REAL NOT NULL DEFAULT 0, hits INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID",
+        "CREATE TABLE remote_chunks (key TEXT NOT NULL, url TEXT NOT NULL, nbytes INTEGER NOT NULL, "
+        "PRIMARY KEY (key, url)) WITHOUT ROWID",
+        "CREATE TABLE remote_deletes (url TEXT NOT NULL, fingerprint TEXT NOT NULL, key TEXT NOT NULL, "
+        "PRIMARY KEY (url, fingerprint, key)) WITHOUT ROWID",
+        """CREATE TRIGGER chunk_forgotten AFTER DELETE ON chunks BEGIN
+            INSERT OR IGNORE INTO remote_deletes SELECT url, old.fingerprint, old.key FROM remotes;
+            DELETE FROM remote_chunks WHERE key = old.key; END""",
     ),
 )
 

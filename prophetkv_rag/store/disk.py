@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import InputError, StoreError
@@ -32,6 +33,9 @@ from prophetkv_rag.store.ram import RamTier, owned
 from prophetkv_rag.store.ranking import Eviction, Ranking
 from prophetkv_rag.store.read_ahead import ReadAhead
 from prophetkv_rag.store.space import Space
+
+if TYPE_CHECKING:
+    from prophetkv_rag.store.remote import RemoteTier
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,8 @@ class DiskStore(ChunkStore):
         InputError: If a setting is not one of those.
         StoreError: If the directory cannot be used.
     """
+
+    remote: RemoteTier | None = None  # the tier behind the disk, in a `TieredStore`
 
     def __init__(
         self,

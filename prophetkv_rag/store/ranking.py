@@ -107,11 +107,24 @@ class Ranking:
             if found is None:
                 continue
             uses, last_use, score, num_tokens, stored, fingerprint = found
-            if self.eviction == "lru":
-                yield key, float(last_use)
-                continue
-            seconds = max(1, num_tokens) * (costs.get(fingerprint) or _UNKNOWN_COST)
-            yield key, (score if uses else _NEVER) + math.log2(seconds / max(1, nbytes or stored))
+            cost = costs.get(fingerprint)
+            yield key, self.rank(uses, last_use, score, num_tokens, seconds_per_token=cost, nbytes=nbytes or stored)
+
+    def rank(
+        self,
+        uses: int,
+        last_use: int,
+        score: float,
+        num_tokens: int,
+        *,
+        seconds_per_token: float | None,
+        nbytes: int,
+    ) -> float:
+        """Return the rank of a chunk with this history as a blob of `nbytes`; `None` for a cost that is not known."""
+        if self.eviction == "lru":
+            return float(last_use)
+        seconds = max(1, num_tokens) * (seconds_per_token or _UNKNOWN_COST)
+        return (score if uses else _NEVER) + math.log2(seconds / max(1, nbytes))
 
 
 def _log2_sum(one: float, other: float) -> float:

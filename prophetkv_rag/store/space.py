@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,8 @@ class Space:
         self._lock = threading.Lock()
         self._uses: list[str] = []
         self._typical = 0  # size of the blob written last
+        self.on_write: Callable[[CatalogRow, bytes, bool], None] | None = None
+        """Told about every blob that was to be written, and whether it was; called while no space lock is held."""
 
     def adopt(self) -> None:
         """Rank the catalog by this store's rule, and evict what is above its limit (which may be a new one)."""
@@ -66,6 +69,11 @@ class Space:
             with self._catalog.transaction() as run:
                 self._ranking.record_uses(run, uses)
 
+    @property
+    def typical_bytes(self) -> int:
+        """Size of the blob written last."""
+        return self._typical
+
     def has_room(self, waiting: int = 0) -> bool:
         """Whether one more blob, and `waiting` others, all like the one written last, fit without evicting anything."""
         if self._max_bytes is None:
@@ -81,6 +89,12 @@ class Space:
             data: The blob.
             is_used: Whether a prompt has it now; otherwise it is only stored ahead of use.
         """
+        is_kept = self._write(row, entry, data, is_used=is_used)
+        if self.on_write is not None:
+            self.on_write(row, data, is_kept)
+        return is_kept
+
+    def _write(self, row: CatalogRow, entry: TextEntry | None, data: bytes, *, is_used: bool) -> bool:
         self._typical = len(data)
         limited: AbstractContextManager[None] = nullcontext()
         if self._max_bytes is not None:

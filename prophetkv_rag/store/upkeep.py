@@ -12,6 +12,14 @@ from prophetkv_rag.store.base import VerifyReport
 from prophetkv_rag.store.blob_file import read_blob
 from prophetkv_rag.store.catalog import UNKNOWN_OWNER, CatalogRow
 from prophetkv_rag.store.rebuild import rebuild, sweep
+from prophetkv_rag.store.remote_records import doom_whole
+from prophetkv_rag.store.remote_upkeep import (
+    RemoteCheck,
+    RemoteCollection,
+    check_remote,
+    collect_remote,
+    settle_remote,
+)
 
 if TYPE_CHECKING:
     from prophetkv_rag.store.disk import DiskStore
@@ -31,19 +39,26 @@ class GcReport:
         unreferenced: Chunks that nobody refers to.
         stale_references: References to chunks that their collection does not have any more.
         freed_bytes: Bytes of all blobs and files removed.
+        remote_deleted: Blobs deleted from the remote tier, also those that it could not be asked to delete before.
+        remote_waiting: Those still to be deleted there, when it answers.
+        remote_orphans: Files there that a crash left half written.
     """
 
     orphans: int = 0
     unreferenced: int = 0
     stale_references: int = 0
     freed_bytes: int = 0
+    remote_deleted: int = 0
+    remote_waiting: int = 0
+    remote_orphans: int = 0
 
 
 def verify(store: DiskStore, *, repair: bool = False) -> VerifyReport:
     """Read and check every blob, and the catalog.
 
     `orphans` are blobs that the catalog does not know (their keys) and other files, such as what a killed process left
-    half written (their names). With `repair`, a damaged catalog is made again from the blobs, and bad blobs and orphans
+    half written (their names). A remote tier's blobs are read and checked too, as far as the catalog knows them. With
+    `repair`, a damaged catalog is made again from the blobs, and bad blobs and orphans
     are deleted. The chunks of bad and missing blobs stay recognised in prompts, and are computed again when needed.
     """
     damage = store.catalog.check()
@@ -51,6 +66,8 @@ def verify(store: DiskStore, *, repair: bool = False) -> VerifyReport:
         with store.directory_lock.exclusive():
             store.catalog.renew()
             rebuild(store.catalog, store.files)
+            if store.remote is not None:
+                store.remote.records.register()
     rows = store.catalog.rows()
     faults = [(row, fault) for row in rows if (fault := _fault(store, row)) is not None]
     with store.directory_lock.exclusive():  # nothing is being written now
@@ -66,6 +83,8 @@ def verify(store: DiskStore, *, repair: bool = False) -> VerifyReport:
             store.catalog.mark_lost(lost)
             for path in orphans:
                 path.unlink(missing_ok=True)
+    known_keys = {row.key: row.fingerprint for row in rows}
+    remote = RemoteCheck() if store.remote is None else check_remote(store.remote, known_keys, repair=repair)
     return VerifyReport(
         checked=len(rows),
         bad=tuple(row.key for row, fault in faults if fault == "bad"),
@@ -73,6 +92,10 @@ def verify(store: DiskStore, *, repair: bool = False) -> VerifyReport:
         orphans=tuple(store.files.key_of(path) or path.name for path in orphans),
         repaired=repair,
         catalog=damage,
+        remote_checked=remote.checked,
+        remote_bad=remote.bad,
+        remote_missing=remote.missing,
+        remote_error=remote.error,
     )
 
 
@@ -113,11 +136,17 @@ def gc(store: DiskStore, live: Mapping[str, Collection[str]] | None = None, *, g
             store.drop_from_memory(doomed)
             store.catalog.delete(run, doomed)
             unreferenced += len(doomed)
-    return GcReport(orphans, unreferenced, dropped, freed)
+    remote = RemoteCollection() if store.remote is None else collect_remote(store.remote, grace_s)
+    return GcReport(
+        orphans, unreferenced, dropped, freed, remote.deleted, remote.waiting, remote_orphans=remote.orphans
+    )
 
 
 def clear(store: DiskStore, namespace: str | None = None) -> int:
     """Delete everything, or everything of one namespace: blobs, catalog rows, references and what is held in RAM.
+
+    From a remote tier, all that anybody has uploaded for the same models and namespaces is deleted, now or as soon as
+    it answers.
 
     Returns:
         How many chunks were deleted.
@@ -138,6 +167,9 @@ def clear(store: DiskStore, namespace: str | None = None) -> int:
         store.drop_from_memory(keys)
         store.files.remove(keys)
         store.catalog.delete(run, keys)
+        doom_whole(run, named.difference(others))
+    if store.remote is not None:
+        settle_remote(store.remote)
     return len(keys)
 
 

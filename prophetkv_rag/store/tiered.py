@@ -1,0 +1,284 @@
+"""RAM over disk over a remote tier: `DiskStore` with a place behind it that several machines may share.
+
+What the disk lacks is read from there, checked as a blob of the disk is, and put on the disk if it is worth its place;
+what is written to the disk, or has no room there, is uploaded by a thread. Nothing waits for the remote: indexing and
+queries give it `remote_timeout_s`, and one that is slow, down or wrong costs one warning and the time to compute.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from prophetkv_rag.chunk_cache import ChunkCache
+from prophetkv_rag.errors import InputError, StoreError
+from prophetkv_rag.store.base import StoreStats, TextEntry
+from prophetkv_rag.store.blob import decode_blob, parse_blob_header
+from prophetkv_rag.store.catalog import CatalogRow
+from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.store.fetches import Fetch, Fetches, Found
+from prophetkv_rag.store.files import DirectoryLock
+from prophetkv_rag.store.keys import is_key
+from prophetkv_rag.store.ram import has_ids
+from prophetkv_rag.store.ranking import Ranking
+from prophetkv_rag.store.remote import RemoteTier
+from prophetkv_rag.store.remote_files import RemoteFiles
+from prophetkv_rag.store.remote_records import RemoteRecords
+from prophetkv_rag.store.uploads import Uploads
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT_S = 2.0
+_BATCH = 8  # chunks that are asked for together while indexing
+
+
+def open_disk_store(directory: str | Path, *, remote: str | None = None, **settings: Any) -> DiskStore:
+    """Open a store on disk, with a remote tier behind it where one is named.
+
+    Args:
+        directory: Where the disk tier is.
+        remote: URL that fsspec knows, such as `s3://bucket/prefix`; `None` for none.
+        **settings: See `DiskStore`, and with a remote `TieredStore`.
+
+    Raises:
+        InputError: If a setting is not allowed.
+        StoreError: If the directory cannot be used.
+    """
+    if remote is not None:
+        return TieredStore(directory, remote=remote, **settings)
+    given = [name for name, value in settings.items() if name.startswith("remote_") and value is not None]
+    if given:
+        msg = f"{', '.join(given)}: there is no remote tier; name one with remote=..."
+        raise InputError(msg)
+    return DiskStore(directory, **{name: value for name, value in settings.items() if not name.startswith("remote_")})
+
+
+class TieredStore(DiskStore):
+    """Machines that share a remote need nothing of each other: a chunk of the same model has the same name everywhere.
+
+    Whoever can write to the remote can change answers, and whoever can read it learns what the chunks say.
+
+    Args:
+        directory: See `DiskStore`.
+        ram_bytes: See `DiskStore`.
+        remote: Where the remote tier is.
+        remote_max_bytes: Most bytes of blobs there, other machines' included as this one saw them last (it looks every
+            five minutes); `None` for no limit. What is worth least goes first.
+        remote_timeout_s: Longest that a query waits for the remote, and longest that it may take for one blob before it
+            is left alone for a while (15 seconds, then longer).
+        remote_options: Arguments of the fsspec file system, such as credentials.
+        **settings: See `DiskStore`.
+
+    Raises:
+        InputError: If a setting is not allowed, or the URL's file system needs a package that is missing.
+        StoreError: If the directory cannot be used.
+    """
+
+    remote: RemoteTier
+
+    def __init__(
+        self,
+        directory: str | Path,
+        ram_bytes: int = 1 << 30,
+        *,
+        remote: str,
+        remote_max_bytes: int | None = None,
+        remote_timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        remote_options: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        timeout_s = DEFAULT_TIMEOUT_S if remote_timeout_s is None else remote_timeout_s
+        if not timeout_s > 0:
+            msg = f"remote_timeout_s is {timeout_s}; give seconds, more than 0"
+            raise InputError(msg)
+        if remote_max_bytes is not None and remote_max_bytes < 0:
+            msg = f"remote_max_bytes is {remote_max_bytes}; give 0 or more bytes, or None for no limit"
+            raise InputError(msg)
+        files = RemoteFiles(remote, remote_options)
+        super().__init__(directory, ram_bytes, **settings)
+        records = RemoteRecords(self.catalog, files.name)
+        self.remote = RemoteTier(files, records, self._check_blob, timeout_s=timeout_s, max_bytes=remote_max_bytes)
+        self._fetches = Fetches(self.remote, self._keep)
+        if self.policy != "read_only":
+            ranking = Ranking(settings.get("eviction", "value"))
+            lock = DirectoryLock(self.directory / "remote.lock")
+            self.remote.uploads = Uploads(
+                self.remote, self.catalog, self.files.path, ranking, self.space.flush_uses, lock
+            )
+            self.space.on_write = self._offer
+            records.register()
+            if records.num_to_delete():
+                self._settle()
+
+    def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> tuple[ChunkCache | None, bool]:
+        """See `ChunkStore.get`: from RAM, from disk, else from the remote, if it answers in time."""
+        cache, was_corrupt = super().get(key, fingerprint=fingerprint, input_ids=input_ids)
+        if cache is not None:
+            if self.remote.uploads is not None:
+                self.remote.uploads.offer_once(key, fingerprint)
+            return cache, was_corrupt
+        try:
+            fetch = self._fetches.begin([key], fingerprint).get(key)
+        except StoreError:
+            fetch = None
+        if fetch is None:
+            return None, was_corrupt
+        found = self._fetches.wait(fetch)
+        if found.cache is None or not has_ids(found.cache, input_ids):
+            return None, was_corrupt or found.was_bad
+        self._counters.add(hits=1, misses=0 if was_corrupt else -1)
+        return found.cache, False
+
+    def put(
+        self,
+        key: str,
+        cache: ChunkCache,
+        *,
+        fingerprint: str,
+        entry: TextEntry | None = None,
+        if_referenced: bool = False,
+    ) -> None:
+        """See `DiskStore.put`; it is uploaded afterwards, also if it has no place on the disk."""
+        if self.remote.uploads is not None and not if_referenced:
+            self.remote.uploads.wait_for_room()
+        super().put(key, cache, fingerprint=fingerprint, entry=entry, if_referenced=if_referenced)
+        if self.remote.uploads is not None:
+            self.remote.uploads.offer(key, fingerprint)
+
+    def accepts_new(self, waiting: int = 0) -> bool:
+        """See `ChunkStore.accepts_new`: on the disk, or behind it."""
+        if super().accepts_new(waiting):
+            return True
+        if self.policy != "eager" or self.remote.uploads is None or self.remote.writes.is_open:
+            return False
+        if self.remote.max_bytes is None:
+            return True
+        _, ours, others, _ = self.remote.records.totals()
+        coming = len(self.remote.uploads) + waiting + 1
+        return ours + others + self.space.typical_bytes * coming <= self.remote.max_bytes
+
+    def expect(self, keys: Iterable[str], *, fingerprint: str) -> None:
+        """See `ChunkStore.expect`: what is neither in RAM nor on disk is read, all of it at once."""
+        try:
+            lacking = [key for key in keys if not (self._ram.holds(key) or self.files.path(key).exists())]
+            self._fetches.begin(lacking, fingerprint)
+        except (StoreError, OSError, ValueError) as error:
+            logger.debug("nothing was read ahead from the remote tier: %s", error)
+
+    def read_ahead(self, keys: Iterable[str], *, fingerprint: str) -> None:
+        """See `ChunkStore.read_ahead`."""
+        keys = [key for key in keys if is_key(key)]
+        super().read_ahead(keys, fingerprint=fingerprint)
+        self.expect(keys, fingerprint=fingerprint)
+
+    def bring(self, chunks: Mapping[str, tuple[Sequence[int], TextEntry | None]], *, fingerprint: str) -> set[str]:
+        """See `ChunkStore.bring`; what has no room on the disk is only looked for."""
+        here: set[str] = set()
+        remaining = iter(chunks.items())
+        while self.policy == "eager" and self.remote.reads.wait_s == 0 and (part := dict(islice(remaining, _BATCH))):
+            try:
+                with self.catalog.transaction():
+                    for key, (input_ids, entry) in part.items():
+                        self.catalog.upsert(CatalogRow(key, fingerprint, len(input_ids), 0), entry)
+                is_look = not self.space.has_room(len(part))
+                fetches = self._fetches.begin(part, fingerprint, is_look=is_look, is_used=False)
+            except StoreError as error:
+                logger.debug("nothing was brought from the remote tier: %s", error)
+                break
+            for key, fetch in fetches.items():
+                found = self._fetches.wait(fetch)
+                if found.is_there and (found.cache is None or has_ids(found.cache, part[key][0])):
+                    here.add(key)
+        if here:
+            self._fetches.flush()  # indexing goes on with what is on the disk
+        return here
+
+    def push(self) -> int:
+        """Upload, some time soon, all that is on disk and not in the remote; returns how many that is."""
+        if self.remote.uploads is None:
+            self._must_be_writable("upload caches")
+            return 0
+        missing = self.remote.records.missing()
+        for key, fingerprint in missing:
+            self.remote.uploads.offer(key, fingerprint)
+        return len(missing)
+
+    def flush(self) -> None:
+        """See `ChunkStore.flush`; also waits for the remote, unless it has failed or hangs."""
+        super().flush()
+        self._fetches.flush()
+        super().flush()
+        if self.remote.uploads is not None:
+            self.remote.uploads.flush()
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """See `ChunkStore.delete`; from the remote it is deleted as soon as that answers."""
+        super().delete(keys)
+        self._settle()
+
+    def drop_references(self, owner: str, keys: Iterable[str]) -> list[str]:
+        """See `ChunkStore.drop_references`; from the remote it is deleted as soon as that answers."""
+        unreferenced = super().drop_references(owner, keys)
+        if unreferenced:
+            self._settle()
+        return unreferenced
+
+    def drop_from_memory(self, keys: Iterable[str]) -> None:
+        """See `DiskStore.drop_from_memory`."""
+        keys = list(keys)
+        super().drop_from_memory(keys)
+        self._fetches.drop(keys)
+        if self.remote.uploads is not None:
+            self.remote.uploads.drop(keys)
+
+    def stats(self) -> StoreStats:
+        """See `ChunkStore.stats`."""
+        return replace(super().stats(), remote=self.remote.stats())
+
+    def close(self) -> None:
+        """See `ChunkStore.close`; what the remote does not take within its time-out is uploaded another time."""
+        super().flush()
+        self._fetches.close()
+        if self.remote.uploads is not None:
+            self.remote.uploads.close(self.remote.timeout_s)
+            try:
+                self.remote.note_hits()
+            except StoreError:
+                logger.debug("the hits in the remote tier were not noted", exc_info=True)
+        super().close()
+
+    def _check_blob(self, data: bytes, key: str, fingerprint: str) -> ChunkCache | None:
+        """Return the cache that a blob of the remote holds, or `None` for another format; `BlobError` if it is bad."""
+        blob_format = parse_blob_header(data).blob_format
+        cache = decode_blob(data, key=key, fingerprint=fingerprint)
+        return cache if blob_format in ("exact", self.blob_format) else None
+
+    def _keep(self, fetch: Fetch, found: Found) -> bool:
+        """Put what was read where the next prompt finds it, if it is a chunk of ours; returns whether it is there."""
+        key, fingerprint, cache = fetch.key, fetch.fingerprint, found.cache
+        if cache is None:
+            return False
+        if self.policy == "read_only":
+            self._ram.put(key, cache, fingerprint=fingerprint)
+            return self._ram.holds(key)
+        with self.directory_lock.shared():  # nothing is deleted meanwhile
+            if key not in self.catalog:
+                return False
+            self.remote.records.add(key, len(found.data))
+            self._ram.put(key, cache, fingerprint=fingerprint)
+            row = CatalogRow(key, fingerprint, cache.num_tokens, 0)
+            if self.files.path(key).exists() or self.space.write(row, None, found.data, is_used=fetch.is_used):
+                return True
+        return self._ram.holds(key)
+
+    def _offer(self, row: CatalogRow, data: bytes, is_kept: bool) -> None:
+        if self.remote.uploads is not None:
+            self.remote.uploads.offer(row.key, row.fingerprint, None if is_kept else data)
+
+    def _settle(self) -> None:
+        if self.remote.uploads is not None:
+            self.remote.uploads.settle()
