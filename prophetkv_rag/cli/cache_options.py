@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prophetkv_rag.errors import InputError
@@ -37,6 +38,7 @@ def with_cache_options(
     limit: str | None,
     blob_format: str | None,
     policy: str | None,
+    key_file: str | None = None,
 ) -> DatabaseSettings:
     """Return the settings with what was asked for, else what the database remembers; `InputError` for bad values."""
     if policy is not None and policy not in _POLICIES:
@@ -52,4 +54,5 @@ def with_cache_options(
         cache_limit=base.cache_limit if limit is None else parse_size(limit),
         cache_format=blob_format or base.cache_format,
         cache_policy=policy or base.cache_policy,
+        key_file=base.key_file if key_file is None else "" if key_file == "none" else str(Path(key_file).absolute()),
     )

@@ -46,6 +46,8 @@ class DatabaseSettings:
         cache_limit: Most bytes of caches on disk, or `None`.
         cache_format: How caches are written (`store.formats`).
         cache_policy: `"eager"` or `"on_first_use"` (`DiskStore`).
+        key_file: Path of the file with the key that caches are encrypted with; "" for none (then the environment
+            variable `PROPHETKV_CACHE_KEY` is looked at).
     """
 
     model: str
@@ -56,10 +58,16 @@ class DatabaseSettings:
     cache_limit: int | None = None
     cache_format: str = "exact"
     cache_policy: str = "eager"
+    key_file: str = ""
 
     def store_options(self) -> dict[str, Any]:
         """Return what `DiskStore` is opened with."""
-        return {"max_bytes": self.cache_limit, "blob_format": self.cache_format, "policy": self.cache_policy}
+        return {
+            "max_bytes": self.cache_limit,
+            "blob_format": self.cache_format,
+            "policy": self.cache_policy,
+            "encryption_key": self.key_file or None,
+        }
 
 
 def lead_in_of(text: str) -> str:
@@ -85,6 +93,7 @@ def find_settings(path: Path) -> DatabaseSettings | None:
             cache_limit=None if values.get("cache_limit") is None else int(values["cache_limit"]),
             cache_format=str(values.get("cache_format", "exact")),
             cache_policy=str(values.get("cache_policy", "eager")),
+            key_file=str(values.get("key_file", "")),
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -168,7 +177,8 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
     """Open or make the database at `path` with the model that `settings` name; the model is loaded first.
 
     Raises:
-        InputError: If an optional package is missing, or the directory cannot be used by Chroma.
+        InputError: If an optional package is missing, the caches are encrypted and their key is not there, or the
+            directory cannot be used by Chroma.
         UnknownModelError, UnsupportedModelError: If the model cannot be loaded or used.
         StoreError: If the chunk caches' directory cannot be used.
     """
@@ -179,7 +189,11 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
     from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.model import load_model
     from prophetkv_rag.store.disk import DiskStore
+    from prophetkv_rag.store.encryption import load_key
+    from prophetkv_rag.store.key_mark import must_be_unlocked
 
+    options: Any = settings.store_options()
+    options["encryption_key"] = load_key(options["encryption_key"])  # before a model is loaded
     with status(f"loading {Path(settings.model).name}"):
         model, tokenizer = load_model(settings.model)
         config = replace(
@@ -187,8 +201,8 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
             prompt_template=frameworks.prompt_template_of(tokenizer) if settings.behind_prompt else None,
             lead_in=settings.lead_in or None,
         )
-        options: Any = settings.store_options()
         store = DiskStore(directory / BLOB_DIRECTORY, **options)
+        must_be_unlocked(store.files)
         engine = ProphetKVEngine(model, tokenizer, config=config, store=store)
         client, chroma_collection = open_chroma(directory)
         collection = KVCachingCollection(chroma_collection, engine)

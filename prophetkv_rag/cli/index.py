@@ -54,6 +54,14 @@ def index(
     cache_policy: Annotated[
         str | None, typer.Option(help="When KV caches are computed: eager (now) or on_first_use.")
     ] = None,
+    key_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Encrypt KV caches with the key in FILE (`cache new-key` makes one), or 'none'; the database "
+            "remembers the path.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Split the text files of DIR into chunks, embed them into Chroma and compute their KV caches.
@@ -71,7 +79,7 @@ def index(
         lead_in=_lead_in(lead_in, remembered.lead_in if remembered else lead_in_of(documents.files[0].text)),
         behind_prompt=remembered.behind_prompt if remembered else True,
     )
-    settings = with_cache_options(settings, remembered, cache_limit, cache_format, cache_policy)
+    settings = with_cache_options(settings, remembered, cache_limit, cache_format, cache_policy, key_file)
     quiet_libraries()
     fetch_embedding()
     from prophetkv_rag.cli.indexing import index_documents

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from prophetkv_rag.errors import BlobError
 from prophetkv_rag.store.base import VerifyReport
-from prophetkv_rag.store.blob_file import read_blob
 from prophetkv_rag.store.catalog import UNKNOWN_OWNER, CatalogRow
+from prophetkv_rag.store.key_mark import forget_key, must_be_unlocked
 from prophetkv_rag.store.rebuild import rebuild, sweep
 
 if TYPE_CHECKING:
@@ -45,7 +45,11 @@ def verify(store: DiskStore, *, repair: bool = False) -> VerifyReport:
     `orphans` are blobs that the catalog does not know (their keys) and other files, such as what a killed process left
     half written (their names). With `repair`, a damaged catalog is made again from the blobs, and bad blobs and orphans
     are deleted. The chunks of bad and missing blobs stay recognised in prompts, and are computed again when needed.
+
+    Raises:
+        InputError: If the caches are encrypted with a key that the store was not given.
     """
+    must_be_unlocked(store.files)
     damage = store.catalog.check()
     if damage and repair:
         with store.directory_lock.exclusive():
@@ -138,12 +142,14 @@ def clear(store: DiskStore, namespace: str | None = None) -> int:
         store.drop_from_memory(keys)
         store.files.remove(keys)
         store.catalog.delete(run, keys)
+        if namespace is None:
+            forget_key(store.directory)
     return len(keys)
 
 
 def _fault(store: DiskStore, row: CatalogRow) -> str | None:
     try:
-        read_blob(store.files.path(row.key), key=row.key, fingerprint=row.fingerprint)
+        store.files.read(row.key, fingerprint=row.fingerprint)
     except FileNotFoundError:
         return "missing" if row.nbytes else None
     except (BlobError, OSError):
