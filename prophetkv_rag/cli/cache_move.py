@@ -1,8 +1,8 @@
-"""`prophetkv-rag cache warm|export|import`: fill what is missing, and move caches to another machine."""
+"""`prophetkv-rag cache warm|rekey|export|import`: fill what is missing, change the key, move caches elsewhere."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +10,7 @@ import typer
 
 from prophetkv_rag.cli.cache import DatabaseOption, JsonOption, open_caches
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
-from prophetkv_rag.cli.database import DEFAULT_DATABASE, open_database, require_settings
+from prophetkv_rag.cli.database import DEFAULT_DATABASE, open_database, require_settings, save_settings
 from prophetkv_rag.errors import InputError
 
 
@@ -48,6 +48,32 @@ def warm(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> 
     results().print(
         f"{computed} caches computed; {stats.chunks} are stored, {stats.nbytes / 1e6:,.1f} MB", markup=False
     )
+
+
+def rekey(
+    key_file: Annotated[str, typer.Option(metavar="FILE", help="The new key, or 'none' for no encryption any more.")],
+    db: DatabaseOption = DEFAULT_DATABASE,
+    as_json: JsonOption = False,
+) -> None:
+    """Encrypt all caches with another key, or for the first time. Nobody else may use the database meanwhile."""
+    from prophetkv_rag.store.encryption import load_key
+    from prophetkv_rag.store.key_mark import must_be_unlocked
+    from prophetkv_rag.store.rekey import rekey as encrypt_anew
+
+    settings = require_settings(db)
+    new_file = "" if key_file == "none" else str(Path(key_file).absolute())
+    new_key = load_key(new_file) if new_file else None
+    store = open_caches(db)
+    must_be_unlocked(store.files)
+    save_settings(db, replace(settings, key_file=new_file))
+    with progress_bar("writing caches anew", len(store.catalog.rows())) as advance:
+        report = encrypt_anew(store, new_key, advance)
+    store.close()
+    if as_json:
+        print_json({**asdict(report), "key_id": None if new_key is None else new_key.id})
+        return
+    how = "not encrypted any more" if new_key is None else f"encrypted with the key {new_key.id}"
+    results().print(f"{report.changed} caches are {how}; {report.dropped} were dropped", markup=False)
 
 
 def export_(

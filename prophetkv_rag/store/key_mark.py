@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.store.blob_files import BlobFiles
+from prophetkv_rag.store.encryption import EncryptionKey
 from prophetkv_rag.store.files import DirectoryLock, write_file
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def claim(directory: Path, files: BlobFiles, lock: DirectoryLock, *, read_only: 
                         "delete them with: prophetkv-rag cache verify --repair",
                         directory,
                     )
-                write_file(path, given.id.encode() + b"\n")
+                write_mark(directory, given)
     if not path.exists() or _read(path) == (given and given.id):
         return
     files.locked_by = locked_message(directory, _read(path), None if given is None else given.id)
@@ -59,9 +60,12 @@ def must_be_unlocked(files: BlobFiles) -> None:
         raise InputError(files.locked_by)
 
 
-def forget_key(directory: Path) -> None:
-    """Let a directory whose blobs are all gone be used with another key, or none."""
-    (directory / _NAME).unlink(missing_ok=True)
+def write_mark(directory: Path, key: EncryptionKey | None) -> None:
+    """Note which key the directory's caches are encrypted with from now on; `None` for none, or for any."""
+    if key is None:
+        (directory / _NAME).unlink(missing_ok=True)
+    else:
+        write_file(directory / _NAME, key.id.encode() + b"\n")
 
 
 def _read(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from prophetkv_rag.errors import BlobError
 from prophetkv_rag.store.base import VerifyReport
 from prophetkv_rag.store.catalog import UNKNOWN_OWNER, CatalogRow
-from prophetkv_rag.store.key_mark import forget_key, must_be_unlocked
+from prophetkv_rag.store.key_mark import must_be_unlocked, write_mark
 from prophetkv_rag.store.rebuild import rebuild, sweep
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def clear(store: DiskStore, namespace: str | None = None) -> int:
         store.files.remove(keys)
         store.catalog.delete(run, keys)
         if namespace is None:
-            forget_key(store.directory)
+            write_mark(store.directory, None)  # any key may follow
     return len(keys)
 
 

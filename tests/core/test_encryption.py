@@ -25,6 +25,7 @@ from prophetkv_rag.store.blob_file import decode_file
 from prophetkv_rag.store.disk import DiskStore
 from prophetkv_rag.store.encryption import KEY_VARIABLE, EncryptionKey, load_key, write_new_key
 from prophetkv_rag.store.formats import BlobFormat
+from prophetkv_rag.store.rekey import RekeyReport, rekey
 from prophetkv_rag.store.sealing import CLEAR_BYTES, LockedBlobError, seal
 from prophetkv_rag.store.transfer import export_caches, import_caches
 from prophetkv_rag.store.upkeep import clear
@@ -351,6 +352,39 @@ def test_caches_move_from_key_to_key(tmp_path: Path) -> None:
     same = DiskStore(tmp_path / "same", 0, encryption_key=SECRET)
     assert import_caches(same, file).added == 3
     assert_same(get(same, 3)[0], make_cache(3))
+
+
+def test_the_key_of_a_whole_directory_is_changed(tmp_path: Path) -> None:
+    """From none to one to another to none; a bad blob is dropped, the limit holds, and the order of eviction stays."""
+    store = DiskStore(tmp_path, 0)
+    for seed in (1, 2, 3):
+        put(store, seed)
+    plain = {seed: store.files.path(key_of(seed)).read_bytes() for seed in (1, 2, 3)}
+    for _ in range(3):
+        assert_same(get(store, 2)[0], make_cache(2))
+    store.files.path(key_of(1)).write_bytes(b"damaged")
+    store.close()
+    store = DiskStore(tmp_path, 0, max_bytes=3 * len(plain[1]))
+    assert rekey(store, MINE) == RekeyReport(changed=2, dropped=1)
+    put(store, 4)  # three encrypted blobs have no room: it, or the one that was never used, is not kept
+    assert sum(path.stat().st_size for path in store.files.all_files()) <= 3 * len(plain[1])
+    store.close()
+    assert DiskStore(tmp_path, 0).files.locked_by is not None
+
+    store = DiskStore(tmp_path, 0, encryption_key=SECRET)
+    assert_same(get(store, 2)[0], make_cache(2))
+    with pytest.raises(InputError, match=MINE.id):
+        rekey(DiskStore(tmp_path, 0), OTHER)
+    assert rekey(store, OTHER).dropped == 0
+    assert_same(get(store, 2)[0], make_cache(2))
+    store.close()
+    store = DiskStore(tmp_path, 0, encryption_key=OTHER_SECRET)
+    assert store.verify().num_faults == 0
+    rekey(store, None)
+    store.close()
+    store = DiskStore(tmp_path, 0)
+    assert_same(get(store, 2)[0], make_cache(2))
+    assert store.files.path(key_of(2)).read_bytes() == plain[2]
 
 
 def test_plain_caches_are_taken_in_only_if_that_is_said(tmp_path: Path) -> None:
