@@ -23,6 +23,9 @@ from prophetkv_rag.store.encryption import EncryptionKey
 from prophetkv_rag.store.files import read_fully, read_into_fresh
 from prophetkv_rag.store.sealing import CLEAR_BYTES, SLACK_BYTES, Opener, is_sealed, parse_clear
 
+_WILL_NEED: int | None = getattr(os, "POSIX_FADV_WILLNEED", None)
+"""Tells the kernel that all of a file follows: from a cold disk, reading by tensors alone reads ahead too little."""
+
 
 def read_blob(
     path: Path,
@@ -46,6 +49,8 @@ def read_blob(
         OSError: If the file cannot be read.
     """
     with _open(path) as file:
+        if _WILL_NEED is not None:
+            os.posix_fadvise(file.fileno(), 0, 0, _WILL_NEED)
         opened = _open_blob(file, os.fstat(file.fileno()).st_size, key, encryption_key)
         opened.header.check(Expected(key, fingerprint, None if input_ids is None else len(input_ids)))
         return opened.header, opened.decode(input_ids)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from prophetkv_rag.chunk_cache import ChunkCache
-from prophetkv_rag.store.blob_file import read_blob, read_header
+from prophetkv_rag.store.blob_file import decode_file, read_blob, read_header
 from prophetkv_rag.store.blob_header import BlobHeader
 from prophetkv_rag.store.encryption import EncryptionKey
 from prophetkv_rag.store.files import TEMPORARY_SUFFIX, make_private_directory, touch_private, write_file
@@ -62,6 +62,11 @@ class BlobFiles:
     def read_header(self, key: str) -> BlobHeader:
         """Read the header of the blob of `key`; see `read_header`."""
         return read_header(self._unlocked(key), key=key, encryption_key=self.encryption_key)
+
+    def decode(self, key: str, data: bytes, *, fingerprint: str) -> tuple[BlobHeader, ChunkCache]:
+        """Check what the file of a blob of `key`, here or elsewhere, holds; see `decode_file`."""
+        self._unlocked(key)
+        return decode_file(data, key=key, fingerprint=fingerprint, encryption_key=self.encryption_key)
 
     def seal(self, key: str, data: bytes) -> bytes:
         """Return what is to be written for a blob: itself, or encrypted where there is a key."""

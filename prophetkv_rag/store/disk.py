@@ -27,7 +27,6 @@ from prophetkv_rag.store.disk_parts import Counters, Later, check_settings, open
 from prophetkv_rag.store.encryption import KeySource, load_key
 from prophetkv_rag.store.files import DirectoryLock, make_private_directory
 from prophetkv_rag.store.formats import BlobFormat, check_format
-from prophetkv_rag.store.key_mark import claim
 from prophetkv_rag.store.keys import check_key, is_key
 from prophetkv_rag.store.leases import Leases
 from prophetkv_rag.store.ram import RamTier, owned
@@ -88,7 +87,6 @@ class DiskStore(ChunkStore):
                 make_private_directory(self.directory)
                 make_private_directory(self.directory / "leases")
                 self.files.make_directories()
-            claim(self.directory, self.files, self.directory_lock, read_only=policy == "read_only")
             self.catalog = open_catalog(
                 self.directory, self.files, self.directory_lock, read_only=policy == "read_only"
             )
@@ -154,12 +152,13 @@ class DiskStore(ChunkStore):
                     self.space.note_written(row, entry, path.stat().st_size, is_used=if_referenced)
                 else:
                     entry = entry or self.catalog.entry_of(key)
-                    data = encode_blob(
+                    plain = encode_blob(
                         cache, key=key, fingerprint=fingerprint, blob_format=self.blob_format, entry=entry
                     )
-                    is_kept = self.space.write(row, entry, self.files.seal(key, data), is_used=if_referenced)
+                    data = self.files.seal(key, plain)
+                    is_kept = self.space.write(row, entry, data, is_used=if_referenced)
                     if is_kept and self.blob_format != "exact" and self._ram.max_bytes:
-                        cache = decode_blob(data, key=key, fingerprint=fingerprint)  # what the disk will give later
+                        cache = decode_blob(plain, key=key, fingerprint=fingerprint)  # what the disk will give later
                 self._ram.put(key, cache, fingerprint=fingerprint)
         except OSError as error:
             msg = f"cannot write the chunk cache {path}: {error}"
@@ -168,6 +167,10 @@ class DiskStore(ChunkStore):
     def read_ahead(self, keys: Iterable[str], *, fingerprint: str) -> None:
         """See `ChunkStore.read_ahead`: a thread reads them into the RAM tier."""
         self._later.run(self._read_ahead, [key for key in keys if is_key(key)], fingerprint)
+
+    def pin_memory(self) -> None:
+        """See `ChunkStore.pin_memory`."""
+        self._ram.pins = True
 
     def put_soon(self, key: str, cache: ChunkCache, *, fingerprint: str) -> None:
         """See `ChunkStore.put_soon`: a thread writes it; until then `get` finds it all the same."""
