@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.ciphers import aead
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.errors import BlobError, InputError, StoreError
-from prophetkv_rag.store import sealing
+from prophetkv_rag.store import blob_file, sealing
 from prophetkv_rag.store.blob import encode_blob
 from prophetkv_rag.store.blob_file import decode_file
 from prophetkv_rag.store.disk import DiskStore
@@ -504,3 +504,27 @@ def test_tensors_of_many_segments_and_segments_of_many_tensors(monkeypatch: pyte
     blob = encode_blob(cache, key=key_of(4, 3000), fingerprint=FINGERPRINT)
     assert len(blob) > 2 << 20
     assert_same(opened(seal(blob, MINE, key=key_of(4, 3000)), key=key_of(4, 3000)), cache)
+
+
+@pytest.mark.parametrize("secret", [None, SECRET], ids=["plain", "encrypted"])
+@pytest.mark.parametrize("left", [0.5, 0.999])
+def test_a_file_that_is_cut_while_it_is_read_is_no_cache(
+    tmp_path: Path, secret: bytes | None, left: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its header, and the first layers, were good. (Mapped, this would end the process.)"""
+    store = DiskStore(tmp_path, 0, encryption_key=secret)
+    path = put(store, 1)
+    parse, pending = blob_file.parse_header, [1]
+
+    def parse_and_cut(*arguments: Any) -> Any:
+        if pending:
+            pending.pop()
+            os.truncate(path, int(left * path.stat().st_size))
+        return parse(*arguments)
+
+    monkeypatch.setattr(blob_file, "parse_header", parse_and_cut)
+    assert get(store, 1) == (None, True)
+    assert not pending
+    assert not path.exists()
+    put(store, 1)
+    assert_same(get(store, 1)[0], make_cache(1))
