@@ -2,7 +2,7 @@
 
 Read, not mapped. A map would save the copy, but what is mapped is not ours: a file that somebody else truncates kills
 the process (SIGBUS), one that is written over changes a cache that was checked already, and one that is evicted keeps
-its disk space for as long as the RAM tier holds it. `prophetkv-rag bench load` measures what that costs.
+its disk space for as long as the RAM tier holds it. `prophetkv-rag bench load` measures what not mapping costs.
 """
 
 from __future__ import annotations
