@@ -60,6 +60,8 @@ class ChunkLibrary:
         self._owners_lock = threading.Lock()  # references and the index change together
         self._has_warned = False
         self._registered: set[str] = set()  # keys whose text the index knows and the store does not
+        if model.device.type == "cuda":
+            store.pin_memory()
         self._describe(None)
         for key, entry in store.entries(identity.fingerprint):
             self.chunk_index.add(key, entry)

@@ -594,6 +594,43 @@ def test_a_remote_tier_is_remembered_shared_and_cleared(run: Run, docs: Path, tm
     assert "remote" not in run("cache", "stats", "--json")
 
 
+def test_encrypted_caches(run: Run, fails: Run, docs: Path, tmp_path: Path) -> None:
+    old, new, exported = tmp_path / "old.key", tmp_path / "new.key", tmp_path / "caches.tar"
+    key_id = run("cache", "new-key", old, "--json")["key_id"]
+    assert run("cache", "new-key", new, "--json")["key_id"] != key_id
+    assert "not written over" in fails("cache", "new-key", old)
+    count = index_tiny(run, docs, "--key-file", old)["total_chunks"]
+    blobs = list(Path(".prophetkv").rglob("*.safetensors"))
+    assert {blob.read_bytes()[:8] for blob in blobs} == {b"PKVSEAL1"}
+    answer = run("ask", "Who?", "--max-new-tokens", 1, "--json")  # the database remembers where the key is
+    assert {chunk["status"] for chunk in answer["report"]["chunks"]} == {"hit"}
+    assert run("cache", "verify", "--json")["bad"] == []
+    assert run("cache", "export", exported, "--json")["exported"] == count
+
+    assert run("cache", "rekey", "--key-file", new, "--json")["changed"] == count
+    assert old.read_text().strip() not in Path(".prophetkv/prophetkv-rag.json").read_text()
+    again = run("ask", "Who?", "--max-new-tokens", 1, "--json")
+    assert again["answer"] == answer["answer"]
+    assert {chunk["status"] for chunk in again["report"]["chunks"]} == {"hit"}
+    run("cache", "clear", "--all")
+    assert len(run("cache", "import", exported, "--json", status=1)["refused"]) == count
+    assert run("cache", "import", exported, "--from-key-file", old, "--json")["added"] == count
+    assert run("cache", "verify", "--json")["bad"] == []
+
+    new.chmod(0o644)
+    assert "chmod 600" in fails("ask", "Who?")
+    new.unlink()
+    for command in (["ask", "Who?"], ["cache", "verify"], ["cache", "warm"], ["cache", "import", exported]):
+        assert "cannot read the key file" in fails(*command)
+    assert run("cache", "stats", "--json")["chunks"] == count
+    old.chmod(0o600)
+    assert "are encrypted with the key" in fails("index", docs, "--key-file", old)
+    assert "are encrypted with the key" in fails("index", docs, "--key-file", "none")
+    assert run("cache", "clear", "--all", "--json")["deleted"] == count
+    index_tiny(run, docs, "--key-file", "none")
+    assert "either --from-key-file or" in fails("cache", "import", exported, "--from-plain", "--from-key-file", old)
+
+
 def test_mistakes_with_caches_are_said_in_one_line(run: Run, fails: Run, docs: Path, tmp_path: Path) -> None:
     index_tiny(run, docs)
     assert "either --namespace NAME or --all" in fails("cache", "clear")

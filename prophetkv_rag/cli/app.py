@@ -14,6 +14,7 @@ from prophetkv_rag.cli import (
     bench,
     bench_formats,
     bench_kernels,
+    bench_load,
     bench_quality,
     bench_store,
     bench_ttft,
@@ -49,10 +50,12 @@ bench.app.command()(bench_quality.quality)
 bench.app.command()(bench_kernels.kernels)
 bench.app.command()(bench_formats.formats)
 bench.app.command()(bench_store.store)
+bench.app.command()(bench_load.load)
 app.command()(calibrate.calibrate)
 app.add_typer(bench.app, name="bench")
 cache.app.command()(cache_move.warm)
 cache.app.command()(remote.push)
+cache.app.command()(cache_move.rekey)
 cache.app.command("export")(cache_move.export_)
 cache.app.command("import")(cache_move.import_)
 app.add_typer(cache.app, name="cache")

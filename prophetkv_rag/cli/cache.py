@@ -1,4 +1,4 @@
-"""`prophetkv-rag cache stats|verify|gc|clear`: the chunk caches of a database, without loading its model."""
+"""`prophetkv-rag cache stats|verify|gc|clear|new-key`: the chunk caches of a database, without loading its model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def stats(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) ->
     """Say what is cached, per collection and model, how much it is used, and what is still to be computed."""
     from prophetkv_rag.store.statistics import usage
 
-    store = open_caches(db)
+    store = open_caches(db, needs_key=False)
     values = asdict(store.stats())
     rows, limit = usage(store), store.max_bytes
     store.close()
@@ -137,7 +137,7 @@ def gc(
     from prophetkv_rag.chroma_store import live_references
     from prophetkv_rag.store.upkeep import gc as collect
 
-    store = open_caches(db)
+    store = open_caches(db, needs_key=False)
     with status("looking for caches that belong to nothing"):
         client, _ = open_chroma(db.resolve())
         report = collect(store, live_references(client), grace_s=grace)
@@ -171,7 +171,7 @@ def clear(
         raise InputError(msg)
     from prophetkv_rag.store.upkeep import clear as delete
 
-    store = open_caches(db)
+    store = open_caches(db, needs_key=False)
     deleted = delete(store, namespace)
     left = store.stats()
     store.close()
@@ -184,12 +184,43 @@ def clear(
         results().print(f"{left.remote.url} has not answered; `cache gc` deletes them there when it does", markup=False)
 
 
-def open_caches(db: Path) -> DiskStore:
-    """Open the chunk caches of a database with the limits it was made with; `InputError` if there is no database."""
+@app.command("new-key")
+def new_key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File to make; one that is there is left alone.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make a random key for encrypting caches (`index --key-file FILE`). Without it the caches cannot be read again."""
+    from prophetkv_rag.store.encryption import write_new_key
+
+    key = write_new_key(file)
+    if as_json:
+        print_json({"file": str(file), "key_id": key.id})
+        return
+    results().print(f"a new key is in {file}; its id is {key.id}", markup=False)
+
+
+def open_caches(db: Path, *, needs_key: bool = True) -> DiskStore:
+    """Open the chunk caches of a database with the limits it was made with.
+
+    Args:
+        db: The database.
+        needs_key: Whether blobs are looked into; otherwise encrypted ones may also be handled without their key.
+
+    Raises:
+        InputError: If there is no database, or its key file cannot be read and is needed.
+    """
     settings = require_settings(db)
+    from prophetkv_rag.store.encryption import load_key
     from prophetkv_rag.store.tiered import open_disk_store
 
-    return open_disk_store(db.resolve() / BLOB_DIRECTORY, **settings.store_options())
+    options = settings.store_options()
+    try:
+        options["encryption_key"] = load_key(options["encryption_key"])
+    except InputError:
+        if needs_key:
+            raise
+        options["encryption_key"] = None
+    return open_disk_store(db.resolve() / BLOB_DIRECTORY, **options)
 
 
 def _shown(report: VerifyReport | GcReport, store: DiskStore) -> dict[str, Any]:

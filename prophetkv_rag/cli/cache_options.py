@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prophetkv_rag.errors import InputError
@@ -47,6 +48,7 @@ def with_cache_options(
     blob_format: str | None,
     policy: str | None,
     remote: RemoteOptions | None = None,
+    key_file: str | None = None,
 ) -> DatabaseSettings:
     """Return the settings with what was asked for, else what the database remembers; `InputError` for bad values."""
     if policy is not None and policy not in _POLICIES:
@@ -65,6 +67,7 @@ def with_cache_options(
         remote=base.remote,
         remote_limit=base.remote_limit,
         remote_timeout=base.remote_timeout,
+        key_file=base.key_file if key_file is None else "" if key_file == "none" else str(Path(key_file).absolute()),
     )
     return settings if remote is None else _with_remote(settings, remote)
 

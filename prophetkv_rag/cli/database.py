@@ -49,6 +49,8 @@ class DatabaseSettings:
         remote: URL of the tier behind the disk (`store.tiered`); "" for none.
         remote_limit: Most bytes of caches there, or `None`.
         remote_timeout: Seconds that a query waits for it; `None` for the default.
+        key_file: Path of the file with the key that caches are encrypted with; "" for none (then the environment
+            variable `PROPHETKV_CACHE_KEY` is looked at).
     """
 
     model: str
@@ -62,6 +64,7 @@ class DatabaseSettings:
     remote: str = ""
     remote_limit: int | None = None
     remote_timeout: float | None = None
+    key_file: str = ""
 
     def store_options(self) -> dict[str, Any]:
         """Return what `open_disk_store` is called with."""
@@ -69,6 +72,7 @@ class DatabaseSettings:
             "max_bytes": self.cache_limit,
             "blob_format": self.cache_format,
             "policy": self.cache_policy,
+            "encryption_key": self.key_file or None,
         }
         if self.remote:
             options["remote"] = self.remote
@@ -103,6 +107,7 @@ def find_settings(path: Path) -> DatabaseSettings | None:
             remote=str(values.get("remote", "")),
             remote_limit=None if values.get("remote_limit") is None else int(values["remote_limit"]),
             remote_timeout=None if values.get("remote_timeout") is None else float(values["remote_timeout"]),
+            key_file=str(values.get("key_file", "")),
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -186,7 +191,8 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
     """Open or make the database at `path` with the model that `settings` name; the model is loaded first.
 
     Raises:
-        InputError: If an optional package is missing, or the directory cannot be used by Chroma.
+        InputError: If an optional package is missing, the caches are encrypted and their key is not there, or the
+            directory cannot be used by Chroma.
         UnknownModelError, UnsupportedModelError: If the model cannot be loaded or used.
         StoreError: If the chunk caches' directory cannot be used.
     """
@@ -196,8 +202,12 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
     from prophetkv_rag.chroma import KVCachingCollection
     from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.model import load_model
+    from prophetkv_rag.store.encryption import load_key
+    from prophetkv_rag.store.key_mark import must_be_unlocked
     from prophetkv_rag.store.tiered import open_disk_store
 
+    options: Any = settings.store_options()
+    options["encryption_key"] = load_key(options["encryption_key"])  # before a model is loaded
     with status(f"loading {Path(settings.model).name}"):
         model, tokenizer = load_model(settings.model)
         config = replace(
@@ -205,7 +215,8 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
             prompt_template=frameworks.prompt_template_of(tokenizer) if settings.behind_prompt else None,
             lead_in=settings.lead_in or None,
         )
-        store = open_disk_store(directory / BLOB_DIRECTORY, **settings.store_options())
+        store = open_disk_store(directory / BLOB_DIRECTORY, **options)
+        must_be_unlocked(store.files)
         engine = ProphetKVEngine(model, tokenizer, config=config, store=store)
         client, chroma_collection = open_chroma(directory)
         collection = KVCachingCollection(chroma_collection, engine)

@@ -65,6 +65,14 @@ def index(
     remote_timeout: Annotated[
         float | None, typer.Option(min=0.01, metavar="SECONDS", help="Longest that a query waits for it; 2 s.")
     ] = None,
+    key_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Encrypt KV caches with the key in FILE (`cache new-key` makes one), or 'none'; the database "
+            "remembers the path.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Split the text files of DIR into chunks, embed them into Chroma and compute their KV caches.
@@ -83,7 +91,7 @@ def index(
         behind_prompt=remembered.behind_prompt if remembered else True,
     )
     tier = RemoteOptions(remote, remote_limit, remote_timeout)
-    settings = with_cache_options(settings, remembered, cache_limit, cache_format, cache_policy, tier)
+    settings = with_cache_options(settings, remembered, cache_limit, cache_format, cache_policy, tier, key_file)
     quiet_libraries()
     fetch_embedding()
     from prophetkv_rag.cli.indexing import index_documents

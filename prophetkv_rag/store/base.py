@@ -203,6 +203,10 @@ class ChunkStore(ABC):
         """
         return set()
 
+    def pin_memory(self) -> None:
+        """Hold caches in RAM where a GPU copies them from directly; for engines whose model is on one."""
+        return None
+
     def put_soon(self, key: str, cache: ChunkCache, *, fingerprint: str) -> None:
         """Store the cache of a chunk that somebody refers to, without making the caller wait; never raises."""
         try:

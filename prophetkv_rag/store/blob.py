@@ -8,7 +8,7 @@ into. Nothing in a blob is trusted: whatever does not match exactly what is aske
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import safetensors.torch
@@ -112,14 +112,27 @@ def _split(view: memoryview) -> tuple[BlobHeader, memoryview]:
     return parse_header(bytes(view[LENGTH_BYTES : LENGTH_BYTES + size]), len(body)), body
 
 
-def decode_body(header: BlobHeader, body: memoryview, input_ids: Sequence[int] | None) -> ChunkCache:
+def decode_body(
+    header: BlobHeader,
+    body: memoryview,
+    input_ids: Sequence[int] | None,
+    *,
+    arrive: Callable[[int], None] = lambda end: None,
+) -> ChunkCache:
     """Check the checksums of a blob whose header has been checked, and return its cache.
+
+    Args:
+        header: The checked header.
+        body: The tensors' bytes, which become the cache's memory.
+        input_ids: Token ids that the blob must be of, or `None` not to check them.
+        arrive: Called before `body[:end]` is looked at, to fill it, so that tensors are checked as they come.
 
     Raises:
         BlobError: If a checksum or the token ids are wrong.
     """
     tensors = {}
-    for name, info in header.tensors.items():
+    for name, info in sorted(header.tensors.items(), key=lambda item: item[1].start):
+        arrive(info.end)
         data = body[info.start : info.end]
         if header.metadata.get(CHECKSUM + name) != checksum(name, DTYPE_NAMES[info.dtype], info.shape, data):
             msg = f"the checksum of its tensor {name} is wrong"

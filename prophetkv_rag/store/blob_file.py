@@ -1,21 +1,39 @@
-"""Reading a blob from its file: the header first, checked, then exactly the bytes that it accounts for."""
+"""Reading a blob from its file: the header first, checked, then its tensors one after the other, each checked at once.
+
+Read, not mapped. A map would save the copy, but what is mapped is not ours: a file that somebody else truncates kills
+the process (SIGBUS), one that is written over changes a cache that was checked already, and one that is evicted keeps
+its disk space for as long as the RAM tier holds it. `prophetkv-rag bench load` measures what not mapping costs.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from io import FileIO
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO, FileIO
 from pathlib import Path
+
+import numpy as np
 
 from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import BlobError
 from prophetkv_rag.store.blob import decode_body
 from prophetkv_rag.store.blob_header import LENGTH_BYTES, MAX_HEADER_BYTES, BlobHeader, Expected, parse_header
-from prophetkv_rag.store.files import read_into_fresh
+from prophetkv_rag.store.encryption import EncryptionKey
+from prophetkv_rag.store.files import read_fully, read_into_fresh
+from prophetkv_rag.store.sealing import CLEAR_BYTES, SLACK_BYTES, Opener, is_sealed, parse_clear
+
+_WILL_NEED: int | None = getattr(os, "POSIX_FADV_WILLNEED", None)
+"""Tells the kernel that all of a file follows: from a cold disk, reading by tensors alone reads ahead too little."""
 
 
 def read_blob(
-    path: Path, *, key: str, fingerprint: str, input_ids: Sequence[int] | None = None
+    path: Path,
+    *,
+    key: str,
+    fingerprint: str,
+    input_ids: Sequence[int] | None = None,
+    encryption_key: EncryptionKey | None = None,
 ) -> tuple[BlobHeader, ChunkCache]:
     """Read and check a blob completely.
 
@@ -24,41 +42,118 @@ def read_blob(
         key: Key that the blob must have.
         fingerprint: Fingerprint that the blob must have.
         input_ids: Token ids that the blob must be of, or `None` not to check them.
+        encryption_key: Key that the blob must be encrypted with; `None` for one that must not be encrypted.
 
     Raises:
         BlobError: If anything differs from what is expected; the message says what.
         OSError: If the file cannot be read.
     """
     with _open(path) as file:
-        header, body_bytes = _read_header(file)
-        header.check(Expected(key, fingerprint, None if input_ids is None else len(input_ids)))
-        body = read_into_fresh(file, body_bytes)
-    if len(body) != body_bytes:
-        msg = f"it became shorter while it was read: {len(body)} of {body_bytes} bytes"
-        raise BlobError(msg)
-    return header, decode_body(header, body, input_ids)
+        if _WILL_NEED is not None:
+            os.posix_fadvise(file.fileno(), 0, 0, _WILL_NEED)
+        opened = _open_blob(file, os.fstat(file.fileno()).st_size, key, encryption_key)
+        opened.header.check(Expected(key, fingerprint, None if input_ids is None else len(input_ids)))
+        return opened.header, opened.decode(input_ids)
 
 
-def read_header(path: Path) -> BlobHeader:
+def read_header(path: Path, *, key: str, encryption_key: EncryptionKey | None = None) -> BlobHeader:
     """Read a blob's header only; its tensors are not checked.
 
     Raises:
-        BlobError: If it is no blob of this version, or its size is not what its header says.
+        BlobError: If it is no blob of this version, is encrypted otherwise than `encryption_key` says, or its size is
+            not what its header says.
         OSError: If the file cannot be read.
     """
     with _open(path) as file:
-        return _read_header(file)[0]
+        return _open_blob(file, os.fstat(file.fileno()).st_size, key, encryption_key).header
+
+
+def decode_file(
+    data: bytes, *, key: str, fingerprint: str | None = None, encryption_key: EncryptionKey | None = None
+) -> tuple[BlobHeader, ChunkCache]:
+    """Check what a blob's file holds, as `read_blob` does; of any fingerprint if that is `None`.
+
+    Raises:
+        BlobError: If anything differs from what is expected.
+    """
+    opened = _open_blob(BytesIO(data), len(data), key, encryption_key)
+    opened.header.check(Expected(key, fingerprint or str(opened.header.metadata.get("fingerprint")), None))
+    return opened.header, opened.decode(None)
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenBlob:
+    """A blob whose header has been read and checked.
+
+    Attributes:
+        header: The header.
+        slack: Bytes that `fill` needs behind the tensors' own.
+        fill: Fills a buffer with the tensors' bytes; returns a function that does so as far as it is told to.
+    """
+
+    header: BlobHeader
+    slack: int
+    fill: Callable[[memoryview], Callable[[int], None]]
+
+    def decode(self, input_ids: Sequence[int] | None) -> ChunkCache:
+        """Read and check the tensors."""
+        nbytes = max((info.end for info in self.header.tensors.values()), default=0)
+        buffer = np.empty(nbytes + self.slack, dtype=np.uint8).data  # nothing is zeroed
+        return decode_body(self.header, buffer[:nbytes], input_ids, arrive=self.fill(buffer))
 
 
 def _open(path: Path) -> FileIO:
     return path.open("rb", buffering=0)
 
 
-def _read_header(file: FileIO) -> tuple[BlobHeader, int]:
-    file_bytes = os.fstat(file.fileno()).st_size
-    size = int.from_bytes(bytes(read_into_fresh(file, LENGTH_BYTES)), "little")
+def _open_blob(file: FileIO | BytesIO, file_bytes: int, key: str, encryption_key: EncryptionKey | None) -> _OpenBlob:
+    start = bytes(read_into_fresh(file, LENGTH_BYTES))
+    if is_sealed(start):
+        return _open_sealed(file, start, file_bytes, key, encryption_key)
+    if encryption_key is not None:
+        # Anybody who can write to the directory can make one, so it proves nothing; and it is not what was asked for.
+        msg = "it is not encrypted, but this store has a key"
+        raise BlobError(msg)
+    size = int.from_bytes(start, "little")
     if file_bytes < LENGTH_BYTES or size > min(file_bytes - LENGTH_BYTES, MAX_HEADER_BYTES):
         msg = f"it is truncated, or no blob: {file_bytes} bytes, its header says {size}"
         raise BlobError(msg)
-    body_bytes = file_bytes - LENGTH_BYTES - size
-    return parse_header(bytes(read_into_fresh(file, size)), body_bytes), body_bytes
+    header = parse_header(bytes(read_into_fresh(file, size)), file_bytes - LENGTH_BYTES - size)
+
+    def fill(buffer: memoryview) -> Callable[[int], None]:
+        done = 0
+
+        def arrive(end: int) -> None:
+            nonlocal done
+            if read_fully(file, buffer[done:end]) < end - done:
+                msg = "it became shorter while it was read"
+                raise BlobError(msg)
+            done = max(done, end)
+
+        return arrive
+
+    return _OpenBlob(header, 0, fill)
+
+
+def _open_sealed(
+    file: FileIO | BytesIO, start: bytes, file_bytes: int, key: str, encryption_key: EncryptionKey | None
+) -> _OpenBlob:
+    clear = start + bytes(read_into_fresh(file, CLEAR_BYTES - len(start)))
+    sizes, encryption_key = parse_clear(clear, encryption_key, file_bytes)
+    opener = Opener(sizes, encryption_key, key, lambda view: read_fully(file, view))
+    head = opener.head()
+    if int.from_bytes(head[:LENGTH_BYTES], "little") != len(head) - LENGTH_BYTES:
+        msg = "its header is not as long as it says"
+        raise BlobError(msg)
+
+    def fill(buffer: memoryview) -> Callable[[int], None]:
+        segments, done = opener.body_into(buffer), 0
+
+        def arrive(end: int) -> None:
+            nonlocal done
+            while done < end:
+                done = next(segments)
+
+        return arrive
+
+    return _OpenBlob(parse_header(head[LENGTH_BYTES:], sizes.body), SLACK_BYTES, fill)

@@ -10,11 +10,16 @@ So what a killed process leaves is found without looking at all blobs.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from prophetkv_rag.chunk_cache import ChunkCache
+from prophetkv_rag.store.blob_file import decode_file, read_blob, read_header
+from prophetkv_rag.store.blob_header import BlobHeader
+from prophetkv_rag.store.encryption import EncryptionKey
 from prophetkv_rag.store.files import TEMPORARY_SUFFIX, make_private_directory, touch_private, write_file
 from prophetkv_rag.store.keys import check_key, is_key
+from prophetkv_rag.store.sealing import LockedBlobError, seal
 
 _SUFFIX = ".safetensors"
 _MARK = ".new"
@@ -23,9 +28,12 @@ _MARK = ".new"
 class BlobFiles:
     """Names, writes and removes blobs; locks and the catalog are the store's business."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, encryption_key: EncryptionKey | None = None) -> None:
         self.directory = directory / "blobs"
         self.incoming = directory / "incoming"
+        self.encryption_key = encryption_key
+        self.locked_by: str | None = None
+        """Why no blob here may be used, written or dropped (see `key_mark`)."""
 
     def make_directories(self) -> None:
         """Make the directories, where they are missing; `OSError` if they cannot be written to."""
@@ -41,6 +49,28 @@ class BlobFiles:
         path = self.incoming / f"{key}{_MARK}"
         touch_private(path)
         return path
+
+    def read(
+        self, key: str, *, fingerprint: str, input_ids: Sequence[int] | None = None
+    ) -> tuple[BlobHeader, ChunkCache]:
+        """Read and check the blob of `key`; see `read_blob`."""
+        path = self._unlocked(key)
+        return read_blob(
+            path, key=key, fingerprint=fingerprint, input_ids=input_ids, encryption_key=self.encryption_key
+        )
+
+    def read_header(self, key: str) -> BlobHeader:
+        """Read the header of the blob of `key`; see `read_header`."""
+        return read_header(self._unlocked(key), key=key, encryption_key=self.encryption_key)
+
+    def decode(self, key: str, data: bytes, *, fingerprint: str) -> tuple[BlobHeader, ChunkCache]:
+        """Check what the file of a blob of `key`, here or elsewhere, holds; see `decode_file`."""
+        self._unlocked(key)
+        return decode_file(data, key=key, fingerprint=fingerprint, encryption_key=self.encryption_key)
+
+    def seal(self, key: str, data: bytes) -> bytes:
+        """Return what is to be written for a blob: itself, or encrypted where there is a key."""
+        return data if self.encryption_key is None else seal(data, self.encryption_key, key=key)
 
     def write(self, key: str, data: bytes) -> None:
         """Write a blob completely or not at all."""
@@ -61,6 +91,11 @@ class BlobFiles:
                 files.append(path)
                 keys.append(path.name.removesuffix(_MARK))
         return files, keys
+
+    def _unlocked(self, key: str) -> Path:
+        if self.locked_by is not None:
+            raise LockedBlobError(self.locked_by)
+        return self.path(key)
 
     def all_files(self) -> Iterator[Path]:
         """Return every file below the two directories, in order."""

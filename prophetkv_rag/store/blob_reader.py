@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import BlobError, StoreError
-from prophetkv_rag.store.blob_file import read_blob
 from prophetkv_rag.store.blob_files import BlobFiles
 from prophetkv_rag.store.catalog import Catalog
 from prophetkv_rag.store.disk_parts import Counters
 from prophetkv_rag.store.files import DirectoryLock
 from prophetkv_rag.store.formats import BlobFormat
+from prophetkv_rag.store.sealing import LockedBlobError
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,12 @@ class BlobReader:
     def read(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> tuple[ChunkCache | None, bool]:
         """Return the verified cache, or `None`, and whether there was a blob that cannot be used."""
         try:
-            header, cache = read_blob(self._files.path(key), key=key, fingerprint=fingerprint, input_ids=input_ids)
+            header, cache = self._files.read(key, fingerprint=fingerprint, input_ids=input_ids)
         except FileNotFoundError:
+            self._counters.add(misses=1)
+            return None, False
+        except LockedBlobError as error:  # it may be good: somebody else has the key
+            logger.debug("the chunk cache %s is computed again: %s", key, error)
             self._counters.add(misses=1)
             return None, False
         except BlobError as error:
@@ -76,7 +80,7 @@ class BlobReader:
         try:
             with self._lock.exclusive():
                 try:
-                    return read_blob(self._files.path(key), key=key, fingerprint=fingerprint, input_ids=input_ids)[1]
+                    return self._files.read(key, fingerprint=fingerprint, input_ids=input_ids)[1]
                 except FileNotFoundError:
                     return None
                 except BlobError:

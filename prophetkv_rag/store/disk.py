@@ -25,6 +25,7 @@ from prophetkv_rag.store.blob_files import BlobFiles
 from prophetkv_rag.store.blob_reader import BlobReader
 from prophetkv_rag.store.catalog import CatalogRow
 from prophetkv_rag.store.disk_parts import Counters, Later, check_settings, open_catalog
+from prophetkv_rag.store.encryption import KeySource, load_key
 from prophetkv_rag.store.files import DirectoryLock, make_private_directory
 from prophetkv_rag.store.formats import BlobFormat, check_format
 from prophetkv_rag.store.keys import check_key, is_key
@@ -54,6 +55,8 @@ class DiskStore(ChunkStore):
             first has them; `"read_only"` never, and changes nothing at all (the directory need not be writable).
         eviction: What goes first where room is needed: the lowest `"value"` (see `ranking`), or `"lru"`.
         blob_format: How blobs are written (see `formats`); blobs of another lossy format are computed again.
+        encryption_key: Blobs are encrypted with it, and others are not used: 32 bytes, or the path of a private file
+            with them; `None` for what the environment variable `PROPHETKV_CACHE_KEY` says, if anything.
 
     Raises:
         InputError: If a setting is not one of those.
@@ -71,13 +74,14 @@ class DiskStore(ChunkStore):
         policy: Policy = "eager",
         eviction: Eviction = "value",
         blob_format: BlobFormat = "exact",
+        encryption_key: KeySource = None,
     ) -> None:
         check_settings(max_bytes=max_bytes, policy=policy, eviction=eviction)
         self.directory = Path(directory).absolute()  # a relative one would move with the working directory
         self.policy = policy
         self.blob_format = check_format(blob_format)
         self.max_bytes = max_bytes
-        self.files = BlobFiles(self.directory)
+        self.files = BlobFiles(self.directory, load_key(encryption_key))
         self.leases = Leases(self.directory / "leases", is_shared=policy != "read_only")
         self.directory_lock = DirectoryLock(self.directory / "lock")
         self._ram = RamTier(ram_bytes)
@@ -142,7 +146,7 @@ class DiskStore(ChunkStore):
         """
         path = self.files.path(key)
         cache = owned(cache)
-        if self.policy == "read_only":
+        if self.policy == "read_only" or self.files.locked_by is not None:
             self._ram.put(key, cache, fingerprint=fingerprint)
             return
         try:
@@ -154,12 +158,13 @@ class DiskStore(ChunkStore):
                     self.space.note_written(row, entry, path.stat().st_size, is_used=if_referenced)
                 else:
                     entry = entry or self.catalog.entry_of(key)
-                    data = encode_blob(
+                    plain = encode_blob(
                         cache, key=key, fingerprint=fingerprint, blob_format=self.blob_format, entry=entry
                     )
+                    data = self.files.seal(key, plain)
                     is_kept = self.space.write(row, entry, data, is_used=if_referenced)
                     if is_kept and self.blob_format != "exact" and self._ram.max_bytes:
-                        cache = decode_blob(data, key=key, fingerprint=fingerprint)  # what the disk will give later
+                        cache = decode_blob(plain, key=key, fingerprint=fingerprint)  # what the disk will give later
                 self._ram.put(key, cache, fingerprint=fingerprint)
         except OSError as error:
             msg = f"cannot write the chunk cache {path}: {error}"
@@ -168,6 +173,10 @@ class DiskStore(ChunkStore):
     def read_ahead(self, keys: Iterable[str], *, fingerprint: str) -> None:
         """See `ChunkStore.read_ahead`: a thread reads them into the RAM tier."""
         self._later.run(self._read_ahead, [key for key in keys if is_key(key)], fingerprint)
+
+    def pin_memory(self) -> None:
+        """See `ChunkStore.pin_memory`."""
+        self._ram.pins = True
 
     def put_soon(self, key: str, cache: ChunkCache, *, fingerprint: str) -> None:
         """See `ChunkStore.put_soon`: a thread writes it; until then `get` finds it all the same."""
@@ -195,7 +204,7 @@ class DiskStore(ChunkStore):
 
     def accepts_new(self, waiting: int = 0) -> bool:
         """See `ChunkStore.accepts_new`."""
-        return self.policy == "eager" and self.space.has_room(waiting)
+        return self.policy == "eager" and self.files.locked_by is None and self.space.has_room(waiting)
 
     def lease(self, keys: Iterable[str]) -> AbstractContextManager[None]:
         """See `ChunkStore.lease`."""

@@ -15,6 +15,7 @@ from prophetkv_rag.store.base import Policy
 from prophetkv_rag.store.blob_files import BlobFiles
 from prophetkv_rag.store.catalog import Catalog, CorruptCatalogError, set_aside
 from prophetkv_rag.store.files import DirectoryLock
+from prophetkv_rag.store.key_mark import claim
 from prophetkv_rag.store.ram import has_ids
 from prophetkv_rag.store.ranking import Eviction
 from prophetkv_rag.store.rebuild import rebuild, sweep
@@ -43,6 +44,7 @@ def open_catalog(directory: Path, files: BlobFiles, lock: DirectoryLock, *, read
         StoreError, OSError: If it cannot be used.
     """
     path = directory / "catalog.sqlite"
+    claim(directory, files, lock, read_only=read_only)
     if read_only:
         if not path.exists():
             msg = f"there are no chunk caches at {directory}, so it cannot be opened with policy='read_only'"

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import FileIO
+from io import BytesIO, FileIO
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +30,21 @@ def make_private_directory(path: Path) -> None:
         pass
 
 
-def read_into_fresh(file: FileIO, num_bytes: int) -> memoryview:
-    """Read up to `num_bytes` into one fresh, writable buffer: a single copy, with nothing zeroed before."""
-    view = np.empty(num_bytes, dtype=np.uint8).data
+def read_fully(file: FileIO | BytesIO, view: memoryview) -> int:
+    """Fill `view` from where the file stands; returns how many bytes there were."""
     filled = 0
     while filled < len(view):
         count = file.readinto(view[filled:])  # at most 2 GiB a call
         if not count:
             break
         filled += count
-    return view[:filled]
+    return filled
+
+
+def read_into_fresh(file: FileIO | BytesIO, num_bytes: int) -> memoryview:
+    """Read up to `num_bytes` into one fresh, writable buffer: a single copy, with nothing zeroed before."""
+    view = np.empty(num_bytes, dtype=np.uint8).data
+    return view[: read_fully(file, view)]
 
 
 def write_file(path: Path, data: bytes, *, temporary_directory: Path | None = None) -> None:

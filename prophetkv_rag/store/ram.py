@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -9,6 +10,8 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from prophetkv_rag.chunk_cache import ChunkCache
+
+logger = logging.getLogger(__name__)
 
 
 def owned(cache: ChunkCache) -> ChunkCache:
@@ -33,10 +36,15 @@ class RamTier:
 
     Args:
         max_bytes: Upper bound of the K/V bytes held; 0 keeps nothing. A cache larger than that is not kept.
+
+    Attributes:
+        pins: Whether caches are copied to page-locked memory, from which a GPU copies while the CPU goes on. Where that
+            is not to be had, they are held as they are.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self.pins = False
         self._lock = threading.Lock()
         self._caches: OrderedDict[str, tuple[str, ChunkCache]] = OrderedDict()
         self._nbytes = 0
@@ -66,6 +74,7 @@ class RamTier:
         self.drop([key])
         if cache.nbytes > self.max_bytes:
             return
+        cache = self._pinned(cache)
         with self._lock:
             if key in self._caches:  # another thread was faster
                 return
@@ -82,6 +91,17 @@ class RamTier:
                 found = self._caches.pop(key, None)
                 if found is not None:
                     self._nbytes -= found[1].nbytes
+
+    def _pinned(self, cache: ChunkCache) -> ChunkCache:
+        if not self.pins:
+            return cache
+        try:
+            keys, values = (tuple(tensor.pin_memory() for tensor in part) for part in (cache.keys, cache.values))
+        except RuntimeError as error:  # no driver, or no more memory that may be locked
+            logger.debug("chunk caches are held in memory that is not pinned: %s", error)
+            self.pins = False
+            return cache
+        return ChunkCache(cache.input_ids, keys, values)
 
 
 def _owned(tensor: torch.Tensor) -> torch.Tensor:

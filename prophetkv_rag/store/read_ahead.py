@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable
 
 from prophetkv_rag.errors import BlobError
-from prophetkv_rag.store.blob_file import read_blob
 from prophetkv_rag.store.blob_files import BlobFiles
 from prophetkv_rag.store.catalog import Catalog
 from prophetkv_rag.store.formats import BlobFormat
@@ -31,7 +30,7 @@ class ReadAhead:
             if self._ram.holds(key):
                 continue
             try:
-                header, cache = read_blob(self._files.path(key), key=key, fingerprint=fingerprint)
+                header, cache = self._files.read(key, fingerprint=fingerprint)
             except (BlobError, OSError) as error:
                 logger.debug("the chunk cache %s was not read ahead: %s", key, error)
                 continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 from prophetkv_rag.errors import BlobError
-from prophetkv_rag.store.blob_file import read_header
 from prophetkv_rag.store.blob_files import BlobFiles
 from prophetkv_rag.store.catalog import UNKNOWN_OWNER, Catalog, CatalogRow
 
@@ -24,7 +23,7 @@ def rebuild(catalog: Catalog, files: BlobFiles) -> int:
         if key is None:
             continue
         try:
-            header = read_header(path)
+            header = files.read_header(key)
             if header.metadata.get("key") != key:
                 continue
             row = CatalogRow(key, str(header.metadata["fingerprint"]), header.num_tokens, path.stat().st_size)

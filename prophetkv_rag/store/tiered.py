@@ -17,7 +17,6 @@ from typing import Any
 from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.store.base import StoreStats, TextEntry
-from prophetkv_rag.store.blob import decode_blob, parse_blob_header
 from prophetkv_rag.store.catalog import CatalogRow
 from prophetkv_rag.store.disk import DiskStore
 from prophetkv_rag.store.fetches import Fetch, Fetches, Found
@@ -118,9 +117,11 @@ class TieredStore(DiskStore):
         """See `ChunkStore.get`: from RAM, from disk, else from the remote, if it answers in time."""
         cache, was_corrupt = super().get(key, fingerprint=fingerprint, input_ids=input_ids)
         if cache is not None:
-            if self.remote.uploads is not None:
+            if self.remote.uploads is not None and self.files.locked_by is None:
                 self.remote.uploads.offer_once(key, fingerprint)
             return cache, was_corrupt
+        if self.files.locked_by is not None:
+            return None, was_corrupt
         try:
             fetch = self._fetches.begin([key], fingerprint).get(key)
         except StoreError:
@@ -146,7 +147,7 @@ class TieredStore(DiskStore):
         if self.remote.uploads is not None and not if_referenced:
             self.remote.uploads.wait_for_room()
         super().put(key, cache, fingerprint=fingerprint, entry=entry, if_referenced=if_referenced)
-        if self.remote.uploads is not None:
+        if self.remote.uploads is not None and self.files.locked_by is None:
             self.remote.uploads.offer(key, fingerprint)
 
     def accepts_new(self, waiting: int = 0) -> bool:
@@ -154,6 +155,8 @@ class TieredStore(DiskStore):
         if super().accepts_new(waiting):
             return True
         if self.policy != "eager" or self.remote.uploads is None or self.remote.writes.is_open:
+            return False
+        if self.files.locked_by is not None:
             return False
         if self.remote.max_bytes is None:
             return True
@@ -163,6 +166,8 @@ class TieredStore(DiskStore):
 
     def expect(self, keys: Iterable[str], *, fingerprint: str) -> None:
         """See `ChunkStore.expect`: what is neither in RAM nor on disk is read, all of it at once."""
+        if self.files.locked_by is not None:
+            return
         try:
             lacking = [key for key in keys if not (self._ram.holds(key) or self.files.path(key).exists())]
             self._fetches.begin(lacking, fingerprint)
@@ -178,6 +183,8 @@ class TieredStore(DiskStore):
     def bring(self, chunks: Mapping[str, tuple[Sequence[int], TextEntry | None]], *, fingerprint: str) -> set[str]:
         """See `ChunkStore.bring`; what has no room on the disk is only looked for."""
         here: set[str] = set()
+        if self.files.locked_by is not None:
+            return here
         remaining = iter(chunks.items())
         while self.policy == "eager" and self.remote.reads.wait_s == 0 and (part := dict(islice(remaining, _BATCH))):
             try:
@@ -199,7 +206,7 @@ class TieredStore(DiskStore):
 
     def push(self) -> int:
         """Upload, some time soon, all that is on disk and not in the remote; returns how many that is."""
-        if self.remote.uploads is None:
+        if self.remote.uploads is None or self.files.locked_by is not None:
             self._must_be_writable("upload caches")
             return 0
         missing = self.remote.records.missing()
@@ -253,9 +260,8 @@ class TieredStore(DiskStore):
 
     def _check_blob(self, data: bytes, key: str, fingerprint: str) -> ChunkCache | None:
         """Return the cache that a blob of the remote holds, or `None` for another format; `BlobError` if it is bad."""
-        blob_format = parse_blob_header(data).blob_format
-        cache = decode_blob(data, key=key, fingerprint=fingerprint)
-        return cache if blob_format in ("exact", self.blob_format) else None
+        header, cache = self.files.decode(key, data, fingerprint=fingerprint)
+        return cache if header.blob_format in ("exact", self.blob_format) else None
 
     def _keep(self, fetch: Fetch, found: Found) -> bool:
         """Put what was read where the next prompt finds it, if it is a chunk of ours; returns whether it is there."""

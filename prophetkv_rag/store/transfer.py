@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prophetkv_rag.errors import BlobError, InputError
-from prophetkv_rag.store.blob import decode_blob, parse_blob_header
+from prophetkv_rag.store.blob_file import decode_file
 from prophetkv_rag.store.catalog import UNKNOWN_OWNER, CatalogRow
+from prophetkv_rag.store.encryption import EncryptionKey
+from prophetkv_rag.store.key_mark import must_be_unlocked
 from prophetkv_rag.store.keys import is_key
+from prophetkv_rag.store.sealing import unseal
 
 if TYPE_CHECKING:
     from prophetkv_rag.store.disk import DiskStore
+
+logger = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
 
@@ -31,7 +37,7 @@ class ImportReport:
 
 
 def export_caches(store: DiskStore, path: Path, progress: Callable[[int], None] | None = None) -> int:
-    """Write all caches of a store to a tar file; returns how many. It is there completely or not at all.
+    """Write all caches of a store to a tar file, as they are; returns how many. It is there completely or not at all.
 
     Raises:
         InputError: If the file cannot be written, or is there already.
@@ -61,15 +67,26 @@ def export_caches(store: DiskStore, path: Path, progress: Callable[[int], None] 
     return count
 
 
-def import_caches(store: DiskStore, path: Path) -> ImportReport:
+def import_caches(
+    store: DiskStore, path: Path, *, source_key: EncryptionKey | None = None, is_plain: bool = False
+) -> ImportReport:
     """Take in the caches of a tar file that `export_caches` wrote.
 
     Until a collection refers to them (indexing the same texts does, and so does `cache warm`) whoever drops one first
     deletes it.
 
+    Args:
+        store: Where they go; encrypted, if it has a key.
+        path: The tar file.
+        source_key: What the file's caches are encrypted with; `None` for the store's own key.
+        is_plain: Whether they are not encrypted though the store has a key. They prove nothing then: anybody can make
+            such a file.
+
     Raises:
-        InputError: If the file cannot be read as a tar file.
+        InputError: If the file cannot be read as a tar file, or the store's own key is not the one it was given.
     """
+    must_be_unlocked(store.files)
+    expected = None if is_plain else source_key or store.files.encryption_key
     added = known = no_room = 0
     refused = []
     try:
@@ -79,16 +96,17 @@ def import_caches(store: DiskStore, path: Path) -> ImportReport:
                 file = archive.extractfile(member) if member.isfile() and is_key(key) else None
                 data = b"" if file is None else file.read()
                 try:
-                    header = parse_blob_header(data)
-                    fingerprint = str(header.metadata.get("fingerprint"))
-                    decode_blob(data, key=key, fingerprint=fingerprint)
-                except BlobError:
+                    header, _ = decode_file(data, key=key, encryption_key=expected)
+                except BlobError as error:
+                    logger.debug("%s was refused: %s", member.name[:100], error)
                     refused.append(member.name[:100])
                     continue
                 if key in store:
                     known += 1
                     continue
-                row = CatalogRow(key, fingerprint, header.num_tokens, 0)
+                if expected != store.files.encryption_key:
+                    data = store.files.seal(key, data if expected is None else unseal(data, expected, key=key))
+                row = CatalogRow(key, str(header.metadata["fingerprint"]), header.num_tokens, 0)
                 with store.directory_lock.shared():
                     is_kept = store.space.write(row, header.entry, data, is_used=False)
                     store.catalog.add_references(UNKNOWN_OWNER, [key])

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from prophetkv_rag.errors import BlobError
 from prophetkv_rag.store.base import VerifyReport
-from prophetkv_rag.store.blob_file import read_blob
 from prophetkv_rag.store.catalog import UNKNOWN_OWNER, CatalogRow
+from prophetkv_rag.store.key_mark import must_be_unlocked, write_mark
 from prophetkv_rag.store.rebuild import rebuild, sweep
 from prophetkv_rag.store.remote_records import doom_whole
 from prophetkv_rag.store.remote_upkeep import (
@@ -60,7 +60,11 @@ def verify(store: DiskStore, *, repair: bool = False) -> VerifyReport:
     half written (their names). A remote tier's blobs are read and checked too, as far as the catalog knows them. With
     `repair`, a damaged catalog is made again from the blobs, and bad blobs and orphans
     are deleted. The chunks of bad and missing blobs stay recognised in prompts, and are computed again when needed.
+
+    Raises:
+        InputError: If the caches are encrypted with a key that the store was not given.
     """
+    must_be_unlocked(store.files)
     damage = store.catalog.check()
     if damage and repair:
         with store.directory_lock.exclusive():
@@ -168,6 +172,8 @@ def clear(store: DiskStore, namespace: str | None = None) -> int:
         store.files.remove(keys)
         store.catalog.delete(run, keys)
         doom_whole(run, named.difference(others))
+        if namespace is None:
+            write_mark(store.directory, None)  # any key may follow
     if store.remote is not None:
         settle_remote(store.remote)
     return len(keys)
@@ -175,7 +181,7 @@ def clear(store: DiskStore, namespace: str | None = None) -> int:
 
 def _fault(store: DiskStore, row: CatalogRow) -> str | None:
     try:
-        read_blob(store.files.path(row.key), key=row.key, fingerprint=row.fingerprint)
+        store.files.read(row.key, fingerprint=row.fingerprint)
     except FileNotFoundError:
         return "missing" if row.nbytes else None
     except (BlobError, OSError):

@@ -18,7 +18,7 @@ import pytest
 from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.chunk_index import text_entry
 from prophetkv_rag.errors import BlobError, StoreError
-from prophetkv_rag.store import blob_reader, files
+from prophetkv_rag.store import files
 from prophetkv_rag.store.disk import DiskStore
 from tests.core.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
 
@@ -116,7 +116,7 @@ def test_a_bad_blob_that_was_replaced_meanwhile_is_not_removed(
     """Two readers find one bad blob; the first has computed it again before the second comes to delete it."""
     flip_a_bit(blob(store, 1))
     other = DiskStore(store.directory, ram_bytes=0)
-    decode, pending = blob_reader.read_blob, [1]
+    decode, pending = store.files.read, [1]
 
     def decode_late(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -128,7 +128,7 @@ def test_a_bad_blob_that_was_replaced_meanwhile_is_not_removed(
                 put(other, 1)
             raise
 
-    monkeypatch.setattr(blob_reader, "read_blob", decode_late)
+    monkeypatch.setattr(store.files, "read", decode_late)
     with caplog.at_level(logging.WARNING):
         assert_same(get(store, 1)[0], make_cache(1))
     assert blob(store, 1).exists()

@@ -205,3 +205,29 @@ def test_the_ram_tier_keeps_to_its_bytes_and_drops_the_least_recently_used() -> 
     assert tier.nbytes == 3 * size
     tier.drop([key_of(1), key_of(1)])
     assert tier.nbytes == 2 * size
+
+
+def test_without_an_accelerator_pinning_is_given_up_quietly(caplog: pytest.LogCaptureFixture) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("pinned memory can be had here")
+    tier = RamTier(1 << 20)
+    tier.pins = True
+    with caplog.at_level(logging.DEBUG):
+        for seed in (1, 2):
+            tier.put(key_of(seed), make_cache(seed), fingerprint=FINGERPRINT)
+    assert len(caplog.records) == 1
+    for seed in (1, 2):
+        assert_same(tier.get(key_of(seed), fingerprint=FINGERPRINT, input_ids=ids_of(seed)), make_cache(seed))
+    assert tier.nbytes == make_cache(1).nbytes + make_cache(2).nbytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")
+def test_with_an_accelerator_caches_are_pinned() -> None:
+    tier = RamTier(1 << 20)
+    tier.pins = True
+    tier.put(key_of(1), make_cache(1), fingerprint=FINGERPRINT)
+    found = tier.get(key_of(1), fingerprint=FINGERPRINT, input_ids=ids_of(1))
+    assert_same(found, make_cache(1))
+    assert found is not None
+    assert all(tensor.is_pinned() for tensor in (*found.keys, *found.values))

@@ -139,3 +139,20 @@ def test_calibrate_writes_a_profile_that_the_engine_loads(model, data, tmp_path,
     status, _, errors = run(capsys, "calibrate", model, "--data", data, "--strategy", "prophetkv@corpus")
     assert status == 2
     assert "unknown encoding" in errors
+
+
+def test_loading_is_timed_for_every_format_and_way(model, capsys):
+    arguments = ("--model", model, "--context", 64, "--chunk-tokens", 32, "--rounds", 2)
+    status, printed, _ = run(capsys, "bench", "load", *arguments, "--format", "int8", "--format", "exact+key", "--json")
+    assert status == 0
+    rows = json.loads(printed)["load"]
+    ways = {"read", "two threads", "whole file first", "mapped"}
+    for name, expected in (("int8", ways), ("exact, encrypted", ways - {"whole file first", "mapped"})):
+        for is_cold in (False, True):
+            found = {row["way"]: row for row in rows if row["blob_format"] == name and row["is_cold"] == is_cold}
+            assert set(found) == expected
+            assert found["read"]["ratio"] == found["read"]["cpu_ratio"] == 1
+            assert all(row["total_ms"] > row["load_ms"] > 0 < row["share_of_ttft"] for row in found.values())
+    status, printed, error = run(capsys, "bench", "load", "--format", "zip")
+    assert (status, printed) == (2, "")
+    assert "allowed: exact" in error
