@@ -61,8 +61,7 @@ class ChunkLibrary:
         self._has_warned = False
         self._registered: set[str] = set()  # keys whose text the index knows and the store does not
         self._describe(None)
-        for key, entry in store.entries(identity.fingerprint):
-            self.chunk_index.add(key, entry)
+        self.chunk_index.load(store.entry_columns(identity.fingerprint))
 
     def _describe(self, seconds_per_token: float | None) -> None:
         name = str(getattr(self.model.config, "_name_or_path", "") or self.model.config.model_type)

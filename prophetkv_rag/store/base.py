@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from prophetkv_rag.errors import StoreError
 
@@ -34,6 +34,30 @@ class TextEntry:
     anchor: int
     length: int
     digest: str
+
+
+class EntryColumns(NamedTuple):
+    """Many chunks' keys and text entries, as columns: 100,000 objects less to make and to collect."""
+
+    keys: Sequence[str]
+    anchors: Sequence[int]
+    lengths: Sequence[int]
+    digests: Sequence[str]
+
+    @classmethod
+    def of(cls, entries: Iterable[tuple[str, TextEntry]]) -> EntryColumns:
+        """Turn (key, entry) pairs into columns."""
+        pairs = list(entries)
+        return cls(
+            [key for key, _ in pairs],
+            [entry.anchor for _, entry in pairs],
+            [entry.length for _, entry in pairs],
+            [entry.digest for _, entry in pairs],
+        )
+
+    def pairs(self) -> Iterator[tuple[str, TextEntry]]:
+        """Return (key, entry) pairs."""
+        return zip(self.keys, map(TextEntry, self.anchors, self.lengths, self.digests), strict=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +146,10 @@ class ChunkStore(ABC):
     @abstractmethod
     def entries(self, fingerprint: str) -> Iterator[tuple[str, TextEntry]]:
         """All (key, entry) of one identity that were stored with a text entry."""
+
+    def entry_columns(self, fingerprint: str) -> EntryColumns:
+        """As `entries`, for whoever wants all of them at once."""
+        return EntryColumns.of(self.entries(fingerprint))
 
     def new_entries(self, fingerprint: str) -> Iterator[tuple[str, TextEntry]]:
         """Entries that another process may have added since the last call; empty for stores of one process."""

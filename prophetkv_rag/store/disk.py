@@ -18,7 +18,7 @@ from pathlib import Path
 
 from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import InputError, StoreError
-from prophetkv_rag.store.base import ChunkStore, Policy, StoreStats, TextEntry, VerifyReport
+from prophetkv_rag.store.base import ChunkStore, EntryColumns, Policy, StoreStats, TextEntry, VerifyReport
 from prophetkv_rag.store.blob import decode_blob, encode_blob
 from prophetkv_rag.store.blob_files import BlobFiles
 from prophetkv_rag.store.blob_reader import BlobReader
@@ -230,11 +230,15 @@ class DiskStore(ChunkStore):
 
     def entries(self, fingerprint: str) -> Iterator[tuple[str, TextEntry]]:
         """See `ChunkStore.entries`."""
+        return self._entries_after(fingerprint, 0).pairs()
+
+    def entry_columns(self, fingerprint: str) -> EntryColumns:
+        """See `ChunkStore.entry_columns`."""
         return self._entries_after(fingerprint, 0)
 
     def new_entries(self, fingerprint: str) -> Iterator[tuple[str, TextEntry]]:
         """See `ChunkStore.new_entries`; rows that this store itself added since then are among them."""
-        return self._entries_after(fingerprint, self._seen.get(fingerprint, 0))
+        return self._entries_after(fingerprint, self._seen.get(fingerprint, 0)).pairs()
 
     def stats(self) -> StoreStats:
         """See `ChunkStore.stats`; `nbytes` is the size on disk."""
@@ -282,8 +286,6 @@ class DiskStore(ChunkStore):
         if self.policy != "read_only" and self.space.use(key):
             self._later.run(self.space.flush_uses)
 
-    def _entries_after(self, fingerprint: str, row_id: int) -> Iterator[tuple[str, TextEntry]]:
-        found = self.catalog.entries(fingerprint, after_id=row_id)
-        if found:
-            self._seen[fingerprint] = found[-1][0]
-        return iter([(key, entry) for _, key, entry in found])
+    def _entries_after(self, fingerprint: str, row_id: int) -> EntryColumns:
+        found, self._seen[fingerprint] = self.catalog.entries(fingerprint, after_id=row_id)
+        return found
