@@ -26,7 +26,7 @@ from prophetkv_rag.chroma_records import (
     with_key,
 )
 from prophetkv_rag.chroma_store import default_blob_directory, open_store
-from prophetkv_rag.errors import InputError
+from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.store.keys import is_key
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class KVCachingCollection:
                 self._release_after_error([*keys.values(), *(old.key for old in stored.values())])
                 raise
             renewed = [(stored[name], text) for name, text in zip(names, texts, strict=True) if name in stored]
-            self._release(old.key for old, text in renewed if text is not None and old.key != keys[text])
+            self._release_if_possible(old.key for old, text in renewed if text is not None and old.key != keys[text])
 
     def _renew(self, stored: dict[str, StoredRecord]) -> None:
         """Cache the texts that these records hold, and correct the keys that they carry."""
@@ -235,7 +235,7 @@ class KVCachingCollection:
         except BaseException:
             self._release_after_error([*keys.values(), *(record.key for record in stored.values())])
             raise
-        self._release(stored[name].key for name in stale)
+        self._release_if_possible(stored[name].key for name in stale)
 
     def _cache(self, texts: Iterable[str | None], keys: dict[str, str | None]) -> None:
         """Fill `keys` (text -> cache key, or `None` if it cannot be a chunk), computing what is missing."""
@@ -279,6 +279,13 @@ class KVCachingCollection:
             unused.difference_update(cache_keys(found["metadatas"]))
         if unused:
             self.engine.remove_chunks(sorted(unused), owner=self.owner)
+
+    def _release_if_possible(self, keys: Iterable[str | None]) -> None:
+        """As `_release` after a write that went through: a store that fails leaves caches for `cache gc`."""
+        try:
+            self._release(keys)
+        except (StoreError, OSError) as error:
+            self.engine.store.failures.note(error)
 
     def _release_after_error(self, keys: Iterable[str | None]) -> None:
         try:

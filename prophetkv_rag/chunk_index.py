@@ -71,8 +71,8 @@ class ChunkIndex:
     """
 
     def __init__(self) -> None:
-        # Numbers, strings and bytes rather than containers wherever there is one of a kind: of 100,000 texts the garbage
-        # collector would walk every container, again and again while they are made.
+        # Numbers, strings and bytes rather than containers wherever there is one of a kind: the garbage collector would
+        # walk 100,000 containers again and again while they are made.
         self._lock = threading.Lock()
         self._anchors: dict[int, dict[int, _Lengths]] = {LONG_ANCHOR: {}, SHORT_ANCHOR: {}}
         """Anchor size -> anchor -> lengths of the texts that begin so: at most one digest per length at a place."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from prophetkv_rag.errors import StoreError
+from prophetkv_rag.store.failures import Failures
 
 if TYPE_CHECKING:
     from prophetkv_rag.chunk_cache import ChunkCache
-
-
-logger = logging.getLogger(__name__)
 
 Policy = Literal["eager", "on_first_use", "read_only"]
 """When caches are computed and stored: as soon as a chunk is added, when a prompt first has it, or never."""
@@ -71,6 +69,16 @@ class StoreStats:
     misses: int = 0
     corrupt: int = 0
     location: str = "memory"
+    ram_hits: int = 0
+    """Hits that needed no file."""
+    evictions: int = 0
+    """Caches that had to make room for others on disk."""
+    failed_writes: int = 0
+    """Caches that were wanted and could not be written: see `Failures`."""
+    ram_nbytes: int = 0
+    """K/V bytes held in RAM in front of the disk."""
+    max_nbytes: int | None = None
+    """Limit of `nbytes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,11 @@ class ChunkStore(ABC):
     """
 
     policy: Policy = "eager"
+
+    @cached_property
+    def failures(self) -> Failures:
+        """What could not be written since the store was opened; the engine notes here what it had to do without."""
+        return Failures()
 
     @abstractmethod
     def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> tuple[ChunkCache | None, bool]:
@@ -184,7 +197,7 @@ class ChunkStore(ABC):
         try:
             self.put(key, cache, fingerprint=fingerprint, if_referenced=True)
         except (StoreError, OSError) as error:
-            logger.warning("chunk cache %s could not be stored, it is used once: %s", key[:12], error)
+            self.failures.note(error, caches=1)
 
     def flush(self) -> None:
         """Wait until everything that `put_soon` took is stored, or has failed."""

@@ -30,6 +30,18 @@ def make_private_directory(path: Path) -> None:
         pass
 
 
+def can_write(directory: Path, num_bytes: int) -> bool:
+    """Whether a file of that size can be written there now; it is written, and gone at once."""
+    try:
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+            view = memoryview(bytes(num_bytes))
+            while view:
+                view = view[file.write(view) :]
+    except OSError:
+        return False
+    return True
+
+
 def read_into_fresh(file: FileIO, num_bytes: int) -> memoryview:
     """Read up to `num_bytes` into one fresh, writable buffer: a single copy, with nothing zeroed before."""
     view = np.empty(num_bytes, dtype=np.uint8).data

@@ -8,9 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store.base import TextEntry
 from prophetkv_rag.store.blob_files import BlobFiles
 from prophetkv_rag.store.catalog import Catalog, CatalogRow
+from prophetkv_rag.store.disk_parts import Counters
 from prophetkv_rag.store.files import DirectoryLock
 from prophetkv_rag.store.leases import Leases
 from prophetkv_rag.store.ranking import Ranking
@@ -33,6 +35,7 @@ class Space:
         ranking: Ranking,
         max_bytes: int | None,
         directory: Path,
+        counters: Counters,
     ) -> None:
         self._catalog = catalog
         self._files = files
@@ -40,9 +43,11 @@ class Space:
         self._ranking = ranking
         self._max_bytes = max_bytes
         self._space_lock = DirectoryLock(directory / "space.lock")
+        self._counters = counters
         self._lock = threading.Lock()
         self._uses: list[str] = []
-        self._typical = 0  # size of the blob written last
+        self.typical = 0
+        """Size in bytes of the blob written last."""
 
     def adopt(self) -> None:
         """Rank the catalog by this store's rule, and evict what is above its limit (which may be a new one)."""
@@ -70,7 +75,7 @@ class Space:
         """Whether one more blob, and `waiting` others, all like the one written last, fit without evicting anything."""
         if self._max_bytes is None:
             return True
-        return self._catalog.nbytes() + self._typical * (1 + waiting) <= self._max_bytes
+        return self._catalog.nbytes() + self.typical * (1 + waiting) <= self._max_bytes
 
     def write(self, row: CatalogRow, entry: TextEntry | None, data: bytes, *, is_used: bool) -> bool:
         """Write a blob if there is room, or can be made; returns whether. Either way the catalog knows the chunk.
@@ -81,7 +86,7 @@ class Space:
             data: The blob.
             is_used: Whether a prompt has it now; otherwise it is only stored ahead of use.
         """
-        self._typical = len(data)
+        self.typical = len(data)
         limited: AbstractContextManager[None] = nullcontext()
         if self._max_bytes is not None:
             limited = self._space_lock.exclusive()
@@ -91,7 +96,11 @@ class Space:
             mark = self._files.mark(row.key)
             try:
                 self._files.write(row.key, data)
-                self.note_written(row, entry, len(data), is_used=is_used)
+                try:
+                    self.note_written(row, entry, len(data), is_used=is_used)
+                except StoreError:  # a blob that the catalog does not count would not be within the limit
+                    self._files.remove([row.key])
+                    raise
             finally:
                 mark.unlink(missing_ok=True)
         return True
@@ -121,4 +130,5 @@ class Space:
                 return False
             self._files.remove(victims)
             self._catalog.mark_lost(victims)
+        self._counters.add(evictions=len(victims))
         return True

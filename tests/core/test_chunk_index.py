@@ -104,7 +104,7 @@ def test_loading_many_at_once_is_adding_them_one_by_one(case: tuple[list[str], s
         added.remove(key)
         assert (len(loaded), loaded.find(prompt)) == (len(added), added.find(prompt))
     assert not any(loaded._anchors.values())
-    assert not (loaded._begins or loaded._sizes or loaded._digests)
+    assert not any((loaded._begins, loaded._sizes, loaded._digests))
 
 
 def test_loading_makes_no_container_for_every_text() -> None:
