@@ -25,21 +25,27 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 @app.command()
 def stats(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> None:
     """Say what is cached, per collection and model, how much it is used, and what is still to be computed."""
-    from prophetkv_rag.store.statistics import usage
+    from prophetkv_rag.store.statistics import all_counts, usage
 
     store = open_caches(db)
     values = asdict(store.stats())
-    rows, limit = usage(store), store.max_bytes
+    rows, limit, counts = usage(store), store.max_bytes, all_counts(store.catalog)
     store.close()
     shown = {key: values[key] for key in ("chunks", "tokens", "nbytes", "location")}
     if as_json:
-        print_json({**shown, "limit": limit, "usage": [asdict(row) for row in rows]})
+        print_json({**shown, "limit": limit, "counts": counts, "usage": [asdict(row) for row in rows]})
         return
     mean = shown["nbytes"] / shown["tokens"] if shown["tokens"] else 0
     of_limit = "" if limit is None else f" of {limit / 1e6:,.1f} MB"
     results().print(
         f"{shown['chunks']} chunks, {shown['tokens']:,} tokens, {shown['nbytes'] / 1e6:,.1f} MB{of_limit} "
         f"({mean / 1e3:.1f} kB a token) in {shown['location']}",
+        markup=False,
+    )
+    results().print(
+        f"so far {counts['hits']:,} caches were found ({counts['ram_hits']:,} in RAM) and "
+        f"{counts['misses'] + counts['corrupt']:,} computed again ({counts['corrupt']:,} damaged); "
+        f"{counts['evictions']:,} evicted, {counts['failed_writes']:,} could not be written",
         markup=False,
     )
     if rows:

@@ -16,10 +16,12 @@ from prophetkv_rag.cli.database import DEFAULT_DATABASE, open_database, require_
 def warm(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> None:
     """Compute the caches that are missing, as far as the limit allows.
 
-    Interrupted at any time, it goes on where it was: what is stored is not computed again.
+    Interrupted at any time, it goes on where it was: what is stored is not computed again. Exit status: 1 if the disk
+    was full or could not be written to, and caches could not be kept.
     """
     settings = require_settings(db)
     quiet_libraries()
+    from prophetkv_rag.cli.index import caches_not_kept, print_not_kept
     from prophetkv_rag.cli.model_choice import fetch_embedding
 
     fetch_embedding()
@@ -38,15 +40,19 @@ def warm(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> 
         database.collection.progress = None
         database.bring_caches_up_to_date()
         stats = database.engine.store.stats()
+        not_kept = caches_not_kept(database)
     finally:
         database.close()
-    report = {"computed": computed, "chunks": stats.chunks, "nbytes": stats.nbytes}
+    report = {"computed": computed, "chunks": stats.chunks, "nbytes": stats.nbytes, **not_kept}
     if as_json:
         print_json(report)
-        return
-    results().print(
-        f"{computed} caches computed; {stats.chunks} are stored, {stats.nbytes / 1e6:,.1f} MB", markup=False
-    )
+    else:
+        results().print(
+            f"{computed} caches computed; {stats.chunks} are stored, {stats.nbytes / 1e6:,.1f} MB", markup=False
+        )
+        print_not_kept(report, db)
+    if report["caches_not_kept"]:
+        raise typer.Exit(1)
 
 
 def export_(
