@@ -14,6 +14,8 @@ from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.store.disk import DiskStore
 from tests.tiny import save_tiny, save_tiny_encoder, text_of, tiny_llama, tiny_tokenizer
 
+torch.set_num_threads(1)  # the machine may be busy
+
 TEXTS = [text_of(20, seed=seed) for seed in range(24)]
 CHECKED = (0, 11, 23)  # whose answers are compared
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
+from prophetkv_rag import ProphetKVConfig, ProphetKVEngine, StoreError
 from prophetkv_rag.store.disk import DiskStore
 from prophetkv_rag.store.upkeep import gc
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
@@ -31,6 +34,19 @@ def engine_on(store: DiskStore | None) -> ProphetKVEngine:
 CLEAN = engine_on(None)
 KEYS = CLEAN.add_chunks(TEXTS)
 WANTED = CLEAN.prefill(PROMPT).logits
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Root may write anywhere; the process is another user's while this lasts."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def assert_same_answer(engine: ProphetKVEngine) -> list[str]:
@@ -93,6 +109,14 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 for _ in range(3):
     assert assert_same_answer(engine) == ["miss"] * 4
 assert len(records) == 1, records
+assert store.stats().failed_writes == 12
+second = engine_on(store)
+second.chunk_index.remove(KEYS[0])
+store.policy = "eager"
+assert second.add_chunks(TEXTS) == KEYS  # indexing meets the same disk
+assert assert_same_answer(second) == ["miss"] * 4
+assert len(records) == 1, records
+assert store.stats().failed_writes == 20
 store.close()
 print("same answers, one warning:", records[0][:60])
 """
@@ -110,6 +134,35 @@ def test_a_full_disk_costs_one_warning_and_no_answer(tmp_path: Path) -> None:
     assert assert_same_answer(engine_on(store)) == ["miss"] * 4
     assert assert_same_answer(engine_on(store)) == ["hit"] * 4
     store.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such permissions")
+def test_a_directory_that_becomes_read_only_costs_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with tempfile.TemporaryDirectory() as name, caplog.at_level(logging.WARNING):
+        directory = Path(name) / "store"
+        store = DiskStore(directory, 0)
+        engine = engine_on(store)
+        engine.add_chunks(TEXTS[:2], owner="a")
+        folders = [path for path in (Path(name), directory, *directory.rglob("*")) if path.is_dir()]
+        for path in [*folders, *directory.rglob("*")]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        with unprivileged():
+            assert engine.add_chunks(TEXTS, owner="a") == KEYS
+            assert assert_same_answer(engine) == ["hit", "hit", "miss", "miss"]
+            assert assert_same_answer(engine) == ["hit", "hit", "miss", "miss"]
+            assert store.stats().failed_writes >= 2
+            with pytest.raises((StoreError, OSError)):
+                engine.remove_chunks(KEYS[:1], owner="a")  # what is said to be deleted is deleted
+        assert len(caplog.records) == 1, caplog.text
+        for path in folders:
+            path.chmod(0o755)
+        for path in directory.rglob("*"):
+            path.chmod(0o755)
+        engine.add_chunks(TEXTS, owner="a")
+        assert assert_same_answer(engine) == ["hit"] * 4
+        assert store.verify().num_faults == 0
+        assert set(store.references("a")) == set(KEYS)
+        store.close()
 
 
 @pytest.mark.parametrize("jump", [-10 * 365 * 86400.0, 10 * 365 * 86400.0], ids=["back", "forward"])
