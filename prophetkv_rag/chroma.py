@@ -28,6 +28,7 @@ from prophetkv_rag.chroma_records import (
 from prophetkv_rag.chroma_store import default_blob_directory, open_store
 from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.store.keys import is_key
+from prophetkv_rag.store.leases import writing
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine
@@ -119,7 +120,7 @@ class KVCachingCollection:
 
     def cache_existing(self) -> None:
         """Cache every text in the collection: what was written without this proxy, or for another model."""
-        with self._lock:
+        with self._lock, self.engine.store.lease([writing(self.owner)]):
             for batch in batches(self.collection.get(include=[])["ids"], _QUERY_SIZE):
                 self._renew(self._stored(batch))
 
@@ -199,7 +200,7 @@ class KVCachingCollection:
             call(ids=ids, metadatas=metadatas, documents=documents, **columns)
             return
         names, metadata_list, document_list = records
-        with self._lock:
+        with self._lock, self.engine.store.lease([writing(self.owner)]):
             stored = self._stored(names)
             if method == "add":
                 self._renew(stored)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -125,7 +126,7 @@ def gc(
     store = open_caches(db)
     with status("looking for caches that belong to nothing"):
         client, _ = open_chroma(db.resolve())
-        report = collect(store, live_references(client), grace_s=grace)
+        report = collect(store, partial(live_references, client), grace_s=grace)
     store.close()
     if as_json:
         print_json(asdict(report))

@@ -139,3 +139,15 @@ def test_calibrate_writes_a_profile_that_the_engine_loads(model, data, tmp_path,
     status, _, errors = run(capsys, "calibrate", model, "--data", data, "--strategy", "prophetkv@corpus")
     assert status == 2
     assert "unknown encoding" in errors
+
+
+def test_a_large_catalog(capsys):
+    status, printed, _ = run(capsys, "bench", "store", "--entries", 300, "--json")
+    assert status == 0
+    report = json.loads(printed)
+    assert (report["entries"], report["rounds"], report["prompt_chunks"]) == (300, 5, 40)
+    times = ("store_ms", "open_ms", "open_cpu_ms", "find_ms", "look_up_us", "add_us", "new_entries_us")
+    assert all(report[name] > 0 for name in times)
+    status, printed, _ = run(capsys, "bench", "store", "--entries", 10)
+    assert status == 0
+    assert "10 chunks: opened in" in printed
