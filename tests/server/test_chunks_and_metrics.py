@@ -198,7 +198,9 @@ def test_the_store_s_own_figures(tmp_path: Path) -> None:
         assert values(client)["prophetkv_store_evictions_total",] == store.stats().evictions > 0
         shutil.rmtree(tmp_path / "blobs")
         shutil.rmtree(tmp_path / "incoming")
-        put(client, text_of(20, seed=99))
+        store.drop_from_memory(keys)
+        server.ask_about(long)
+        store.flush()
         found = values(client)
         assert found["prophetkv_store_failed_writes_total",] == 1
         assert found["prophetkv_store_up",] == 1
