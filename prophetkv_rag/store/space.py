@@ -112,7 +112,9 @@ class Space:
             self._ranking.put_in(run, row.key, is_used=is_used)
 
     def _make_room(self, row: CatalogRow, entry: TextEntry | None, nbytes: int, max_bytes: int) -> bool:
-        self._catalog.upsert(replace(row, nbytes=0), entry)
+        with self._catalog.transaction():
+            self._catalog.upsert(replace(row, nbytes=0), entry)
+            self._catalog.mark_lost([row.key])  # a blob that somebody has removed takes no room
         if nbytes > max_bytes:
             return False
         self.flush_uses()
