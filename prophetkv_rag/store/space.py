@@ -114,7 +114,8 @@ class Space:
     def _make_room(self, row: CatalogRow, entry: TextEntry | None, nbytes: int, max_bytes: int) -> bool:
         with self._catalog.transaction():
             self._catalog.upsert(replace(row, nbytes=0), entry)
-            self._catalog.mark_lost([row.key])  # a blob that somebody has removed takes no room
+            if not self._files.path(row.key).exists():  # a blob that somebody has removed takes no room
+                self._catalog.mark_lost([row.key])
         if nbytes > max_bytes:
             return False
         self.flush_uses()
