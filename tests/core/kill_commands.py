@@ -1,7 +1,7 @@
 """Kills `prophetkv-rag` itself at random points of index (also of files that changed or went), warm, gc and clear.
 
-Every command is a fork of a process that has imported all it needs. A third is killed after a random time, the others at
-a random one of the steps that Python can see: opening, renaming, removing and locking files of the cache directory.
+Every command is a fork of a process that has imported all it needs. A third is killed after a random time, the others
+at a random one of the steps that Python can see: opening, renaming, removing and locking files of the cache directory.
 `run(200, seed)` takes about fifteen minutes.
 """
 
