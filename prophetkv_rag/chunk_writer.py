@@ -57,8 +57,10 @@ class ChunkWriter:
         Returns:
             Keys that it failed to take, and the seconds that a token took, if any was computed.
         """
-        left, seconds_per_token = dict(missing), None
-        if left and self.tried(self._store.accepts_new, otherwise=False):
+        left = dict(missing)
+        seconds_per_token: float | None = None
+        accepts_new = bool(left) and self.tried(self._store.accepts_new, otherwise=False)
+        if accepts_new:
             seconds_per_token = self._encode_and_store(missing, left, progress)
         failed = set(left) if self._store.failures.is_failing and self._store.policy == "eager" else set()
         self._store.failures.count(len(failed))

@@ -143,8 +143,10 @@ class Catalog:
             )
             while part := rows.fetchmany(_ROWS_AT_ONCE):
                 ids, *columns = zip(*part, strict=True)
-                for column, values in zip((keys, anchors, lengths, digests), columns, strict=True):
-                    column.extend(values)
+                keys += columns[0]
+                anchors += columns[1]
+                lengths += columns[2]
+                digests += columns[3]
                 after_id = ids[-1]
         return EntryColumns(keys, anchors, lengths, digests), after_id
 
