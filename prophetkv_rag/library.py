@@ -136,7 +136,7 @@ class ChunkLibrary:
         with self._owners_lock:
             if key in self.chunk_index:
                 return None
-            self._writer.refer(owner, [key])
+            self.store.add_references(owner, [key])
             self._registered.add(key)
             self.chunk_index.add(key, entry)
         return key
