@@ -26,8 +26,9 @@ from prophetkv_rag.chroma_records import (
     with_key,
 )
 from prophetkv_rag.chroma_store import default_blob_directory, open_store
-from prophetkv_rag.errors import InputError
+from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.store.keys import is_key
+from prophetkv_rag.store.leases import writing
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine
@@ -119,7 +120,7 @@ class KVCachingCollection:
 
     def cache_existing(self) -> None:
         """Cache every text in the collection: what was written without this proxy, or for another model."""
-        with self._lock:
+        with self._lock, self.engine.store.lease([writing(self.owner)]):
             for batch in batches(self.collection.get(include=[])["ids"], _QUERY_SIZE):
                 self._renew(self._stored(batch))
 
@@ -199,7 +200,7 @@ class KVCachingCollection:
             call(ids=ids, metadatas=metadatas, documents=documents, **columns)
             return
         names, metadata_list, document_list = records
-        with self._lock:
+        with self._lock, self.engine.store.lease([writing(self.owner)]):
             stored = self._stored(names)
             if method == "add":
                 self._renew(stored)
@@ -221,7 +222,7 @@ class KVCachingCollection:
                 self._release_after_error([*keys.values(), *(old.key for old in stored.values())])
                 raise
             renewed = [(stored[name], text) for name, text in zip(names, texts, strict=True) if name in stored]
-            self._release(old.key for old, text in renewed if text is not None and old.key != keys[text])
+            self._release_if_possible(old.key for old, text in renewed if text is not None and old.key != keys[text])
 
     def _renew(self, stored: dict[str, StoredRecord]) -> None:
         """Cache the texts that these records hold, and correct the keys that they carry."""
@@ -235,7 +236,7 @@ class KVCachingCollection:
         except BaseException:
             self._release_after_error([*keys.values(), *(record.key for record in stored.values())])
             raise
-        self._release(stored[name].key for name in stale)
+        self._release_if_possible(stored[name].key for name in stale)
 
     def _cache(self, texts: Iterable[str | None], keys: dict[str, str | None]) -> None:
         """Fill `keys` (text -> cache key, or `None` if it cannot be a chunk), computing what is missing."""
@@ -279,6 +280,13 @@ class KVCachingCollection:
             unused.difference_update(cache_keys(found["metadatas"]))
         if unused:
             self.engine.remove_chunks(sorted(unused), owner=self.owner)
+
+    def _release_if_possible(self, keys: Iterable[str | None]) -> None:
+        """As `_release` after a write that went through: a store that fails leaves caches for `cache gc`."""
+        try:
+            self._release(keys)
+        except (StoreError, OSError) as error:
+            self.engine.store.failures.note(error)
 
     def _release_after_error(self, keys: Iterable[str | None]) -> None:
         try:

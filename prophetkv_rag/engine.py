@@ -166,6 +166,9 @@ class ProphetKVEngine:
     ) -> list[str]:
         """Compute and store the KV caches of chunks, as far as they are not stored yet.
 
+        A store that fails (disk full, read-only directory) does not fail this call: that is logged once, prompts that
+        have the chunks compute them, and adding them again stores what is missing (`store.stats().failed_writes`).
+
         Args:
             texts: Chunk texts (surrounding white space is not part of a chunk) or lists of token ids.
             owner: Who refers to them; a cache lives as long as somebody does.
@@ -177,7 +180,6 @@ class ProphetKVEngine:
         Raises:
             InputError: If a chunk is empty. Nothing is stored then.
             ContextWindowError: If a chunk is longer than the model's context window. Nothing is stored then.
-            StoreError: If the store cannot be written.
         """
         if isinstance(texts, str):
             msg = "add_chunks got one string; give a list of chunks"

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from prophetkv_rag.chunk_cache import CacheIdentity, ChunkCache
 from prophetkv_rag.chunk_index import ChunkIndex, text_entry
+from prophetkv_rag.chunk_writer import ChunkWriter, Wanted
 from prophetkv_rag.encode import EncodingPrefix, encode_chunks
 from prophetkv_rag.errors import ContextWindowError, InputError, StoreError
 from prophetkv_rag.layout import PromptLayout
@@ -23,11 +21,6 @@ from prophetkv_rag.store.base import ChunkStore, TextEntry
 from prophetkv_rag.tokens import Tokens
 
 logger = logging.getLogger(__name__)
-
-MAX_PENDING_WRITES = 16
-"""Computed caches that may wait for the disk; bounds memory when it is slower than the model."""
-
-_Wanted = dict[str, tuple[list[int], TextEntry | None]]
 
 
 class ChunkLibrary:
@@ -62,9 +55,9 @@ class ChunkLibrary:
         self._registered: set[str] = set()  # keys whose text the index knows and the store does not
         if model.device.type == "cuda":
             store.pin_memory()
+        self._writer = ChunkWriter(store, identity.fingerprint, self._encode, model_lock)
         self._describe(None)
-        for key, entry in store.entries(identity.fingerprint):
-            self.chunk_index.add(key, entry)
+        self.chunk_index.load(store.entry_columns(identity.fingerprint))
 
     def _describe(self, seconds_per_token: float | None) -> None:
         name = str(getattr(self.model.config, "_name_or_path", "") or self.model.config.model_type)
@@ -96,8 +89,11 @@ class ChunkLibrary:
         owner: str,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Compute and store what is missing, refer to all of it, and find it in prompts from now on."""
-        keys, wanted, missing = [], _Wanted(), _Wanted()
+        """Compute and store what is missing, refer to all of it, and find it in prompts from now on.
+
+        Where the store fails that is noted (`ChunkStore.failures`), and this process alone knows the chunks.
+        """
+        keys, wanted, missing = [], Wanted(), Wanted()
         for number, chunk in enumerate(texts):
             input_ids, entry = self._chunk_ids(number, chunk)
             key = self.identity.key(input_ids)
@@ -106,17 +102,19 @@ class ChunkLibrary:
                 continue
             wanted[key] = (input_ids, entry)
             is_unknown_text = entry is not None and (key not in self.chunk_index or key in self._registered)
-            if key not in self.store or (is_unknown_text and not self._learn_text(key, input_ids, entry)):
+            is_stored = self._writer.tried(self.store.__contains__, key, otherwise=False)
+            if not is_stored or (is_unknown_text and not self._learn_text(key, input_ids, entry)):
                 missing[key] = (input_ids, entry)
-        self._compute(missing, progress)
+        failed = self._compute(missing, progress)
         with self._owners_lock:
-            self.store.add_references(owner, wanted)
+            self._writer.refer(owner, wanted)
             for key, (_, entry) in wanted.items():
                 if entry is not None:
                     self.chunk_index.add(key, entry)
                     self._registered.discard(key)
         # Another owner may have dropped a cache between the look above and our reference, which holds it from now on.
-        self._compute({key: chunk for key, chunk in wanted.items() if not self.store.knows(key)}, None)
+        known = {key for key in wanted if key in failed or self._writer.tried(self.store.knows, key, otherwise=True)}
+        self._compute({key: chunk for key, chunk in wanted.items() if key not in known}, None)
         return keys
 
     def register(self, text: str, *, owner: str) -> str | None:
@@ -148,14 +146,12 @@ class ChunkLibrary:
     def _learn_text(self, key: str, input_ids: Sequence[int], entry: TextEntry | None) -> bool:
         """Record the text of a chunk that was stored by its token ids alone; returns whether its cache is good."""
         cache, _ = self.store.get(key, fingerprint=self.identity.fingerprint, input_ids=input_ids)
-        if cache is not None:
-            self._put(key, cache, entry)
-        return cache is not None
+        return cache is not None and self._writer.put(key, cache, entry)
 
     def remove(self, keys: Iterable[str], *, owner: str) -> list[str]:
         """Drop `owner`'s references; what nobody refers to any more is deleted and returned."""
         with self._owners_lock:
-            deleted = self.store.drop_references(owner, keys)
+            deleted = self._writer.release(owner, list(keys))
             for key in deleted:
                 self.chunk_index.remove(key)
                 self._registered.discard(key)
@@ -184,53 +180,15 @@ class ChunkLibrary:
             )
             raise ContextWindowError(msg)
 
-    def _compute(self, missing: _Wanted, progress: Callable[[int, int], None] | None) -> None:
-        """Compute and store chunks; what the store has no room for, or does not want yet, it only gets to know."""
-        if not missing:
-            return
-        here = self.store.bring(missing, fingerprint=self.identity.fingerprint)
-        left = {key: chunk for key, chunk in missing.items() if key not in here}
-        if left and self.store.accepts_new():
-            self._encode_and_store(dict(left), left, progress)
-        for key, (input_ids, entry) in left.items():
-            self.store.note(key, fingerprint=self.identity.fingerprint, num_tokens=len(input_ids), entry=entry)
+    def _compute(self, missing: Wanted, progress: Callable[[int, int], None] | None) -> set[str]:
+        """Compute and store what is missing; returns the keys that the store failed to take."""
+        failed, seconds_per_token = self._writer.write(missing, progress)
+        if seconds_per_token is not None:
+            self._describe(seconds_per_token)
+        return failed
 
-    def _encode_and_store(self, missing: _Wanted, left: _Wanted, progress: Callable[[int, int], None] | None) -> None:
-        """Take from `left` what was computed, until all is or the store is full."""
-        keys = list(missing)
-        seconds, tokens = 0.0, 0
-        encoding = encode_chunks(
-            self.model,
-            self.support,
-            self.prefix,
-            [missing[key][0] for key in keys],
-            batch_tokens=self.batch_tokens,
-        )
-        # Writing a blob waits for the disk; a second thread does that while the model computes the next batch.
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prophetkv-store") as writer:
-            writes: deque[Future[None]] = deque()
-            while True:
-                is_wanted = self.store.accepts_new(len(writes))
-                with self.model_lock:  # released between batches, so that queries are answered while indexing
-                    started = time.perf_counter()
-                    item = next(encoding, None) if is_wanted else None
-                    seconds += time.perf_counter() - started
-                while writes and (item is None or len(writes) >= MAX_PENDING_WRITES):
-                    writes.popleft().result()
-                if item is None:
-                    break
-                index, cache = item
-                entry = missing[keys[index]][1]
-                writes.append(writer.submit(self._put, keys[index], cache, entry))
-                del left[keys[index]]
-                tokens += cache.num_tokens
-                if progress is not None:
-                    progress(len(keys) - len(left), len(keys))
-        if tokens:
-            self._describe(seconds / tokens)
-
-    def _put(self, key: str, cache: ChunkCache, entry: TextEntry | None) -> None:
-        self.store.put(key, cache, fingerprint=self.identity.fingerprint, entry=entry)
+    def _encode(self, chunks: Sequence[Sequence[int]]) -> Iterator[tuple[int, ChunkCache]]:
+        return encode_chunks(self.model, self.support, self.prefix, chunks, batch_tokens=self.batch_tokens)
 
     def load(
         self, layout: PromptLayout, *, model_lock: AbstractContextManager[Any] | None = None
@@ -268,15 +226,7 @@ class ChunkLibrary:
                 if chunk.key in wanted:
                     self._check_length(f"chunk {number} of the prompt", chunk.input_ids, self.support.context_window)
             with model_lock:
-                encoded = list(
-                    encode_chunks(
-                        self.model,
-                        self.support,
-                        self.prefix,
-                        [wanted[key].input_ids for key in keys],
-                        batch_tokens=self.batch_tokens,
-                    )
-                )
+                encoded = list(self._encode([wanted[key].input_ids for key in keys]))
             for index, cache in encoded:
                 found[keys[index]] = cache
                 self.store.put_soon(keys[index], cache, fingerprint=self.identity.fingerprint)

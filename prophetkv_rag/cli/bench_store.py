@@ -18,11 +18,18 @@ def store(
     queries: Annotated[int, typer.Option(min=100, help="Questions asked.")] = 3000,
     eviction: Annotated[list[str], typer.Option(help="value or lru; repeatable.")] = ["value", "lru"],  # noqa: B006
     exponent: Annotated[float, typer.Option(min=0, help="Of Zipf's law.")] = 1.0,
+    entries: Annotated[
+        int | None,
+        typer.Option(min=1, help="Instead: a catalog of so many chunks; how long do opening, finding, adding take?"),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw a picture into this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Index more than fits and ask about it, on a tiny random model: does the limit hold, do hits decay?"""
     quiet_libraries()
+    if entries is not None:
+        _catalog(entries, as_json=as_json)
+        return
     from prophetkv_rag.evaluation.store_stream import plot_streams, run_stream
     from prophetkv_rag.store.ranking import Eviction
 
@@ -59,3 +66,22 @@ def store(
             f"{result.limit / 1e6:.1f} MB at {result.samples} writes",
             markup=False,
         )
+
+
+def _catalog(entries: int, *, as_json: bool) -> None:
+    from prophetkv_rag.evaluation.store_entries import run_entries
+
+    rounds = 5
+    with progress_bar(f"a catalog of {entries:,} chunks", entries + rounds) as advance:
+        result = run_entries(entries, rounds=rounds, on_step=advance)
+    if as_json:
+        print_json(result.to_dict())
+        return
+    results().print(
+        f"{entries:,} chunks: opened in {result.open_ms:,.0f} ms, {result.open_cpu_ms:,.0f} ms of them on a processor "
+        f"(the store alone {result.store_ms:.1f} ms); {result.index_mb:.0f} MB in memory; the {result.prompt_chunks} "
+        f"chunks of a prompt of {result.prompt_chars:,} characters found in {result.find_ms:.1f} ms; a look-up takes "
+        f"{result.look_up_us:.0f} us, asking what other processes added {result.new_entries_us:.0f} us, one more chunk "
+        f"{result.add_us:,.0f} us (medians of {rounds} openings)",
+        markup=False,
+    )

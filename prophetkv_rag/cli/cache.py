@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,17 +28,17 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 @app.command()
 def stats(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> None:
     """Say what is cached, per collection and model, how much it is used, and what is still to be computed."""
-    from prophetkv_rag.store.statistics import usage
+    from prophetkv_rag.store.statistics import all_counts, usage
 
     store = open_caches(db, needs_key=False)
     values = asdict(store.stats())
-    rows, limit = usage(store), store.max_bytes
+    rows, limit, counts = usage(store), store.max_bytes, all_counts(store.catalog)
     store.close()
     shown = {key: values[key] for key in ("chunks", "tokens", "nbytes", "location")}
     remote = values["remote"]
     if as_json:
         tiers = {} if remote is None else {"remote": remote}
-        print_json({**shown, "limit": limit, **tiers, "usage": [asdict(row) for row in rows]})
+        print_json({**shown, "limit": limit, **tiers, "counts": counts, "usage": [asdict(row) for row in rows]})
         return
     mean = shown["nbytes"] / shown["tokens"] if shown["tokens"] else 0
     of_limit = "" if limit is None else f" of {limit / 1e6:,.1f} MB"
@@ -54,6 +55,12 @@ def stats(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) ->
             f"{remote['waiting']} uploads and deletes waiting",
             markup=False,
         )
+    results().print(
+        f"so far {counts['hits']:,} caches were found ({counts['ram_hits']:,} in RAM) and "
+        f"{counts['misses'] + counts['corrupt']:,} computed again ({counts['corrupt']:,} damaged); "
+        f"{counts['evictions']:,} evicted, {counts['failed_writes']:,} could not be written",
+        markup=False,
+    )
     if rows:
         _print_usage(rows, _collection_names(db))
 
@@ -140,7 +147,7 @@ def gc(
     store = open_caches(db, needs_key=False)
     with status("looking for caches that belong to nothing"):
         client, _ = open_chroma(db.resolve())
-        report = collect(store, live_references(client), grace_s=grace)
+        report = collect(store, partial(live_references, client), grace_s=grace)
     store.close()
     if as_json:
         print_json(_shown(report, store))

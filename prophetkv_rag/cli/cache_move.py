@@ -18,10 +18,12 @@ from prophetkv_rag.errors import InputError
 def warm(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> None:
     """Compute the caches that are missing, as far as the limit allows.
 
-    Interrupted at any time, it goes on where it was: what is stored is not computed again.
+    Interrupted at any time, it goes on where it was: what is stored is not computed again. Exit status: 1 if the disk
+    was full or could not be written to, and caches could not be kept.
     """
     settings = require_settings(db)
     quiet_libraries()
+    from prophetkv_rag.cli.index import caches_not_kept, print_not_kept
     from prophetkv_rag.cli.model_choice import fetch_embedding
 
     fetch_embedding()
@@ -41,15 +43,19 @@ def warm(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> 
         database.bring_caches_up_to_date()
         uploaded = push_caches(database.engine.store)
         stats = database.engine.store.stats()
+        not_kept = caches_not_kept(database)
     finally:
         database.close()
-    report = {"computed": computed, "chunks": stats.chunks, "nbytes": stats.nbytes, **uploaded}
+    report = {"computed": computed, "chunks": stats.chunks, "nbytes": stats.nbytes, **uploaded, **not_kept}
     if as_json:
         print_json(report)
-        return
-    results().print(
-        f"{computed} caches computed; {stats.chunks} are stored, {stats.nbytes / 1e6:,.1f} MB", markup=False
-    )
+    else:
+        results().print(
+            f"{computed} caches computed; {stats.chunks} are stored, {stats.nbytes / 1e6:,.1f} MB", markup=False
+        )
+        print_not_kept(report, db)
+    if report["caches_not_kept"]:
+        raise typer.Exit(1)
 
 
 def rekey(

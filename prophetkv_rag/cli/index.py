@@ -105,6 +105,7 @@ def index(
         report = {"database": str(db), "model": settings.model, "chunk_size": settings.chunk_size, **asdict(summary)}
         finish_uploads(database.engine.store)
         report["caches"] = cache_totals(database)
+        report |= caches_not_kept(database)
     finally:
         database.close()
     if as_json:
@@ -124,6 +125,23 @@ def cache_totals(database: Database) -> dict[str, Any]:
     """Number, tokens and bytes of the stored caches, and where they lie."""
     stats = database.engine.store.stats()
     return {"chunks": stats.chunks, "tokens": stats.tokens, "nbytes": stats.nbytes, "location": stats.location}
+
+
+def caches_not_kept(database: Database) -> dict[str, Any]:
+    """How many caches the store failed to take since it was opened (disk full, not writable), and why."""
+    failures = database.engine.store.failures
+    return {"caches_not_kept": failures.caches, "reason": failures.reason}
+
+
+def print_not_kept(report: dict[str, Any], db: Path) -> None:
+    """Say how many caches could not be kept, if any, and what to do."""
+    if report["caches_not_kept"]:
+        results().print(
+            f"{report['caches_not_kept']} KV caches could not be kept ({report['reason']}). Answers are the same, only "
+            f"later; when there is room: prophetkv-rag cache warm --db {db}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _lead_in(wanted: str | None, otherwise: str) -> str:
@@ -154,4 +172,5 @@ def _print(report: dict[str, Any]) -> None:
         markup=False,
         soft_wrap=True,
     )
+    print_not_kept(report, Path(report["database"]))
     console.print(f'Next: prophetkv-rag ask "your question" --db {report["database"]}', markup=False)

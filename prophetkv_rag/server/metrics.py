@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from prophetkv_rag.errors import StoreError
 from prophetkv_rag.server.work_queue import WorkQueue
 from prophetkv_rag.store.base import RemoteStats, StoreStats
 
@@ -81,14 +82,15 @@ class _Gauges(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        yield GaugeMetricFamily("prophetkv_cache_bytes", "Bytes of all chunk caches in the store.", value=stats.nbytes)
-        yield GaugeMetricFamily("prophetkv_cache_chunks", "Chunk caches in the store.", value=stats.chunks)
-        yield GaugeMetricFamily(
-            "prophetkv_cache_tokens", "Tokens of all chunk caches in the store.", value=stats.tokens
-        )
-        if stats.remote is not None:
-            yield from _remote_metrics(stats.remote)
+        up = GaugeMetricFamily("prophetkv_store_up", "Whether the store of chunk caches can be read.")
+        try:
+            stats = self._stats()
+        except StoreError:  # the other figures are wanted now more than ever
+            up.add_metric([], 0)
+        else:
+            up.add_metric([], 1)
+            yield from _of_store(stats)
+        yield up
         waiting = GaugeMetricFamily("prophetkv_queue_length", "Requests waiting for their turn.", labels=["queue"])
         running = GaugeMetricFamily("prophetkv_running", "Requests being worked on.", labels=["queue"])
         for queue in self._queues:
@@ -109,3 +111,35 @@ def _remote_metrics(remote: RemoteStats) -> Iterator[Metric]:
     for outcome in ("hits", "misses", "bad", "failures", "uploads", "deletes"):
         calls.add_metric([outcome], getattr(remote, outcome))
     yield calls
+
+
+def _of_store(stats: StoreStats) -> Iterator[Metric]:
+    yield GaugeMetricFamily("prophetkv_cache_bytes", "Bytes of all chunk caches in the store.", value=stats.nbytes)
+    yield GaugeMetricFamily("prophetkv_cache_chunks", "Chunk caches in the store.", value=stats.chunks)
+    yield GaugeMetricFamily("prophetkv_cache_tokens", "Tokens of all chunk caches in the store.", value=stats.tokens)
+    tiers = GaugeMetricFamily("prophetkv_tier_bytes", "Bytes of chunk caches by tier.", labels=["tier"])
+    tiers.add_metric(["ram"], stats.ram_nbytes)
+    if stats.location != "memory":
+        tiers.add_metric(["disk"], stats.nbytes)
+    yield tiers
+    if stats.max_nbytes is not None:
+        yield GaugeMetricFamily("prophetkv_cache_limit_bytes", "Limit of the disk tier.", value=stats.max_nbytes)
+    lookups = CounterMetricFamily(
+        "prophetkv_store_lookups",
+        "Look-ups of caches: found in ram or on disk, or computed again: miss (none), corrupt (unusable).",
+        labels=["result"],
+    )
+    for result, count in (
+        ("ram", stats.ram_hits),
+        ("disk", stats.hits - stats.ram_hits),
+        ("miss", stats.misses),
+        ("corrupt", stats.corrupt),
+    ):
+        lookups.add_metric([result], count)
+    yield lookups
+    if stats.remote is not None:
+        yield from _remote_metrics(stats.remote)
+    yield CounterMetricFamily("prophetkv_store_evictions", "Caches that had to make room.", value=stats.evictions)
+    yield CounterMetricFamily(
+        "prophetkv_store_failed_writes", "Caches that could not be written.", value=stats.failed_writes
+    )

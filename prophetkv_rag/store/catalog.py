@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prophetkv_rag.errors import StoreError
-from prophetkv_rag.store.base import TextEntry
+from prophetkv_rag.store.base import EntryColumns, TextEntry
 from prophetkv_rag.store.catalog_schema import SCHEMA_VERSION, migrate
 
 UNKNOWN_OWNER = ""
 """Owner of chunks that were found without a catalog: whoever drops such a chunk deletes it."""
 
 _BUSY_TIMEOUT_S = 60.0
+_ROWS_AT_ONCE = 500  # few enough objects at a time that the garbage collector does not look through all of them
 
 
 class CorruptCatalogError(StoreError):
@@ -128,15 +129,26 @@ class Catalog:
         with self.transaction(is_write=False) as run:
             return [key for (key,) in run.execute("SELECT key FROM refs WHERE owner = ?", (owner,))]
 
-    def entries(self, fingerprint: str, *, after_id: int = 0) -> list[tuple[int, str, TextEntry]]:
-        """(id, key, entry) of the chunks of one identity that have an entry and a larger id, in order of ids."""
+    def entries(self, fingerprint: str, *, after_id: int = 0) -> tuple[EntryColumns, int]:
+        """Chunks of one identity that have an entry and a larger id, in order of ids; and the last one's id."""
+        keys: list[str] = []
+        anchors: list[int] = []
+        lengths: list[int] = []
+        digests: list[str] = []
         with self.transaction(is_write=False) as run:
             rows = run.execute(
                 """SELECT id, key, anchor, length, digest FROM chunks
                 WHERE fingerprint = ? AND id > ? AND digest IS NOT NULL ORDER BY id""",
                 (fingerprint, after_id),
             )
-            return [(row_id, key, TextEntry(*entry)) for row_id, key, *entry in rows]
+            while part := rows.fetchmany(_ROWS_AT_ONCE):
+                ids, *columns = zip(*part, strict=True)
+                keys += columns[0]
+                anchors += columns[1]
+                lengths += columns[2]
+                digests += columns[3]
+                after_id = ids[-1]
+        return EntryColumns(keys, anchors, lengths, digests), after_id
 
     def rows(self) -> list[CatalogRow]:
         """All chunks."""

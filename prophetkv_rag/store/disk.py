@@ -14,19 +14,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import InputError, StoreError
-from prophetkv_rag.store.base import ChunkStore, Policy, StoreStats, TextEntry, VerifyReport
+from prophetkv_rag.store.base import ChunkStore, EntryColumns, Policy, StoreStats, TextEntry, VerifyReport
 from prophetkv_rag.store.blob import decode_blob, encode_blob
 from prophetkv_rag.store.blob_files import BlobFiles
 from prophetkv_rag.store.blob_reader import BlobReader
 from prophetkv_rag.store.catalog import CatalogRow
 from prophetkv_rag.store.disk_parts import Counters, Later, check_settings, open_catalog
 from prophetkv_rag.store.encryption import KeySource, load_key
-from prophetkv_rag.store.files import DirectoryLock, make_private_directory
+from prophetkv_rag.store.files import DirectoryLock, can_write
 from prophetkv_rag.store.formats import BlobFormat, check_format
 from prophetkv_rag.store.keys import check_key, is_key
 from prophetkv_rag.store.leases import Leases
@@ -34,6 +35,7 @@ from prophetkv_rag.store.ram import RamTier, owned
 from prophetkv_rag.store.ranking import Eviction, Ranking
 from prophetkv_rag.store.read_ahead import ReadAhead
 from prophetkv_rag.store.space import Space
+from prophetkv_rag.store.statistics import add_counts
 
 if TYPE_CHECKING:
     from prophetkv_rag.store.remote import RemoteTier
@@ -87,21 +89,8 @@ class DiskStore(ChunkStore):
         self._ram = RamTier(ram_bytes)
         self._counters = Counters()
         self._seen: dict[str, int] = {}
-        self._later = Later(self._put_referenced)
-        try:
-            if policy != "read_only":
-                make_private_directory(self.directory)
-                make_private_directory(self.directory / "leases")
-                self.files.make_directories()
-            self.catalog = open_catalog(
-                self.directory, self.files, self.directory_lock, read_only=policy == "read_only"
-            )
-        except OSError as error:
-            msg = (
-                f"cannot use {self.directory} for chunk caches: {error}; give a directory that can be written to, or "
-                "open it with policy='read_only'"
-            )
-            raise StoreError(msg) from error
+        self._later = Later(self._put_referenced, self.failures)
+        self.catalog = open_catalog(self.directory, self.files, self.directory_lock, read_only=policy == "read_only")
         self._reader = BlobReader(
             self.files,
             self.catalog,
@@ -111,7 +100,9 @@ class DiskStore(ChunkStore):
             blob_format=self.blob_format,
         )
         self._read_ahead = ReadAhead(self.files, self.catalog, self._ram, self.blob_format)
-        self.space = Space(self.catalog, self.files, self.leases, Ranking(eviction), max_bytes, self.directory)
+        self.space = Space(
+            self.catalog, self.files, self.leases, Ranking(eviction), max_bytes, self.directory, self._counters
+        )
         if policy != "read_only":
             self.space.adopt()
 
@@ -122,12 +113,13 @@ class DiskStore(ChunkStore):
         cache = self._ram.get(key, fingerprint=fingerprint, input_ids=input_ids)
         if cache is None:
             cache = self._later.get(key, fingerprint=fingerprint, input_ids=input_ids)
+        ram_hits = int(cache is not None)
         if cache is None:
             cache, was_corrupt = self._reader.read(key, fingerprint=fingerprint, input_ids=input_ids)
             if cache is None:
                 return None, was_corrupt
             self._ram.put(key, cache, fingerprint=fingerprint)
-        self._counters.add(hits=1)
+        self._counters.add(hits=1, ram_hits=ram_hits)
         return cache, False
 
     def put(
@@ -166,9 +158,11 @@ class DiskStore(ChunkStore):
                     if is_kept and self.blob_format != "exact" and self._ram.max_bytes:
                         cache = decode_blob(plain, key=key, fingerprint=fingerprint)  # what the disk will give later
                 self._ram.put(key, cache, fingerprint=fingerprint)
-        except OSError as error:
+        except (OSError, StoreError) as error:
+            self._ram.put(key, cache, fingerprint=fingerprint)  # better than nothing, and gone with the process
             msg = f"cannot write the chunk cache {path}: {error}"
             raise StoreError(msg) from error
+        self.failures.end()
 
     def read_ahead(self, keys: Iterable[str], *, fingerprint: str) -> None:
         """See `ChunkStore.read_ahead`: a thread reads them into the RAM tier."""
@@ -204,7 +198,9 @@ class DiskStore(ChunkStore):
 
     def accepts_new(self, waiting: int = 0) -> bool:
         """See `ChunkStore.accepts_new`."""
-        return self.policy == "eager" and self.files.locked_by is None and self.space.has_room(waiting)
+        if self.policy != "eager" or self.files.locked_by is not None or not self.space.has_room(waiting):
+            return False
+        return not self.failures.is_failing or can_write(self.files.incoming, self.space.typical)
 
     def lease(self, keys: Iterable[str]) -> AbstractContextManager[None]:
         """See `ChunkStore.lease`."""
@@ -245,17 +241,20 @@ class DiskStore(ChunkStore):
 
     def entries(self, fingerprint: str) -> Iterator[tuple[str, TextEntry]]:
         """See `ChunkStore.entries`."""
+        return self._entries_after(fingerprint, 0).pairs()
+
+    def entry_columns(self, fingerprint: str) -> EntryColumns:
+        """See `ChunkStore.entry_columns`."""
         return self._entries_after(fingerprint, 0)
 
     def new_entries(self, fingerprint: str) -> Iterator[tuple[str, TextEntry]]:
         """See `ChunkStore.new_entries`; rows that this store itself added since then are among them."""
-        return self._entries_after(fingerprint, self._seen.get(fingerprint, 0))
+        return self._entries_after(fingerprint, self._seen.get(fingerprint, 0)).pairs()
 
     def stats(self) -> StoreStats:
         """See `ChunkStore.stats`; `nbytes` is the size on disk."""
-        chunks, tokens, nbytes = self.catalog.totals()
-        hits, misses, corrupt = self._counters.values()
-        return StoreStats(chunks, tokens, nbytes, hits, misses, corrupt, location=str(self.directory))
+        counts = self._counters.values() | {"failed_writes": self.failures.caches, "ram_nbytes": self._ram.nbytes}
+        return StoreStats(*self.catalog.totals(), location=str(self.directory), max_nbytes=self.max_bytes, **counts)
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
         """See `upkeep.verify`."""
@@ -268,11 +267,11 @@ class DiskStore(ChunkStore):
     def close(self) -> None:
         """See `ChunkStore.close`; what `put_soon` took is written first."""
         self._later.close()
-        try:
-            if self.policy != "read_only":
-                self.space.flush_uses()
-        except StoreError:
-            logger.debug("the last uses of chunk caches were not noted", exc_info=True)
+        if self.policy != "read_only":
+            try:
+                self._save_counts()
+            except StoreError:
+                logger.debug("the last uses of chunk caches were not noted", exc_info=True)
         self.catalog.close()
 
     def drop_from_memory(self, keys: Iterable[str]) -> None:
@@ -295,10 +294,12 @@ class DiskStore(ChunkStore):
 
     def _use(self, key: str) -> None:
         if self.policy != "read_only" and self.space.use(key):
-            self._later.run(self.space.flush_uses)
+            self._later.run(self._save_counts)
 
-    def _entries_after(self, fingerprint: str, row_id: int) -> Iterator[tuple[str, TextEntry]]:
-        found = self.catalog.entries(fingerprint, after_id=row_id)
-        if found:
-            self._seen[fingerprint] = found[-1][0]
-        return iter([(key, entry) for _, key, entry in found])
+    def _save_counts(self) -> None:
+        self.space.flush_uses()
+        self._counters.save(partial(add_counts, self.catalog), failed_writes=self.failures.caches)
+
+    def _entries_after(self, fingerprint: str, row_id: int) -> EntryColumns:
+        found, self._seen[fingerprint] = self.catalog.entries(fingerprint, after_id=row_id)
+        return found

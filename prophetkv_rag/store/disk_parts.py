@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,13 +15,17 @@ from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.store.base import Policy
 from prophetkv_rag.store.blob_files import BlobFiles
 from prophetkv_rag.store.catalog import Catalog, CorruptCatalogError, set_aside
-from prophetkv_rag.store.files import DirectoryLock
+from prophetkv_rag.store.failures import Failures
+from prophetkv_rag.store.files import DirectoryLock, make_private_directory
 from prophetkv_rag.store.key_mark import claim
 from prophetkv_rag.store.ram import has_ids
 from prophetkv_rag.store.ranking import Eviction
 from prophetkv_rag.store.rebuild import rebuild, sweep
 
 logger = logging.getLogger(__name__)
+
+MAX_LOGGED = 20
+"""Bad blobs that are named in the log; a disk that dies has thousands."""
 
 MAX_WAITING_BYTES = 256 << 20
 """Computed caches that may wait for the disk while queries go on; what comes when they are more is not stored."""
@@ -38,11 +43,26 @@ def check_settings(*, max_bytes: int | None, policy: str, eviction: str) -> None
 
 
 def open_catalog(directory: Path, files: BlobFiles, lock: DirectoryLock, *, read_only: bool) -> Catalog:
-    """Open the catalog; one that is damaged or gone is made again from the blobs.
+    """Make what is missing of a directory and open its catalog; one that is damaged is made again from the blobs.
 
     Raises:
-        StoreError, OSError: If it cannot be used.
+        StoreError: If the directory cannot be used.
     """
+    try:
+        if not read_only:
+            for part in (directory, directory / "leases"):
+                make_private_directory(part)
+            files.make_directories()
+        return _open_catalog(directory, files, lock, read_only=read_only)
+    except OSError as error:
+        msg = (
+            f"cannot use {directory} for chunk caches: {error}; give a directory that can be written to, or open it "
+            "with policy='read_only'"
+        )
+        raise StoreError(msg) from error
+
+
+def _open_catalog(directory: Path, files: BlobFiles, lock: DirectoryLock, *, read_only: bool) -> Catalog:
     path = directory / "catalog.sqlite"
     claim(directory, files, lock, read_only=read_only)
     if read_only:
@@ -68,42 +88,57 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._hits = self._misses = self._corrupt = 0
+        self._save_lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._saved: Counter[str] = Counter()
         self._logged: set[str] = set()
 
-    def add(self, *, hits: int = 0, misses: int = 0) -> None:
-        """Count."""
+    def add(self, **counts: int) -> None:
+        """Count; by the names of `StoreStats`."""
         with self._lock:
-            self._hits += hits
-            self._misses += misses
+            self._counts.update(counts)
 
     def add_corrupt(self, key: str) -> bool:
-        """Count a bad blob; returns whether it is this key's first."""
+        """Count a bad blob; returns whether it is to be logged: each key once, and not without end."""
         with self._lock:
-            self._corrupt += 1
-            is_new = key not in self._logged
+            self._counts["corrupt"] += 1
+            if key in self._logged or len(self._logged) > MAX_LOGGED:
+                return False
             self._logged.add(key)
-            return is_new
+            is_last = len(self._logged) > MAX_LOGGED
+        if is_last:
+            logger.warning(
+                "more chunk caches cannot be used: from now on they are counted (`cache verify`), not logged"
+            )
+        return not is_last
 
-    def values(self) -> tuple[int, int, int]:
-        """Return hits, misses and bad blobs."""
+    def values(self) -> dict[str, int]:
+        """Return what has been counted."""
         with self._lock:
-            return self._hits, self._misses, self._corrupt
+            return dict(self._counts)
+
+    def save(self, write: Callable[[dict[str, int]], None], **counts: int) -> None:
+        """Call `write` with what has been counted since the last time, and with other `counts` kept elsewhere."""
+        with self._save_lock:  # not the other one: no query waits for what `write` may wait for
+            with self._lock:
+                now = self._counts | Counter(counts)
+            write({name: count - self._saved[name] for name, count in now.items() if count != self._saved[name]})
+            self._saved = now
 
 
 class Later:
     """Writes caches in a thread of its own, so that no query waits for the disk. What waits can be read already.
 
-    A failure is logged once: what could not be written is computed again when it is next needed.
+    What could not be written is computed again when it is next needed.
     """
 
-    def __init__(self, put: Callable[[str, ChunkCache, str], None]) -> None:
-        """`put` is called in the thread with key, cache and fingerprint."""
+    def __init__(self, put: Callable[[str, ChunkCache, str], None], failures: Failures) -> None:
+        """`put` is called in the thread with key, cache and fingerprint; `failures` is told what fails."""
         self._put = put
+        self._failures = failures
         self._lock = threading.Lock()
         self._waiting: dict[str, tuple[str, ChunkCache]] = {}
         self._nbytes = 0
-        self._has_warned = False
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prophetkv-disk")
         self._futures: set[Future[None]] = set()
 
@@ -164,6 +199,8 @@ class Later:
             return
         try:
             self._put(key, found[1], found[0])
+        except (StoreError, OSError) as error:
+            self._failures.note(error, caches=1)
         finally:
             self.drop([key])
 
@@ -171,8 +208,6 @@ class Later:
         try:
             action(*arguments)
         except (StoreError, OSError) as error:
-            if not self._has_warned:
-                self._has_warned = True
-                logger.warning("chunk caches cannot be stored, they are computed again when needed: %s", error)
+            self._failures.note(error)
         except Exception:
             logger.exception("storing chunk caches failed")

@@ -30,6 +30,18 @@ def make_private_directory(path: Path) -> None:
         pass
 
 
+def can_write(directory: Path, num_bytes: int) -> bool:
+    """Whether a file of that size can be written there now; it is written, and gone at once."""
+    try:
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+            view = memoryview(bytes(num_bytes))
+            while view:
+                view = view[file.write(view) :]
+    except OSError:
+        return False
+    return True
+
+
 def read_fully(file: FileIO | BytesIO, view: memoryview) -> int:
     """Fill `view` from where the file stands; returns how many bytes there were."""
     filled = 0

@@ -19,6 +19,11 @@ if sys.platform != "win32":
     import fcntl
 
 
+def writing(owner: str) -> str:
+    """What a collection leases while it is written to: its references are older than the records that bear them out."""
+    return f"writing {owner}"
+
+
 class Leases:
     """The leases of one store, and a look at those of all others on the directory.
 
@@ -33,7 +38,7 @@ class Leases:
 
     @contextmanager
     def hold(self, keys: Iterable[str]) -> Iterator[None]:
-        """Keep these chunks' blobs where they are while the block runs."""
+        """Keep these chunks' blobs where they are while the block runs; or the references of an owner (`writing`)."""
         keys = set(keys)
         with self._lock:
             self._held.update(keys)

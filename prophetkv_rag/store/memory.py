@@ -124,6 +124,9 @@ class MemoryStore(ChunkStore):
                 hits=self._hits,
                 misses=self._misses,
                 corrupt=self._corrupt,
+                ram_hits=self._hits,
+                ram_nbytes=sum(cache.nbytes for cache in caches),
+                failed_writes=self.failures.caches,
             )
 
     def verify(self, *, repair: bool = False) -> VerifyReport:

@@ -9,9 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store.base import TextEntry
 from prophetkv_rag.store.blob_files import BlobFiles
 from prophetkv_rag.store.catalog import Catalog, CatalogRow
+from prophetkv_rag.store.disk_parts import Counters
 from prophetkv_rag.store.files import DirectoryLock
 from prophetkv_rag.store.leases import Leases
 from prophetkv_rag.store.ranking import Ranking
@@ -34,6 +36,7 @@ class Space:
         ranking: Ranking,
         max_bytes: int | None,
         directory: Path,
+        counters: Counters,
     ) -> None:
         self._catalog = catalog
         self._files = files
@@ -41,9 +44,11 @@ class Space:
         self._ranking = ranking
         self._max_bytes = max_bytes
         self._space_lock = DirectoryLock(directory / "space.lock")
+        self._counters = counters
         self._lock = threading.Lock()
         self._uses: list[str] = []
-        self._typical = 0  # size of the blob written last
+        self.typical = 0
+        """Size in bytes of the blob written last."""
         self.on_write: Callable[[CatalogRow, bytes, bool], None] | None = None
         """Told about every blob that was to be written, and whether it was; called while no space lock is held."""
 
@@ -69,16 +74,11 @@ class Space:
             with self._catalog.transaction() as run:
                 self._ranking.record_uses(run, uses)
 
-    @property
-    def typical_bytes(self) -> int:
-        """Size of the blob written last."""
-        return self._typical
-
     def has_room(self, waiting: int = 0) -> bool:
         """Whether one more blob, and `waiting` others, all like the one written last, fit without evicting anything."""
         if self._max_bytes is None:
             return True
-        return self._catalog.nbytes() + self._typical * (1 + waiting) <= self._max_bytes
+        return self._catalog.nbytes() + self.typical * (1 + waiting) <= self._max_bytes
 
     def write(self, row: CatalogRow, entry: TextEntry | None, data: bytes, *, is_used: bool) -> bool:
         """Write a blob if there is room, or can be made; returns whether. Either way the catalog knows the chunk.
@@ -95,7 +95,7 @@ class Space:
         return is_kept
 
     def _write(self, row: CatalogRow, entry: TextEntry | None, data: bytes, *, is_used: bool) -> bool:
-        self._typical = len(data)
+        self.typical = len(data)
         limited: AbstractContextManager[None] = nullcontext()
         if self._max_bytes is not None:
             limited = self._space_lock.exclusive()
@@ -105,7 +105,11 @@ class Space:
             mark = self._files.mark(row.key)
             try:
                 self._files.write(row.key, data)
-                self.note_written(row, entry, len(data), is_used=is_used)
+                try:
+                    self.note_written(row, entry, len(data), is_used=is_used)
+                except StoreError:  # a blob that the catalog does not count would not be within the limit
+                    self._files.remove([row.key])
+                    raise
             finally:
                 mark.unlink(missing_ok=True)
         return True
@@ -117,7 +121,10 @@ class Space:
             self._ranking.put_in(run, row.key, is_used=is_used)
 
     def _make_room(self, row: CatalogRow, entry: TextEntry | None, nbytes: int, max_bytes: int) -> bool:
-        self._catalog.upsert(replace(row, nbytes=0), entry)
+        with self._catalog.transaction():
+            self._catalog.upsert(replace(row, nbytes=0), entry)
+            if not self._files.path(row.key).exists():  # a blob that somebody has removed takes no room
+                self._catalog.mark_lost([row.key])
         if nbytes > max_bytes:
             return False
         self.flush_uses()
@@ -135,4 +142,5 @@ class Space:
                 return False
             self._files.remove(victims)
             self._catalog.mark_lost(victims)
+        self._counters.add(evictions=len(victims))
         return True

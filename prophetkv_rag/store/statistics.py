@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prophetkv_rag.store.catalog import Catalog
     from prophetkv_rag.store.disk import DiskStore
+
+COUNTS = ("hits", "ram_hits", "misses", "corrupt", "evictions", "failed_writes")
+"""What is counted, by the names of `StoreStats`."""
+_COUNT = "count "  # begins the names of such rows in `state`
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,22 @@ def usage(store: DiskStore) -> list[Usage]:
             GROUP BY 1, c.fingerprint ORDER BY 7 DESC, 1"""
         ).fetchall()
     return [_usage(*row) for row in rows]
+
+
+def add_counts(catalog: Catalog, counts: Mapping[str, int]) -> None:
+    """Add to the totals of everything that was ever counted on this directory; by the names of `StoreStats`."""
+    with catalog.transaction() as run:
+        run.executemany(
+            "INSERT INTO state VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
+            [(_COUNT + name, count) for name, count in counts.items()],
+        )
+
+
+def all_counts(catalog: Catalog) -> dict[str, int]:
+    """Return the totals of what all processes counted on this directory; a running one adds its own every 64 uses."""
+    with catalog.transaction(is_write=False) as run:
+        found = dict(run.execute("SELECT name, value FROM state WHERE name GLOB ?", (_COUNT + "*",)))
+    return {name: int(found.get(_COUNT + name, 0)) for name in COUNTS}
 
 
 def _usage(*row: Any) -> Usage:

@@ -156,13 +156,13 @@ class TieredStore(DiskStore):
             return True
         if self.policy != "eager" or self.remote.uploads is None or self.remote.writes.is_open:
             return False
-        if self.files.locked_by is not None:
+        if self.files.locked_by is not None or self.failures.is_failing:
             return False
         if self.remote.max_bytes is None:
             return True
         _, ours, others, _ = self.remote.records.totals()
         coming = len(self.remote.uploads) + waiting + 1
-        return ours + others + self.space.typical_bytes * coming <= self.remote.max_bytes
+        return ours + others + self.space.typical * coming <= self.remote.max_bytes
 
     def expect(self, keys: Iterable[str], *, fingerprint: str) -> None:
         """See `ChunkStore.expect`: what is neither in RAM nor on disk is read, all of it at once."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prophetkv_rag.errors import BlobError
 from prophetkv_rag.store.base import VerifyReport
-from prophetkv_rag.store.catalog import UNKNOWN_OWNER, CatalogRow
+from prophetkv_rag.store.catalog import CatalogRow
 from prophetkv_rag.store.key_mark import must_be_unlocked, write_mark
+from prophetkv_rag.store.leases import writing
 from prophetkv_rag.store.rebuild import rebuild, sweep
 from prophetkv_rag.store.remote_records import doom_whole
 from prophetkv_rag.store.remote_upkeep import (
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 GRACE_S = 3600.0
 """Default age before what nobody refers to is collected: longer than any write of a chunk and its record takes."""
+Live = Mapping[str, Collection[str]] | Callable[[], Mapping[str, Collection[str]]]
+"""Owner -> keys that its records carry."""
 _SLICE = 200  # chunks handled while others wait
 _CLOCK_SLACK_S = 60.0
 
@@ -103,16 +106,17 @@ def verify(store: DiskStore, *, repair: bool = False) -> VerifyReport:
     )
 
 
-def gc(store: DiskStore, live: Mapping[str, Collection[str]] | None = None, *, grace_s: float = GRACE_S) -> GcReport:
+def gc(store: DiskStore, live: Live | None = None, *, grace_s: float = GRACE_S) -> GcReport:
     """Collect what belongs to nothing: files that a crash left, and chunks that nobody refers to.
 
     Others go on meanwhile: they wait for a few chunks' deletion at most. What a query is loading is left alone.
 
     Args:
         store: Opened for writing.
-        live: For every owner that there is, the keys its records carry (see `chroma_store.live_references`). References
-            of other owners, and to other keys, are dropped first; `"engine"` is nobody's collection and is left alone.
-            `None` to believe the references as they are.
+        live: For every owner that there is, the keys its records carry, or a function that reads that now (see
+            `chroma_store.live_references`). References of other owners, and to other keys, are dropped first, but not
+            those of `"engine"` and of owners with a colon in their name, which are no collections. `None` to believe
+            the references as they are. With a function, what is being written is left alone whatever the clock says.
         grace_s: What was noted less long ago is left alone, as its record may be being written.
     """
     orphans = freed = 0
@@ -197,20 +201,31 @@ def _restamp(store: DiskStore) -> None:
             run.execute(f"UPDATE {table} SET noted_at = ? WHERE noted_at > ?", (now, now + _CLOCK_SLACK_S))
 
 
-def _drop_stale(store: DiskStore, live: Mapping[str, Collection[str]], before: float) -> int:
+def _drop_stale(store: DiskStore, live: Live, before: float) -> int:
     """Drop references that no record bears out; the chunks stay, for the next step to collect.
 
-    Chunks that were found without a catalog get their owners back.
+    Records get references that were lost: with the catalog, or to a disk that was full when they were written.
     """
-    wanted = {owner: set(keys) for owner, keys in live.items()}
-    with store.catalog.transaction() as run:
+    # In this order: whoever wrote one of these references still writes, or has written the record that is read next.
+    with store.catalog.transaction(is_write=False) as run:
         found = list(run.execute("SELECT owner, key FROM refs WHERE noted_at <= ?", (before,)))
-        lost = {key for owner, key in found if owner == UNKNOWN_OWNER}
+    leased = store.leases.held()
+    wanted = {owner: set(keys) for owner, keys in (live() if callable(live) else live).items()}
+    stale = [
+        (owner, key)
+        for owner, key in found
+        if key not in wanted.get(owner, ()) and _is_collection(owner) and writing(owner) not in leased
+    ]
+    with store.catalog.transaction() as run:
+        known = {key for (key,) in run.execute("SELECT key FROM chunks")}
         for owner, keys in wanted.items():
-            store.catalog.add_references(owner, keys & lost)
-        stale = [(owner, key) for owner, key in found if owner != "engine" and key not in wanted.get(owner, ())]
+            store.catalog.add_references(owner, (keys & known).difference(store.catalog.references(owner)))
         run.executemany("DELETE FROM refs WHERE owner = ? AND key = ?", stale)
     return len(stale)
+
+
+def _is_collection(owner: str) -> bool:
+    return owner != "engine" and ":" not in owner
 
 
 def _unreferenced(store: DiskStore, before: float) -> list[str]:

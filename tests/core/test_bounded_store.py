@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sqlite3
 import subprocess
 import sys
@@ -132,6 +133,29 @@ def test_what_costs_more_to_compute_per_byte_stays(tmp_path: Path) -> None:
     use(store, 3)
     assert held(store, range(9)) == [1, 3]
     store.close()
+
+
+@pytest.mark.parametrize("eviction", ["value", "lru"])
+def test_a_clock_that_jumps_about_changes_nothing_that_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eviction: Any
+) -> None:
+    kept = []
+    for name, hours in (("steady", 0), ("jumping", 30)):
+        real, generator = time.time, random.Random(3)
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: real() + generator.uniform(-hours, hours) * 3600)  # noqa: B023
+            store = open_store(tmp_path / name, 4, eviction=eviction)
+            for number in range(60):
+                use(store, (number * 5) % 7, (number * number) % 11)
+                if number == 30:
+                    store.close()
+                    store = open_store(tmp_path / name, 4, eviction=eviction)
+                with store.lease([key_of(1)]):
+                    assert store.leases.held() == {key_of(1)}
+            with store.catalog.transaction() as run:
+                kept.append(run.execute("SELECT key, nbytes > 0, uses, rank FROM chunks ORDER BY id").fetchall())
+            store.close()
+    assert kept[0] == kept[1]
 
 
 def test_history_survives_eviction_and_reopening(tmp_path: Path) -> None:

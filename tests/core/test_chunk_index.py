@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import threading
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from prophetkv_rag import chunk_index as module
 from prophetkv_rag.chunk_index import ChunkIndex, Match, text_entry
+from prophetkv_rag.store.base import EntryColumns
 
 
 def key_of(text: str) -> str:
@@ -76,7 +78,45 @@ def test_removed_texts_are_not_found_and_all_others_still_are(case: tuple[list[s
     for text in left:
         index.remove(key_of(text))
     assert len(index) == 0
-    assert not any(index._lengths.values())
+    assert not any(index._anchors.values())
+
+
+@settings(max_examples=300, deadline=None)
+@given(prompts(), st.data())
+def test_loading_many_at_once_is_adding_them_one_by_one(case: tuple[list[str], str], data: st.DataObject) -> None:
+    """Also with texts that begin alike, that are there twice, that share a key, and with some known before."""
+    texts, prompt = case
+    pairs = [(key_of(text), entry) for text in texts if (entry := text_entry(text)) is not None]
+    if pairs and data.draw(st.booleans()):
+        pairs = list(dict(pairs).items())  # as a catalog has them; otherwise a text may come twice
+    if len(pairs) > 1 and data.draw(st.booleans()):
+        pairs.append((pairs[0][0], pairs[1][1]))
+    first = data.draw(st.integers(0, len(pairs)) | st.just(0))
+    loaded, added = ChunkIndex(), ChunkIndex()
+    for key, entry in pairs[:first]:
+        loaded.add(key, entry)
+    loaded.load(EntryColumns.of(pairs[first:]))
+    for key, entry in pairs:
+        added.add(key, entry)
+    assert loaded.find(prompt) == added.find(prompt)
+    for key, _ in data.draw(st.permutations(pairs)):
+        loaded.remove(key)
+        added.remove(key)
+        assert (len(loaded), loaded.find(prompt)) == (len(added), added.find(prompt))
+    assert not any(loaded._anchors.values())
+    assert not any((loaded._begins, loaded._sizes, loaded._digests))
+
+
+def test_loading_makes_no_container_for_every_text() -> None:
+    """The garbage collector looks at containers: of 2,000 texts that begin differently there are none."""
+    texts = [f"{number:04}: a text that begins as no other text here does" for number in range(2000)]
+    pairs = [(key_of(text), entry) for text in texts if (entry := text_entry(text)) is not None]
+    index, columns = ChunkIndex(), EntryColumns.of(pairs)
+    gc.collect()
+    before = len(gc.get_objects())
+    index.load(columns)
+    assert len(gc.get_objects()) - before < 100
+    assert [match.key for match in index.find("\n".join(texts))] == [key for key, _ in pairs]
 
 
 def test_the_stripped_text_is_what_counts() -> None:
@@ -169,7 +209,7 @@ def test_a_prompt_made_to_be_slow_is_given_up_and_said(
     assert "gave up" in caplog.text
 
 
-class Guarded(dict[bytes, tuple[str, int, int]]):
+class Guarded(dict[bytes, str]):
     """A table that may only be touched under the lock; threads alone show a missing one too rarely."""
 
     def __init__(self, index: ChunkIndex) -> None:
@@ -235,4 +275,4 @@ def test_threads_may_add_remove_and_find_at_once() -> None:
     assert errors == []
     assert [match.key for match in index.find(prompt)] == [key_of(kept)]
     index.remove(key_of(kept))
-    assert not any(index._lengths.values())
+    assert not any(index._anchors.values())

@@ -414,14 +414,23 @@ def test_text_of_a_chunk_stored_by_its_ids_survives_a_restart(tmp_path):
     assert [chunk.status for chunk in second.prefill(chat(CHUNKS[0])).report.chunks] == ["hit"]
 
 
-def test_store_that_cannot_be_written_at_index_time_says_so(engine, monkeypatch):
+def test_store_that_cannot_be_written_at_index_time_costs_one_warning(engine, monkeypatch, caplog):
     def refuse(*args, **kwargs):
         raise StoreError("no space left")
 
+    texts = ["A text that is not stored yet.", "Another text that is not stored yet."]
     monkeypatch.setattr(engine.store, "put", refuse)
-    with pytest.raises(StoreError, match="no space left"):
-        engine.add_chunks(["A text that is not stored yet."])
-    assert engine.prefill(chat("A text that is not stored yet.")).report.chunks == []
+    with caplog.at_level(logging.WARNING):
+        keys = engine.add_chunks(texts)
+        result = engine.prefill(chat(*texts))
+    assert [(chunk.key, chunk.status) for chunk in result.report.chunks] == [(key, "miss") for key in keys]
+    assert len(caplog.records) == 1
+    assert "no space left" in caplog.text
+    assert engine.store.stats().failed_writes == 4  # the question's two as well
+    monkeypatch.undo()
+    assert engine.add_chunks(texts) == keys
+    assert [chunk.status for chunk in engine.prefill(chat(*texts)).report.chunks] == ["hit", "hit"]
+    assert engine.remove_chunks(keys) == keys
 
 
 def test_copies_share_the_model_and_pickles_are_refused(engine):
@@ -440,4 +449,4 @@ def test_store_that_cannot_be_written_at_query_time_does_not_fail_the_query(engi
     with caplog.at_level(logging.WARNING):
         result = engine.prefill(chat(*CHUNKS))
     torch.testing.assert_close(result.logits, expected.logits, atol=1e-4, rtol=1e-4)
-    assert "could not be stored" in caplog.text
+    assert "cannot be stored" in caplog.text

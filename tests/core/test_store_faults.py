@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import chromadb
 import pytest
 import torch
 
-from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
+from prophetkv_rag import ProphetKVConfig, ProphetKVEngine, StoreError
+from prophetkv_rag.chroma import KVCachingCollection
 from prophetkv_rag.store.disk import DiskStore
 from prophetkv_rag.store.upkeep import gc
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
@@ -31,6 +37,19 @@ def engine_on(store: DiskStore | None) -> ProphetKVEngine:
 CLEAN = engine_on(None)
 KEYS = CLEAN.add_chunks(TEXTS)
 WANTED = CLEAN.prefill(PROMPT).logits
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Root may write anywhere; the process is another user's while this lasts."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def assert_same_answer(engine: ProphetKVEngine) -> list[str]:
@@ -93,6 +112,14 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 for _ in range(3):
     assert assert_same_answer(engine) == ["miss"] * 4
 assert len(records) == 1, records
+assert store.stats().failed_writes == 12
+second = engine_on(store)
+second.chunk_index.remove(KEYS[0])
+store.policy = "eager"
+assert second.add_chunks(TEXTS) == KEYS  # indexing meets the same disk
+assert assert_same_answer(second) == ["miss"] * 4
+assert len(records) == 1, records
+assert store.stats().failed_writes == 20
 store.close()
 print("same answers, one warning:", records[0][:60])
 """
@@ -112,7 +139,40 @@ def test_a_full_disk_costs_one_warning_and_no_answer(tmp_path: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("jump", [-10 * 365 * 86400.0, 10 * 365 * 86400.0], ids=["back", "forward"])
+@pytest.mark.skipif(sys.platform == "win32", reason="no such permissions")
+def test_a_directory_that_becomes_read_only_costs_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with tempfile.TemporaryDirectory() as name, caplog.at_level(logging.WARNING):
+        directory = Path(name) / "store"
+        store = DiskStore(directory, 0)
+        engine = engine_on(store)
+        engine.add_chunks(TEXTS[:2], owner="a")
+        folders = [path for path in (Path(name), directory, *directory.rglob("*")) if path.is_dir()]
+        for path in [*folders, *directory.rglob("*")]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        with unprivileged():
+            assert engine.add_chunks(TEXTS, owner="a") == KEYS
+            assert assert_same_answer(engine) == ["hit", "hit", "miss", "miss"]
+            assert assert_same_answer(engine) == ["hit", "hit", "miss", "miss"]
+            assert store.stats().failed_writes >= 2
+            with pytest.raises((StoreError, OSError)):
+                engine.remove_chunks(KEYS[:1], owner="a")  # what is said to be deleted is deleted
+        assert len(caplog.records) == 1, caplog.text
+        for path in folders:
+            path.chmod(0o755)
+        for path in directory.rglob("*"):
+            path.chmod(0o755)
+        engine.add_chunks(TEXTS, owner="a")
+        assert assert_same_answer(engine) == ["hit"] * 4
+        assert store.verify().num_faults == 0
+        assert set(store.references("a")) == set(KEYS)
+        store.close()
+
+
+@pytest.mark.parametrize(
+    "jump",
+    [-10 * 365 * 86400.0, 10 * 365 * 86400.0, -5 * 3600.0, 5 * 3600.0],
+    ids=["back", "forward", "hours back", "hours forward"],
+)
 def test_a_clock_that_jumps_loses_nothing_and_stops_no_collection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
@@ -143,6 +203,56 @@ def test_gc_spares_what_is_being_indexed(tmp_path: Path) -> None:
     assert (report.stale_references, report.unreferenced) == (3, 3)
     assert [key in store for key in KEYS] == [True, False, False, False]
     assert gc(store, {}, grace_s=-1).unreferenced == 1, "a collection that is gone refers to nothing"
+    store.close()
+
+
+@pytest.mark.parametrize("policy", ["eager", "on_first_use"])
+def test_a_clock_put_forward_while_indexing_takes_nothing_from_under_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: Any
+) -> None:
+    """`gc` sees references hours old, by its clock, whose records are just being written: by another process, say."""
+    writer, collector = DiskStore(tmp_path, 0, policy=policy), DiskStore(tmp_path, 0)
+    engine = engine_on(writer)
+    client = chromadb.EphemeralClient()
+    plain = client.get_or_create_collection(f"jump-{tmp_path.name[:40]}-{policy}", embedding_function=None)
+    collection = KVCachingCollection(plain, engine)
+    collection.add(ids=["0"], documents=TEXTS[:1], embeddings=[[1.0, 0.0]])
+    real, reports = time.time, []
+
+    def add(**columns: Any) -> None:
+        monkeypatch.setattr(time, "time", lambda: real() + 5 * 3600)
+        reports.append(gc(collector, lambda: {str(plain.id): {KEYS[0]}}))  # before the record is there ...
+        type(plain).add(plain, **columns)
+        reports.append(gc(collector, lambda: {str(plain.id): {KEYS[0]}}))  # ... and read just before it was
+
+    monkeypatch.setattr(plain, "add", add, raising=False)
+    collection.add(ids=["1", "2"], documents=TEXTS[1:3], embeddings=[[1.0, 0.0], [0.0, 1.0]])
+    assert [report.stale_references + report.unreferenced for report in reports] == [0, 0]
+    assert set(writer.references(collection.owner)) == set(KEYS[:3])
+    assert all(writer.knows(key) for key in KEYS[:3])
+    late = gc(collector, lambda: {str(plain.id): set(KEYS[:2])})
+    assert (late.stale_references, late.unreferenced) == (1, 1), "nobody is writing any more"
+    writer.close()
+    collector.close()
+
+
+def test_gc_leaves_alone_what_belongs_to_no_collection(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path, 0)
+    engine = engine_on(store)
+    for text, owner in zip(TEXTS, ("http:default", "engine", "a", "b"), strict=True):
+        engine.add_chunks([text], owner=owner)
+    assert gc(store, {"a": {KEYS[2]}}, grace_s=-1).unreferenced == 1
+    assert [key in store for key in KEYS] == [True, True, True, False]
+    store.close()
+
+
+def test_gc_gives_records_back_the_references_that_a_full_disk_lost(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path, 0)
+    engine_on(store).add_chunks(TEXTS, owner="a")
+    with store.catalog.transaction() as run:
+        run.execute("DELETE FROM refs WHERE key != ?", (KEYS[0],))
+    assert gc(store, {"a": set(KEYS[:3])}, grace_s=-1).unreferenced == 1
+    assert set(store.references("a")) == set(KEYS[:3])
     store.close()
 
 

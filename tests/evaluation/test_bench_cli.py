@@ -156,3 +156,15 @@ def test_loading_is_timed_for_every_format_and_way(model, capsys):
     status, printed, error = run(capsys, "bench", "load", "--format", "zip")
     assert (status, printed) == (2, "")
     assert "allowed: exact" in error
+
+
+def test_a_large_catalog(capsys):
+    status, printed, _ = run(capsys, "bench", "store", "--entries", 300, "--json")
+    assert status == 0
+    report = json.loads(printed)
+    assert (report["entries"], report["rounds"], report["prompt_chunks"]) == (300, 5, 40)
+    times = ("store_ms", "open_ms", "open_cpu_ms", "find_ms", "look_up_us", "add_us", "new_entries_us")
+    assert all(report[name] > 0 for name in times)
+    status, printed, _ = run(capsys, "bench", "store", "--entries", 10)
+    assert status == 0
+    assert "10 chunks: opened in" in printed

@@ -25,13 +25,13 @@ class Encoded:
 
     def __init__(self, engine: ProphetKVEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        real = engine.library._put
+        real = engine.library._writer.put
 
-        def put(*args: Any) -> None:
+        def put(*args: Any) -> bool:
             self.count += 1
-            real(*args)
+            return real(*args)
 
-        monkeypatch.setattr(engine.library, "_put", put)
+        monkeypatch.setattr(engine.library._writer, "put", put)
 
     def since(self) -> int:
         count, self.count = self.count, 0

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from prophetkv_rag import ProphetKVEngine
+from prophetkv_rag.store.disk import DiskStore
 from tests.server.running import CHUNKS, Running, make_engine, running
-from tests.tiny import text_of
+from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture
@@ -133,12 +137,7 @@ def test_metrics(server: Running, client: httpx.Client) -> None:
         got.read()
     client.post("/v1/chat/completions", json=server.body(model="other"))
     client.post("/v1/chat/completions", json=server.body(text_of(2500)))
-    text = client.get("/metrics").text
-    found = {
-        (sample.name, *sample.labels.values()): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
+    found = values(client)
     assert found["prophetkv_requests_total", "length"] == 3
     assert found["prophetkv_requests_total", "model_not_found"] == 1
     assert found["prophetkv_requests_total", "context_length_exceeded"] == 1
@@ -156,6 +155,63 @@ def test_metrics(server: Running, client: httpx.Client) -> None:
     assert found["prophetkv_cache_bytes",] == stats.nbytes > 0
     assert found["prophetkv_cache_chunks",] == stats.chunks
     assert found["prophetkv_queue_length", "chat"] == found["prophetkv_running", "chat"] == 0
+
+
+def values(client: httpx.Client) -> dict[tuple[str, ...], float]:
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(client.get("/metrics").text)
+        for sample in family.samples
+    }
+
+
+def test_the_store_s_own_figures(tmp_path: Path) -> None:
+    """By tier: what was found where, computed again and why, evicted, and what could not be written."""
+    store = DiskStore(tmp_path, ram_bytes=1 << 20, max_bytes=200_000)
+    engine = ProphetKVEngine(tiny_llama(initializer_range=0.3), tiny_tokenizer(), store=store)
+    engine.end_tokens = frozenset()
+    with running(engine) as server, server.client() as client:
+        keys = put(client, *CHUNKS[:3])
+        server.ask_about(*CHUNKS[:3])
+        store.drop_from_memory(keys[:2])
+        server.ask_about(CHUNKS[0])
+        store.drop_from_memory(keys)
+        store.files.path(keys[1]).write_bytes(b"no blob")
+        store.files.path(keys[2]).unlink()
+        server.ask_about(*CHUNKS[1:3])
+        store.flush()
+        found = values(client)
+        lookups = [found["prophetkv_store_lookups_total", kind] for kind in ("ram", "disk", "miss", "corrupt")]
+        assert lookups == [3, 1, 1, 1]
+        stats = store.stats()
+        assert found["prophetkv_tier_bytes", "disk"] == stats.nbytes == on_disk(tmp_path) > 0
+        assert found["prophetkv_tier_bytes", "ram"] == stats.ram_nbytes > 0
+        assert found["prophetkv_cache_limit_bytes",] == 200_000
+        assert found["prophetkv_store_evictions_total",] == found["prophetkv_store_failed_writes_total",] == 0
+        for number in range(8):
+            long = text_of(60, seed=number)
+            keys = put(client, long)
+            for _ in range(3):
+                store.drop_from_memory(keys)
+                server.ask_about(long)
+                store.flush()
+        assert values(client)["prophetkv_store_evictions_total",] == store.stats().evictions > 0
+        shutil.rmtree(tmp_path / "blobs")
+        shutil.rmtree(tmp_path / "incoming")
+        store.drop_from_memory(keys)
+        server.ask_about(long)
+        store.flush()
+        found = values(client)
+        assert found["prophetkv_store_failed_writes_total",] == 1
+        assert found["prophetkv_store_up",] == 1
+        store.catalog.close()
+        found = values(client)
+        assert found["prophetkv_store_up",] == 0, "the other figures do not fail with it"
+        assert ("prophetkv_running", "chat") in found
+
+
+def on_disk(directory: Path) -> int:
+    return sum(path.stat().st_size for path in (directory / "blobs").rglob("*.safetensors"))
 
 
 def test_two_applications_have_metrics_of_their_own(server: Running) -> None:
