@@ -80,7 +80,6 @@ class TwoRounds(Strategy):
     joined: bool = False
     is_free: bool = False
     first_share: float = 0.5
-    kept: float = 1.0
 
     def select(self, context: QueryContext) -> Selection:
         """Spend half of what is left when the second asking is paid, look again, spend the rest."""
@@ -98,10 +97,7 @@ class TwoRounds(Strategy):
         context.row_layers += (first.shape[0] + (0 if self.is_free else asking.shape[0])) * num_layers
         left = context.eligible.clone()
         left[first] = False
-        second = top_positions(fresher, left, count - first.shape[0])
-        would = top_positions(scores, left, count - first.shape[0])
-        self.kept = float(torch.isin(second, would).float().mean())
-        return Selection(second)
+        return Selection(top_positions(fresher, left, count - first.shape[0]))
 
 
 @dataclass
@@ -146,8 +142,9 @@ class Weighted(Strategy):
     weights: torch.Tensor
 
     def select(self, context: QueryContext) -> Selection:
-        """As `prophetkv`, by the weighted masses."""
-        scores = torch.einsum("lh,lhn->n", self.weights, stage_one(context))
+        """As `prophetkv`, by the weighted masses, which are kept."""
+        self.mass = stage_one(context)
+        scores = torch.einsum("lh,lhn->n", self.weights, self.mass)
         return Selection(top_positions(scores, context.eligible, context.budget))
 
 

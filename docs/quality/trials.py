@@ -1,11 +1,12 @@
 """Recipes beyond `prophetkv`, tried at the same charged budget; prints the tables that docs/quality.md quotes.
 
-    python docs/quality/trials.py WORK --data hotpotqa.dev.jsonl.gz --data nq10.dev.jsonl.gz --rows 3 [--model DIR]
+    python docs/quality/trials.py WORK --data hotpotqa.dev.jsonl.gz --data nq10.dev.jsonl.gz [--model DIR]
+    python docs/quality/trials.py WORK --data ... --known docs/quality/smollm2.jsonl.gz  # trial d
 
 All arms run on caches of one encoding (`--encoding`, `prompt+corpus` by default) and are charged what `prophetkv` is
 charged at the same ratio, its stage I included, unless an arm's name says otherwise. KL is that of `bench quality`:
 teacher-forced over full prefill's own greedy answer. Every prompt's full prefill and every arm are kept in WORK, so an
-interrupted run goes on, and `--report` prints the tables of what is there.
+interrupted run goes on, and `--prompts 0` prints the tables of what is there.
 
 a. Two rounds: half the tokens by stage I, recomputed; the suffix (or its last 8 tokens) asks again over the fresher
    cache; then the rest. "joined": the first round's tokens ask too, with half the say.
@@ -14,23 +15,25 @@ c. Stage I's layers or heads weighted. The weights (nonnegative, summing to 1) m
    the weighted attention: what a token's stale values do to the question, its attention under full prefill times the
    distance of its stale value from full prefill's. They are fitted on the other tasks' prompts. "oracle" arms rank by
    the target, or by full prefill's attention, themselves: what any weighting could reach.
-d. What is known after stage I, or after recomputing, against KL: rank correlation over the prompts, and the rule
-   "half the prompts get r1, the others r2" against a flat ratio of the same mean.
+d. What is known before the answer (stage I's scores; the next token's distribution under plain reuse, and how far 10%
+   move it) against the KL of a finished `bench quality` run on the same prompts: rank correlations, and the rule
+   "the calmer half of the prompts gets 0%, the other 20%" against a flat 10%.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from trial_recipes import FirstLayersFull, Known, Peek, TwoRounds, Weighted, stage_one
-from trial_tables import BASE, FLAT, RATIOS, adaptive, compared
+from trial_tables import BASE, RATIOS, adaptive, compared
 
 from prophetkv_rag import ProphetKVEngine
 from prophetkv_rag.attention import RowsLayer
@@ -40,18 +43,20 @@ from prophetkv_rag.evaluation.quality import Engines
 from prophetkv_rag.evaluation.tasks.example import TaskExample
 from prophetkv_rag.evaluation.tasks.loading import load_examples
 from prophetkv_rag.evaluation.tasks.prompting import task_prompt
+from prophetkv_rag.prompt import Prompt
 from prophetkv_rag.selection import Strategy, make_strategy
 
 TASKS = ("ruler_vt", "ruler_niah_multikey_1", "ruler_niah_multiquery", "ruler_cwe")
+ALL_TASKS = (*TASKS, "ruler_niah_single_2", "ruler_niah_multivalue")
 LENGTH, CHUNK_TOKENS, ANSWER_TOKENS = 1152, 128, 24
 
 
 class Trials:
     """The prompts of one model and encoding, and what was measured of them."""
 
-    def __init__(self, work: Path, engines: Engines, encoding: str) -> None:
-        """Open (or make) the folder of results."""
-        self.work, self.engines, self.encoding = work, engines, encoding
+    def __init__(self, work: Path, engines: Engines, encoding: str, wanted: Sequence[str] = ("",)) -> None:
+        """Open (or make) the folder of results; only arms whose names hold one of `wanted` are measured."""
+        self.work, self.engines, self.encoding, self.wanted = work, engines, encoding, (BASE, *wanted)
         work.mkdir(parents=True, exist_ok=True)
         self.file = work / "rows.jsonl"
         self.rows: list[dict[str, Any]] = []
@@ -64,11 +69,7 @@ class Trials:
 
     def measure(self, example: TaskExample, arms: Callable[[Any, int], dict[tuple[str, float], Any]]) -> None:
         """Run the arms that this prompt lacks; `arms(kept, number of chunk tokens)` makes them."""
-        default = self.engines.default
-        suffix = f"@{self.encoding}" if self.encoding else ""
-        engine = self.engines.of(Arm(f"{BASE}{suffix}", 0.2), example.task)
-        prompt = task_prompt(example, default.tokenizer, CHUNK_TOKENS)
-        keys = engine.add_chunks(prompt.chunks)
+        engine, prompt, keys = self.encoded(example)
         layout = engine.read(prompt)
         if not self.kept(example).exists():
             self._keep(example, engine, prompt, layout)
@@ -76,13 +77,9 @@ class Trials:
         log_probs = torch.from_numpy(kept["log_probs"]).double()
         answer = kept["answer"].tolist()
         done = {(row["arm"], row["ratio"]) for row in self.rows if (row["task"], row["id"]) == self.key(example)}
-        reuse = None
         for (name, ratio), strategy in arms(kept, layout.num_chunk_tokens).items():
-            if (name, ratio) in done:
+            if (name, ratio) in done or not any(part in name for part in self.wanted):
                 continue
-            if reuse is None:
-                first = engine.prefill(prompt, strategy="full_reuse")
-                reuse = torch.log_softmax(first.logits[0].double(), -1)
             result = engine.prefill(prompt, strategy=strategy, recompute_ratio=ratio)
             actual = _forced(engine, result, answer)
             self._add(
@@ -93,11 +90,41 @@ class Trials:
                 charged=round(result.report.charged_ratio, 5),
                 kl=float((log_probs.exp() * (log_probs - actual)).sum(-1).mean()),
                 top1=float((log_probs.argmax(-1) == actual.argmax(-1)).double().mean()),
-                shift=float((actual[0].exp() * (actual[0] - reuse)).sum()),
-                doubt=float(-(actual[0].exp() * actual[0]).sum()),
-                changed=1 - strategy.kept if isinstance(strategy, TwoRounds) else None,
             )
         engine.remove_chunks(keys)
+
+    def encoded(self, example: TaskExample) -> tuple[ProphetKVEngine, Prompt, list[str]]:
+        """Encode a prompt's chunks; returns the engine that holds them, the prompt and their keys."""
+        suffix = f"@{self.encoding}" if self.encoding else ""
+        engine = self.engines.of(Arm(f"{BASE}{suffix}", 0.2), example.task)
+        prompt = task_prompt(example, engine.tokenizer, CHUNK_TOKENS)
+        return engine, prompt, engine.add_chunks(prompt.chunks)
+
+    def look(self, example: TaskExample) -> dict[str, float]:
+        """Return what is known of a prompt before its answer."""
+        engine, prompt, keys = self.encoded(example)
+        heads = engine.model.config.get_text_config(decoder=True).num_attention_heads
+        asked = Weighted(torch.full((len(engine.support.layers), heads), 1 / heads))
+        some = torch.log_softmax(engine.prefill(prompt, strategy=asked, recompute_ratio=0.1).logits[0].double(), -1)
+        none = torch.log_softmax(engine.prefill(prompt, strategy="full_reuse").logits[0].double(), -1)
+        layout = engine.read(prompt)
+        engine.remove_chunks(keys)
+        per_layer = asked.mass.mean(1)[:, layout.is_chunk].double().numpy()
+        scores = per_layer.mean(0)
+        order, tenth = np.sort(scores)[::-1], len(scores) // 10
+        best = set(np.argsort(-scores)[:tenth])
+        return {
+            "entropy of the scores": float(-(scores * np.log(scores + 1e-12)).sum()),
+            "mass outside the top 10%": float(1 - order[:tenth].sum()),
+            "mass outside the top 20%": float(1 - order[: 2 * tenth].sum()),
+            "layers' picks outside the sum's": float(
+                1 - np.mean([len(set(np.argsort(-one)[:tenth]) & best) / tenth for one in per_layer])
+            ),
+            "next token's entropy, plain reuse": float(-(none.exp() * none).sum()),
+            "next token's entropy, 10%": float(-(some.exp() * some).sum()),
+            "next token's shift (KL), plain reuse to 10%": float((some.exp() * (some - none)).sum()),
+            "question's share of the rows": 1 - layout.suffix_start / layout.num_tokens,
+        }
 
     def key(self, example: TaskExample) -> tuple[str, str]:
         """Return what a prompt's rows are found by."""
@@ -137,7 +164,7 @@ def plain_arms(num_layers: int) -> Callable[[Any, int], dict[tuple[str, float], 
 
     def arms(kept: Any, num_tokens: int) -> dict[tuple[str, float], Strategy]:
         made: dict[tuple[str, float], Strategy] = {("full_reuse", 0.0): make_strategy("full_reuse")}
-        made |= {(BASE, ratio): make_strategy(BASE) for ratio in sorted({*RATIOS, *sum(FLAT.values(), ())})}
+        made |= {(BASE, ratio): make_strategy(BASE) for ratio in RATIOS}
         for ratio in RATIOS:
             made |= {
                 ("two rounds", ratio): TwoRounds(),
@@ -173,29 +200,26 @@ def fit(prompts: list[tuple[np.ndarray, np.ndarray]], *, steps: int = 300) -> np
     return weights
 
 
-def fitted_arms(trials: Trials, examples: list[TaskExample]) -> Callable[..., Any]:
+def fitted_arms(
+    trials: Trials, examples: list[TaskExample], task: str
+) -> Callable[[Any, int], dict[tuple[str, float], Strategy]]:
     """Return what makes the weighted arms of one task's prompts: weights fitted on all other tasks'."""
-    kept = {trials.key(example): np.load(trials.kept(example)) for example in examples}
-    shape = next(iter(kept.values()))["mass"].shape[:2]
-
-    def prompts(task: str, by_head: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for (other, _), one in kept.items():
-            if other != task:
-                mass = one["mass"].astype(np.float64)
-                target = one["target"][one["is_chunk"]].astype(np.float64)
-                yield mass.reshape(-1, mass.shape[2]) if by_head else mass.mean(1), target / target.sum()
-
-    def of_task(task: str) -> Callable[[Any, int], dict[tuple[str, float], Strategy]]:
-        layers = torch.from_numpy(fit(list(prompts(task, False)))).float()
-        heads = torch.from_numpy(fit(list(prompts(task, True)))).float().reshape(shape)
-        weights = {
-            "layers weighted": layers[:, None].expand(shape) / shape[1],
-            "heads weighted": heads,
-        }
-        made = {(name, ratio): Weighted(one) for name, one in weights.items() for ratio in RATIOS}
-        return lambda kept, num_tokens: made
-
-    return of_task
+    layers, heads = [], []
+    for example in examples:
+        if example.task != task:
+            kept = np.load(trials.kept(example))
+            mass, target = kept["mass"].astype(np.float64), kept["target"][kept["is_chunk"]].astype(np.float64)
+            layers.append((mass.mean(1), target / target.sum()))
+            heads.append((mass.reshape(-1, mass.shape[2]), target / target.sum()))
+    shape = mass.shape[:2]
+    weights = {
+        "layers weighted": torch.from_numpy(fit(layers)).float()[:, None].expand(shape) / shape[1],
+        "heads weighted": torch.from_numpy(fit(heads)).float().reshape(shape),
+    }
+    made: dict[tuple[str, float], Strategy] = {
+        (name, ratio): Weighted(one) for name, one in weights.items() for ratio in RATIOS
+    }
+    return lambda kept, num_tokens: made
 
 
 def main() -> None:
@@ -204,37 +228,68 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder of results, one per model and encoding below it")
     parser.add_argument("--data", type=Path, action="append", default=[], help="question file; repeatable")
     parser.add_argument("--task", action="append", help=f"generated task; repeatable ({', '.join(TASKS)})")
-    parser.add_argument("--rows", type=int, default=3, help="prompts per task")
+    parser.add_argument("--rows", type=int, default=12, help="prompts per task to choose from")
+    parser.add_argument("--prompts", type=int, default=12, help="how many to measure, of all tasks by turns")
+    parser.add_argument("--arm", action="append", help="only arms whose names hold this, and prophetkv; repeatable")
     parser.add_argument("--model", help="model directory; SmolLM2-135M-Instruct by default")
     parser.add_argument("--encoding", default="prompt+corpus", help="prompt, corpus, prompt+corpus or ''")
-    parser.add_argument("--report", action="store_true", help="only print the tables of what is there")
+    parser.add_argument("--known", type=Path, help="rows of a bench quality run (.jsonl.gz): trial d instead")
     given = parser.parse_args()
 
     model = given.model or str(fetch_default_model())
     work = given.work / f"{Path(model).name}-{given.encoding or 'plain'}"
     default = ProphetKVEngine.from_pretrained(model)
     examples, surroundings = load_examples(
-        given.task or TASKS,
+        given.task or (ALL_TASKS if given.known else TASKS),
         given.data,
         tokenizer=default.tokenizer,
         rows=given.rows,
         length=LENGTH,
         chunk_tokens=CHUNK_TOKENS,
     )
-    trials = Trials(work, Engines(default, surroundings), given.encoding)
-    if not given.report:
-        arms = plain_arms(len(default.support.layers))
-        for number, example in enumerate(examples):
-            trials.measure(example, arms)
-            sys.stderr.write(f"{number + 1} of {len(examples)}: {example.task}\n")
-        of_task = fitted_arms(trials, examples)
-        for task in dict.fromkeys(example.task for example in examples):
-            weighted = of_task(task)
-            for example in examples:
-                if example.task == task:
-                    trials.measure(example, weighted)
-    for line in [f"### {work.name}", "", *compared(trials.rows), "", *adaptive(work, trials.rows)]:
+    trials = Trials(work, Engines(default, surroundings), given.encoding, given.arm or ("",))
+    if given.known:
+        lines = look_at_all(trials, examples, given.known, given.prompts)
+    else:
+        measure_all(trials, examples[: given.prompts])
+        lines = compared(trials.rows)
+    for line in [f"### {work.name}", "", *lines]:
         sys.stdout.write(line + "\n")
+
+
+def measure_all(trials: Trials, examples: list[TaskExample]) -> None:
+    """Measure trials a and b, then c, whose weights need all prompts' stage I."""
+    arms = plain_arms(len(trials.engines.default.support.layers))
+    for number, example in enumerate(examples):
+        trials.measure(example, arms)
+        sys.stderr.write(f"{number + 1} of {len(examples)}: {example.task}\n")
+    tasks = dict.fromkeys(example.task for example in examples)
+    for task in tasks if len(tasks) > 1 else ():
+        weighted = fitted_arms(trials, examples, task)
+        for example in examples:
+            if example.task == task:
+                trials.measure(example, weighted)
+
+
+def look_at_all(trials: Trials, examples: list[TaskExample], known: Path, prompts: int) -> Iterator[str]:
+    """Look at the prompts that a bench run knows the KL of, as far as not done before; yields the table."""
+    kl: dict[tuple[str, str], dict[float, float]] = {}
+    for line in gzip.decompress(known.read_bytes()).decode().splitlines()[1:]:
+        row = json.loads(line)
+        if row["strategy"] in (f"full_reuse@{trials.encoding}", f"{BASE}@{trials.encoding}"):
+            kl.setdefault((row["task"], row["example_id"]), {})[row["recompute_ratio"]] = row["kl"]
+    file = trials.work / "looks.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    looks = {tuple(key): look for key, look in map(json.loads, lines)}
+    wanted = [one for one in examples if len(kl.get(trials.key(one), {})) == 3]
+    for number, example in enumerate(wanted[:prompts]):
+        key = trials.key(example)
+        if key not in looks:
+            looks[key] = trials.look(example)
+            with file.open("a") as out:
+                out.write(json.dumps([key, looks[key]]) + "\n")
+            sys.stderr.write(f"{number + 1} of {prompts}: {example.task}\n")
+    yield from adaptive([(key[0], look, kl[key]) for key, look in looks.items()])
 
 
 if __name__ == "__main__":
