@@ -14,7 +14,7 @@ b. The first n layers run for all chunk tokens; stage I asks over that cache; th
 c. Stage I's layers or heads weighted. The weights (nonnegative, summing to 1) maximise the likelihood of a target under
    the weighted attention: what a token's stale values do to the question, its attention under full prefill times the
    distance of its stale value from full prefill's. They are fitted on the other tasks' prompts. "oracle" arms rank by
-   the target, or by full prefill's attention, themselves: what any weighting could reach.
+   the target, or by full prefill's attention, themselves.
 d. What is known before the answer (stage I's scores; the next token's distribution under plain reuse, and how far 10%
    move it) against the KL of a finished `bench quality` run on the same prompts: rank correlations, and the rule
    "the calmer half of the prompts gets 0%, the other 20%" against a flat 10%.
@@ -212,9 +212,11 @@ def fitted_arms(
             layers.append((mass.mean(1), target / target.sum()))
             heads.append((mass.reshape(-1, mass.shape[2]), target / target.sum()))
     shape = mass.shape[:2]
+    half = (torch.arange(shape[0]) >= shape[0] // 2).float()
     weights = {
         "layers weighted": torch.from_numpy(fit(layers)).float()[:, None].expand(shape) / shape[1],
         "heads weighted": torch.from_numpy(fit(heads)).float().reshape(shape),
+        "layers of the second half only": half[:, None].expand(shape) / shape[1],
     }
     made: dict[tuple[str, float], Strategy] = {
         (name, ratio): Weighted(one) for name, one in weights.items() for ratio in RATIOS
