@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from prophetkv_rag.attention import AttentionCall, cache_of, run_pass
@@ -177,3 +178,20 @@ class Peek(Strategy):
         context.exact_rows = context.layout.known_prefix
         self.mass = stage_one(context)
         return Selection(context.is_chunk.nonzero()[:0, 0])
+
+
+def fit(prompts: list[tuple[np.ndarray, np.ndarray]], *, steps: int = 300) -> np.ndarray:
+    """Return the weights of a mixture of attention distributions that makes the targets most likely.
+
+    Args:
+        prompts: Per prompt the masses `[K, n]` and the target `[n]`.
+        steps: Of expectation maximisation; every one raises the likelihood, which has no local maxima.
+    """
+    weights = np.full(prompts[0][0].shape[0], 1 / prompts[0][0].shape[0])
+    for _ in range(steps):
+        new = np.zeros_like(weights)
+        for masses, target in prompts:
+            mixture = weights @ masses
+            new += weights * (masses @ (target / np.maximum(mixture, 1e-12)))
+        weights = new / new.sum()
+    return weights

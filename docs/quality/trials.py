@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from trial_recipes import FirstLayersFull, Known, Peek, TwoRounds, Weighted, stage_one
+from trial_recipes import FirstLayersFull, Known, Peek, TwoRounds, Weighted, fit, stage_one
 from trial_tables import BASE, RATIOS, adaptive, compared
 
 from prophetkv_rag import ProphetKVEngine
@@ -49,6 +49,9 @@ from prophetkv_rag.selection import Strategy, make_strategy
 TASKS = ("ruler_vt", "ruler_niah_multikey_1", "ruler_niah_multiquery", "ruler_cwe")
 ALL_TASKS = (*TASKS, "ruler_niah_single_2", "ruler_niah_multivalue")
 LENGTH, CHUNK_TOKENS, ANSWER_TOKENS = 1152, 128, 24
+
+Arms = Callable[[Any, int], dict[tuple[str, float], Strategy]]
+"""Makes a prompt's arms, by name and ratio, from what is kept of it and its number of chunk tokens."""
 
 
 class Trials:
@@ -67,19 +70,18 @@ class Trials:
         """Where a prompt's full prefill and stage I are kept."""
         return self.work / f"{example.task}-{example.example_id}.npz"
 
-    def measure(self, example: TaskExample, arms: Callable[[Any, int], dict[tuple[str, float], Any]]) -> None:
-        """Run the arms that this prompt lacks; `arms(kept, number of chunk tokens)` makes them."""
+    @torch.no_grad()
+    def measure(self, example: TaskExample, arms: Arms) -> None:
+        """Run the arms that this prompt lacks."""
+        if self.kept(example).exists() and not self._missing(example, arms):
+            return
         engine, prompt, keys = self.encoded(example)
-        layout = engine.read(prompt)
         if not self.kept(example).exists():
-            self._keep(example, engine, prompt, layout)
+            self._keep(example, engine, prompt, engine.read(prompt))
         kept = np.load(self.kept(example))
         log_probs = torch.from_numpy(kept["log_probs"]).double()
         answer = kept["answer"].tolist()
-        done = {(row["arm"], row["ratio"]) for row in self.rows if (row["task"], row["id"]) == self.key(example)}
-        for (name, ratio), strategy in arms(kept, layout.num_chunk_tokens).items():
-            if (name, ratio) in done or not any(part in name for part in self.wanted):
-                continue
+        for (name, ratio), strategy in self._missing(example, arms).items():
             result = engine.prefill(prompt, strategy=strategy, recompute_ratio=ratio)
             actual = _forced(engine, result, answer)
             self._add(
@@ -92,6 +94,14 @@ class Trials:
                 top1=float((log_probs.argmax(-1) == actual.argmax(-1)).double().mean()),
             )
         engine.remove_chunks(keys)
+
+    def _missing(self, example: TaskExample, arms: Arms) -> dict[Any, Any]:
+        done = {(row["arm"], row["ratio"]) for row in self.rows if (row["task"], row["id"]) == self.key(example)}
+        kept = np.load(self.kept(example))
+        made = arms(kept, int(kept["is_chunk"].sum()))
+        return {
+            arm: one for arm, one in made.items() if arm not in done and any(part in arm[0] for part in self.wanted)
+        }
 
     def encoded(self, example: TaskExample) -> tuple[ProphetKVEngine, Prompt, list[str]]:
         """Encode a prompt's chunks; returns the engine that holds them, the prompt and their keys."""
@@ -159,7 +169,7 @@ class Trials:
         )
 
 
-def plain_arms(num_layers: int) -> Callable[[Any, int], dict[tuple[str, float], Strategy]]:
+def plain_arms(num_layers: int) -> Arms:
     """Return what makes the arms of trials a, b and d, and c's oracles."""
 
     def arms(kept: Any, num_tokens: int) -> dict[tuple[str, float], Strategy]:
@@ -183,26 +193,7 @@ def plain_arms(num_layers: int) -> Callable[[Any, int], dict[tuple[str, float], 
     return arms
 
 
-def fit(prompts: list[tuple[np.ndarray, np.ndarray]], *, steps: int = 300) -> np.ndarray:
-    """Return the weights of a mixture of attention distributions that makes the targets most likely.
-
-    Args:
-        prompts: Per prompt the masses `[K, n]` and the target `[n]`.
-        steps: Of expectation maximisation; every one raises the likelihood, which has no local maxima.
-    """
-    weights = np.full(prompts[0][0].shape[0], 1 / prompts[0][0].shape[0])
-    for _ in range(steps):
-        new = np.zeros_like(weights)
-        for masses, target in prompts:
-            mixture = weights @ masses
-            new += weights * (masses @ (target / np.maximum(mixture, 1e-12)))
-        weights = new / new.sum()
-    return weights
-
-
-def fitted_arms(
-    trials: Trials, examples: list[TaskExample], task: str
-) -> Callable[[Any, int], dict[tuple[str, float], Strategy]]:
+def fitted_arms(trials: Trials, examples: list[TaskExample], task: str) -> Arms:
     """Return what makes the weighted arms of one task's prompts: weights fitted on all other tasks'."""
     layers, heads = [], []
     for example in examples:
@@ -291,7 +282,7 @@ def look_at_all(trials: Trials, examples: list[TaskExample], known: Path, prompt
             with file.open("a") as out:
                 out.write(json.dumps([key, looks[key]]) + "\n")
             sys.stderr.write(f"{number + 1} of {prompts}: {example.task}\n")
-    yield from adaptive([(key[0], look, kl[key]) for key, look in looks.items()])
+    yield from adaptive([(key[0], look, kl[key]) for key, look in looks.items()]) if looks else ()
 
 
 if __name__ == "__main__":
