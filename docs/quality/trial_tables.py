@@ -1,8 +1,11 @@
-"""The tables of trials.py, made of the rows that it keeps."""
+"""The tables of trials.py, of the rows that it keeps: `python docs/quality/trial_tables.py docs/quality/trials`."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,11 @@ from prophetkv_rag.evaluation.intervals import bootstrap_mean
 
 RATIOS = (0.1, 0.2)
 BASE = "prophetkv"
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file, none if there is no such file; a last line that was cut off is left out."""
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
 
 
 def compared(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -44,12 +52,14 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else 0.0
 
 
-def adaptive(prompts: list[tuple[str, dict[str, float], dict[float, float]]]) -> Iterator[str]:
-    """Yield trial d's table of (task, what is known, KL by ratio) for each prompt."""
-    tasks = np.array([task for task, _, _ in prompts])
-    kl = {ratio: np.array([one[ratio] for _, _, one in prompts]) for ratio in (0.0, *RATIOS)}
+def adaptive(prompts: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield trial d's table; every prompt has its task, what is known of it (`looks`) and its `kl` by ratio."""
+    if not prompts:
+        return
+    tasks = np.array([one["task"] for one in prompts])
+    kl = {ratio: np.array([one["kl"][f"{ratio:.0%}"] for one in prompts]) for ratio in (0.0, *RATIOS)}
     gain = kl[0.0] - kl[0.2]
-    values = {name: np.array([look[name] for _, look, _ in prompts]) for name in prompts[0][1]}
+    values = {name: np.array([one["looks"][name] for one in prompts]) for name in prompts[0]["looks"]}
     means = ", ".join(f"{one.mean():.3f} at {ratio:.0%}" for ratio, one in kl.items())
     yield f"{len(prompts)} prompts; mean KL {means}."
     yield "Rank correlations over all prompts (mean of those within each task)."
@@ -74,3 +84,15 @@ def _rule(kl: dict[float, np.ndarray], value: np.ndarray) -> str:
 def _interval(differences: np.ndarray) -> str:
     found = bootstrap_mean(differences.tolist())
     return f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+
+
+def main() -> None:
+    """Print the tables of every model and encoding below a folder."""
+    for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir()):
+        rows, looks = read_lines(folder / "rows.jsonl"), read_lines(folder / "looks.jsonl")
+        for line in [f"### {folder.name}", "", *compared(rows), "", *adaptive(looks), ""]:
+            sys.stdout.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@
 All arms run on caches of one encoding (`--encoding`, `prompt+corpus` by default) and are charged what `prophetkv` is
 charged at the same ratio, its stage I included, unless an arm's name says otherwise. KL is that of `bench quality`:
 teacher-forced over full prefill's own greedy answer. Every prompt's full prefill and every arm are kept in WORK, so an
-interrupted run goes on, and `--prompts 0` prints the tables of what is there.
+interrupted run goes on; trial_tables.py prints the tables of what is there (of what docs/quality.md quotes: trials/).
 
 a. Two rounds: half the tokens by stage I, recomputed; the suffix (or its last 8 tokens) asks again over the fresher
    cache; then the rest. "joined": the first round's tokens ask too, with half the say.
@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from trial_recipes import FirstLayersFull, Known, Peek, TwoRounds, Weighted, fit, stage_one
-from trial_tables import BASE, RATIOS, adaptive, compared
+from trial_tables import BASE, RATIOS, adaptive, compared, read_lines
 
 from prophetkv_rag import ProphetKVEngine
 from prophetkv_rag.attention import RowsLayer
@@ -62,9 +62,7 @@ class Trials:
         self.work, self.engines, self.encoding, self.wanted = work, engines, encoding, (BASE, *wanted)
         work.mkdir(parents=True, exist_ok=True)
         self.file = work / "rows.jsonl"
-        self.rows: list[dict[str, Any]] = []
-        if self.file.exists():
-            self.rows = [json.loads(line) for line in self.file.read_text().split("\n")[:-1]]
+        self.rows = read_lines(self.file)
 
     def kept(self, example: TaskExample) -> Path:
         """Where a prompt's full prefill and stage I are kept."""
@@ -272,17 +270,18 @@ def look_at_all(trials: Trials, examples: list[TaskExample], known: Path, prompt
         if row["strategy"] in (f"full_reuse@{trials.encoding}", f"{BASE}@{trials.encoding}"):
             kl.setdefault((row["task"], row["example_id"]), {})[row["recompute_ratio"]] = row["kl"]
     file = trials.work / "looks.jsonl"
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    looks = {tuple(key): look for key, look in map(json.loads, lines)}
+    looks = read_lines(file)
+    done = {(look["task"], look["id"]) for look in looks}
     wanted = [one for one in examples if len(kl.get(trials.key(one), {})) == 3]
     for number, example in enumerate(wanted[:prompts]):
-        key = trials.key(example)
-        if key not in looks:
-            looks[key] = trials.look(example)
+        task, name = trials.key(example)
+        if (task, name) not in done:
+            known_of_it = {f"{ratio:.0%}": value for ratio, value in sorted(kl[task, name].items())}
+            looks.append({"task": task, "id": name, "looks": trials.look(example), "kl": known_of_it})
             with file.open("a") as out:
-                out.write(json.dumps([key, looks[key]]) + "\n")
+                out.write(json.dumps(looks[-1]) + "\n")
             sys.stderr.write(f"{number + 1} of {prompts}: {example.task}\n")
-    yield from adaptive([(key[0], look, kl[key]) for key, look in looks.items()]) if looks else ()
+    yield from adaptive(looks)
 
 
 if __name__ == "__main__":
