@@ -13,13 +13,25 @@ from prophetkv_rag.store.files import write_file
 
 VERSION = 1
 
+PROMPT, CORPUS = "prompt", "corpus"
+"""What stands behind the `@` of a strategy: what its chunks were encoded behind, the opening of the prompts
+(`ProphetKVConfig.prompt_template`), other text of the same collection (`lead_in`), or both (`prompt+corpus`)."""
+
+
+def encoding_of(config: ProphetKVConfig) -> str:
+    """Return what an engine of these settings encodes chunks behind, as it stands behind the `@`; "" for neither."""
+    if config.encoding_prefix is not None:  # which is then all there is
+        return ""
+    parts = ((PROMPT, config.prompt_template), (CORPUS, config.lead_in))
+    return "+".join(name for name, given in parts if given is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class CalibratedStrategy:
     """One strategy's outcome.
 
     Attributes:
-        strategy: As `make_strategy` reads it.
+        strategy: As `make_strategy` reads it; behind `@` what the chunks were encoded behind.
         recompute_ratio: The smallest measured ratio that keeps the wanted agreement; `None` if none below 1 does.
         charged_ratio: The budget really spent at that ratio.
         curve: What was measured: `recompute_ratio`, `charged_ratio`, `top1_agreement` and `kl` per ratio.
@@ -30,10 +42,23 @@ class CalibratedStrategy:
     charged_ratio: float | None
     curve: tuple[dict[str, float], ...]
 
+    @property
+    def spec(self) -> str:
+        """What `make_strategy` reads."""
+        return self.strategy.partition("@")[0]
+
+    @property
+    def encoding(self) -> str:
+        """What the chunks were encoded behind; "" for the chat template's opening alone."""
+        return self.strategy.partition("@")[2]
+
 
 @dataclass(frozen=True, slots=True)
 class Profile:
     """The outcome of a calibration.
+
+    It holds no lead-in and no template: those are texts of the application's own, and decide at index time what a cache
+    is. A profile says which ratio suffices where caches are of that kind.
 
     Attributes:
         model: Name of the model, for people.
@@ -55,10 +80,12 @@ class Profile:
         return next((one for one in self.strategies if one.recompute_ratio is not None), None)
 
     def apply_to(self, config: ProphetKVConfig, *, model_fingerprint: str) -> ProphetKVConfig:
-        """Return `config` with the best strategy and its ratio; full prefill if no strategy kept the fidelity.
+        """Return `config` with the best strategy that was measured with its encoding, and that one's ratio.
+
+        Full prefill if none of those kept the fidelity.
 
         Raises:
-            InputError: If the profile was made for other weights.
+            InputError: If the profile was made for other weights, or nothing was measured with the config's encoding.
         """
         if self.model_fingerprint != model_fingerprint:
             msg = (
@@ -66,15 +93,33 @@ class Profile:
                 "calibrate` on this one"
             )
             raise InputError(msg)
-        best = self.best
+        encoding = encoding_of(config)
+        measured = [one for one in self.strategies if one.encoding == encoding]
+        if self.strategies and not measured:
+            raise InputError(self._not_measured(encoding))
+        best = next((one for one in measured if one.recompute_ratio is not None), None)
         if best is None or best.recompute_ratio is None:
             return replace(config, strategy="full_prefill")
-        return replace(config, strategy=best.strategy, recompute_ratio=best.recompute_ratio)
+        return replace(config, strategy=best.spec, recompute_ratio=best.recompute_ratio)
+
+    def _not_measured(self, encoding: str) -> str:
+        wanted = f"prophetkv@{encoding}" if encoding else "prophetkv"
+        known = ", ".join(one.strategy for one in self.strategies) or "nothing"
+        return (
+            f"the profile holds {known}, but this engine encodes chunks {_settings(encoding)}; run `prophetkv-rag "
+            f"calibrate` with --strategy {wanted} too, or give the engine the settings that were measured"
+        )
 
     def save(self, path: Path) -> None:
         """Write the profile; an older file is replaced at once or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path.absolute(), (json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n").encode())
+
+
+def _settings(encoding: str) -> str:
+    names = {PROMPT: "prompt_template", CORPUS: "lead_in"}
+    given = [names[part] for part in encoding.split("+") if part in names]
+    return f"with {' and '.join(given)}" if given else "with neither prompt_template nor lead_in"
 
 
 def load_profile(path: str | Path) -> Profile:

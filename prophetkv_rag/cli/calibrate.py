@@ -20,7 +20,13 @@ def calibrate(
     agreement: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of full prefill's answer tokens that must be the same.")
     ] = 0.95,
-    strategy: Annotated[list[str], typer.Option(help="Strategies; repeatable.")] = ["prophetkv"],  # noqa: B006
+    strategy: Annotated[
+        list[str],
+        typer.Option(
+            help="Strategies, with options; repeatable. Behind @: what chunks are encoded behind, corpus for a "
+            "lead-in, prompt for the prompt's opening, prompt+corpus for both."
+        ),
+    ] = ["prophetkv"],  # noqa: B006
     recompute_ratio: Annotated[
         list[float] | None, typer.Option(min=0, max=1, help="Ratios to try, 5% to 50% if left out; repeatable.")
     ] = None,
@@ -34,6 +40,10 @@ def calibrate(
     """Find the smallest ratio that keeps full prefill's answers on your own questions, and write it to a profile.
 
     Measured rows are kept beside the profile, so an interrupted run goes on where it stopped.
+
+    A ratio measured with chunks encoded behind a lead-in or the prompt's opening (--strategy prophetkv@prompt+corpus)
+    is only used by engines that encode theirs so: settings lead_in and prompt_template. The profile holds neither text.
+    The lead-in it is measured with comes from a file's last question, which must not be among the --rows measured.
     """
     quiet_libraries()
     from dataclasses import asdict
@@ -44,14 +54,17 @@ def calibrate(
     from prophetkv_rag.evaluation.quality import FULL, Engines, ResultsFile, run_grid
     from prophetkv_rag.evaluation.tasks.loading import load_examples
 
-    arms = [Arm(one, ratio) for one in dict.fromkeys(strategy) for ratio in sorted(set(recompute_ratio or RATIOS))]
+    ratios = sorted(set(recompute_ratio or RATIOS))
+    arms = list(
+        dict.fromkeys(Arm(one, 0.0 if one.startswith("full_reuse") else ratio) for one in strategy for ratio in ratios)
+    )
     for arm in arms:
-        arm.check(encodings=())
+        arm.check()
     name = chosen_model(model)
     with status(f"loading {Path(name).name}"):
         engine = ProphetKVEngine.from_pretrained(name)
     with status("making prompts"):
-        examples, _ = load_examples(
+        examples, surroundings = load_examples(
             [], data, tokenizer=engine.tokenizer, rows=rows, length=length, chunk_tokens=chunk_tokens
         )
     machine = conditions_of(engine, name)
@@ -61,7 +74,7 @@ def calibrate(
     file = ResultsFile(out.with_suffix(".rows.jsonl"), conditions)
     with progress_bar(f"{len(examples)} questions x {len(arms)} arms", len(examples)) as advance:
         found = run_grid(
-            Engines(engine),
+            Engines(engine, surroundings),
             examples,
             arms,
             file,
@@ -96,3 +109,8 @@ def calibrate(
         )
     console.print(table)
     console.print(f"written to {out}; use it with ProphetKVEngine.from_pretrained(..., profile={str(out)!r})")
+    if any(one.encoding for one in profile.strategies):
+        console.print(
+            "An engine takes the best strategy that was measured with what its own config encodes chunks behind: "
+            "prompt_template is @prompt, lead_in is @corpus."
+        )

@@ -16,10 +16,10 @@ from prophetkv_rag.config import check_recompute_ratio
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.prefill import PrefillResult
+from prophetkv_rag.profile import CORPUS, PROMPT
 from prophetkv_rag.prompt import Prompt
 from prophetkv_rag.selection import make_strategy
 
-PROMPT, CORPUS = "prompt", "corpus"
 ENCODINGS = (PROMPT, CORPUS, f"{PROMPT}+{CORPUS}")
 """Suffixes of an arm: its chunks are encoded behind the opening of the task's prompts (`@prompt`), behind a lead-in,
 other text of the same task (`@corpus`), or behind both."""

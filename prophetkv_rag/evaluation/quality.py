@@ -10,11 +10,12 @@ from typing import Any
 
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import ContextWindowError, InputError
-from prophetkv_rag.evaluation.fidelity import CORPUS, PROMPT, Arm, compare, full_prefill
+from prophetkv_rag.evaluation.fidelity import Arm, compare, full_prefill
 from prophetkv_rag.evaluation.metrics import score
 from prophetkv_rag.evaluation.tasks.example import TaskExample
 from prophetkv_rag.evaluation.tasks.loading import Surroundings
 from prophetkv_rag.evaluation.tasks.prompting import task_prompt
+from prophetkv_rag.profile import CORPUS, PROMPT
 
 FULL = "full_prefill"
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import InputError, StoreError
@@ -91,13 +91,9 @@ class DiskStore(ChunkStore):
         self._seen: dict[str, int] = {}
         self._later = Later(self._put_referenced, self.failures)
         self.catalog = open_catalog(self.directory, self.files, self.directory_lock, read_only=policy == "read_only")
+        lock = None if policy == "read_only" else self.directory_lock
         self._reader = BlobReader(
-            self.files,
-            self.catalog,
-            None if policy == "read_only" else self.directory_lock,
-            self._counters,
-            self.drop_from_memory,
-            blob_format=self.blob_format,
+            self.files, self.catalog, lock, self._counters, self.drop_from_memory, blob_format=self.blob_format
         )
         self._read_ahead = ReadAhead(self.files, self.catalog, self._ram, self.blob_format)
         self.space = Space(
@@ -109,7 +105,8 @@ class DiskStore(ChunkStore):
     def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> tuple[ChunkCache | None, bool]:
         """See `ChunkStore.get`."""
         self.files.path(key)  # a key that is none is an error
-        self._use(key)
+        if self.policy != "read_only" and self.space.use(key):
+            self._later.run(self._save_counts)
         cache = self._ram.get(key, fingerprint=fingerprint, input_ids=input_ids)
         if cache is None:
             cache = self._later.get(key, fingerprint=fingerprint, input_ids=input_ids)
@@ -253,8 +250,9 @@ class DiskStore(ChunkStore):
 
     def stats(self) -> StoreStats:
         """See `ChunkStore.stats`; `nbytes` is the size on disk."""
-        counts = self._counters.values() | {"failed_writes": self.failures.caches, "ram_nbytes": self._ram.nbytes}
-        return StoreStats(*self.catalog.totals(), location=str(self.directory), max_nbytes=self.max_bytes, **counts)
+        counts: dict[str, Any] = {"failed_writes": self.failures.caches, "ram_nbytes": self._ram.nbytes}
+        counts |= {**self._counters.values(), "location": str(self.directory), "max_nbytes": self.max_bytes}
+        return StoreStats(*self.catalog.totals(), **counts)
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
         """See `upkeep.verify`."""
@@ -291,10 +289,6 @@ class DiskStore(ChunkStore):
 
     def _put_referenced(self, key: str, cache: ChunkCache, fingerprint: str) -> None:
         self.put(key, cache, fingerprint=fingerprint, if_referenced=True)
-
-    def _use(self, key: str) -> None:
-        if self.policy != "read_only" and self.space.use(key):
-            self._later.run(self._save_counts)
 
     def _save_counts(self) -> None:
         self.space.flush_uses()

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from prophetkv_rag import ProphetKVEngine
+from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.cli.app import main
+from prophetkv_rag.errors import InputError
 from prophetkv_rag.evaluation.tasks.loading import load_examples
 from prophetkv_rag.evaluation.tasks.prompting import task_prompt
 from tests.tiny import save_tiny, text_of, tiny_tokenizer
@@ -136,9 +137,6 @@ def test_calibrate_writes_a_profile_that_the_engine_loads(model, data, tmp_path,
     rows = Path(out.with_suffix(".rows.jsonl")).read_text()
     assert run(capsys, *arguments, *ratios)[0] == 0
     assert Path(out.with_suffix(".rows.jsonl")).read_text() == rows  # nothing was measured twice
-    status, _, errors = run(capsys, "calibrate", model, "--data", data, "--strategy", "prophetkv@corpus")
-    assert status == 2
-    assert "unknown encoding" in errors
 
 
 def test_loading_is_timed_for_every_format_and_way(model, capsys):
@@ -168,3 +166,56 @@ def test_a_large_catalog(capsys):
     status, printed, _ = run(capsys, "bench", "store", "--entries", 10)
     assert status == 0
     assert "10 chunks: opened in" in printed
+
+
+def test_calibrate_compares_encodings(model, data, tmp_path, capsys):
+    out = tmp_path / "p.json"
+    arguments = ("calibrate", model, "--data", data, *BASE, "--out", out, "--agreement", 0.01)
+    arms = ("prophetkv", "prophetkv@corpus", "prophetkv@prompt+corpus", "full_reuse@corpus")
+    chosen = [word for arm in arms for word in ("--strategy", arm)]
+    status, printed, _ = run(capsys, *arguments, *chosen, "--recompute-ratio", 0.1, "--recompute-ratio", 0.5)
+    assert status == 0
+    assert all(arm in printed for arm in arms)
+    assert "prompt_template is @prompt" in " ".join(printed.split())
+    # The same arms measured by `bench quality`, which knows encodings of its own accord, say the same.
+    rows = tmp_path / "bench.jsonl"
+    assert run(
+        capsys, "bench", "quality", "--model", model, "--data", data, *BASE, "--out", rows, "--recompute-ratio", 0.1,
+        "--recompute-ratio", 0.5, *chosen,
+    )[0] == 0  # fmt: skip
+    measured = [json.loads(line) for line in rows.read_text().splitlines()[1:]]
+    profile = json.loads(out.read_text())
+    assert {one["strategy"] for one in profile["strategies"]} == set(arms)
+    for one in profile["strategies"]:
+        for point in one["curve"]:
+            arm = (one["strategy"], point["recompute_ratio"])
+            kls = [row["kl"] for row in measured if (row["strategy"], row["recompute_ratio"]) == arm]
+            assert point["kl"] == pytest.approx(sum(kls) / len(kls), abs=1e-5)
+    assert len({one["curve"][0]["kl"] for one in profile["strategies"]}) == len(
+        arms
+    )  # caches of three kinds, none twice
+    settings = {"tokenizer": tiny_tokenizer(), "rows": 2, "length": 1000, "chunk_tokens": 48}
+    lead_in = load_examples([], [data], **settings)[1]["mine"].lead_in
+    assert lead_in[:20] not in out.read_text()
+    config = ProphetKVConfig(lead_in=lead_in, prompt_template="Read.\n{context}")
+    engine = ProphetKVEngine.from_pretrained(model, config=config, profile=out)
+    assert (engine.config.strategy, engine.config.recompute_ratio) == ("prophetkv", 0.1)
+    with pytest.raises(InputError, match="--strategy prophetkv@prompt too"):
+        ProphetKVEngine.from_pretrained(model, config=ProphetKVConfig(prompt_template="Read.\n{context}"), profile=out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--strategy", "prophetkv@nothing"), "unknown encoding 'nothing'; allowed: prompt, corpus, prompt+corpus"),
+        (("--strategy", "prophet@corpus"), "unknown strategy 'prophet'"),
+        (("--rows", "3", "--strategy", "prophetkv@corpus"), "no example to spare for 'corpus'; give fewer --rows"),
+        (("--agreement", "1.5"), "Invalid value for '--agreement'"),
+    ],
+)
+def test_calibrate_mistakes(model, data, tmp_path, capsys, arguments, message):
+    given = ("calibrate", model, "--data", data, *BASE, "--out", tmp_path / "p.json", *arguments)
+    status, printed, errors = run(capsys, *given)
+    assert (status, printed) == (2, "")
+    assert message in errors.splitlines()[-1]
+    assert not (tmp_path / "p.json").exists()

@@ -280,6 +280,30 @@ def test_the_engine_runs_by_its_profile(engines, tmp_path):
     assert ProphetKVEngine(tiny_llama(), tiny_tokenizer(), profile=nothing).config.strategy == "full_prefill"
 
 
+TEMPLATE = "Read this.\n{context}\nNow answer."
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ("epic:k=3", 0.3)),
+        ({"lead_in": "words"}, ("full_prefill", 0.2)),  # measured, and it kept too little
+        ({"prompt_template": TEMPLATE, "lead_in": "words"}, ("prophetkv", 0.05)),
+        ({"encoding_prefix": "words", "prompt_template": TEMPLATE, "lead_in": "words"}, ("epic:k=3", 0.3)),
+    ],
+)
+def test_a_profile_speaks_of_caches_of_one_kind(engines, settings, expected):
+    rows = [row(0, "full_prefill", 1.0, 0.0), row(0, "epic:k=3", 0.3, 0.1), row(0, "prophetkv", 0.5, 0.1)]
+    rows += [row(0, "prophetkv@corpus", 0.1, 0.1, agreement=0.5), row(0, "prophetkv@prompt+corpus", 0.05, 0.1)]
+    fingerprint = engines.default.identity.model
+    profile = calibrate(rows, model="tiny", model_fingerprint=fingerprint, wanted_agreement=0.9)
+    assert profile.best.strategy == "prophetkv@prompt+corpus"
+    config = ProphetKVEngine(tiny_llama(), tiny_tokenizer(), config=ProphetKVConfig(**settings), profile=profile).config
+    assert (config.strategy, config.recompute_ratio) == expected
+    with pytest.raises(InputError, match=r"with prompt_template; run .* --strategy prophetkv@prompt too"):
+        profile.apply_to(ProphetKVConfig(prompt_template=TEMPLATE), model_fingerprint=fingerprint)
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"version": 7}', '{"version": 1, "strategies": [{}]}', "\0"])
 def test_bad_profiles(tmp_path, content):
     path = tmp_path / "p.json"
