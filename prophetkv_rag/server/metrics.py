@@ -126,7 +126,7 @@ def _of_store(stats: StoreStats) -> Iterator[Metric]:
         yield GaugeMetricFamily("prophetkv_cache_limit_bytes", "Limit of the disk tier.", value=stats.max_nbytes)
     lookups = CounterMetricFamily(
         "prophetkv_store_lookups",
-        "Look-ups of caches: found in ram or on disk (or behind it), or computed again: miss (none), corrupt (unusable).",
+        "Look-ups of caches: found in ram, on disk (or behind it), or computed again: miss (none), corrupt (bad).",
         labels=["result"],
     )
     for result, count in (
