@@ -14,6 +14,7 @@ OURS, PAPER = "prophetkv@prompt+corpus", "prophetkv"
 SETS = {"all": (), "without vt and cwe": ("ruler_vt", "ruler_cwe")}
 PAIRS = [((arm, ratio), (PAPER, ratio)) for ratio in (0.1, 0.2) for arm in (OURS, f"{PAPER}@corpus", f"{PAPER}@prompt")]
 PAIRS += [((OURS, ratio), (f"{PAPER}@corpus", ratio)) for ratio in (0.1, 0.2)] + [((OURS, 0.1), (PAPER, 0.2))]
+PAIRS += [((rival, ratio), (PAPER, ratio)) for ratio in (0.1, 0.2) for rival in ("epic", "cacheblend", "kvshare")]
 
 for file in sorted(Path(__file__).parent.glob("*.jsonl.gz")):
     kl: dict[tuple[str, str], dict[tuple[str, float], float]] = defaultdict(dict)
@@ -25,10 +26,11 @@ for file in sorted(Path(__file__).parent.glob("*.jsonl.gz")):
     for name, examples in sets.items():
         sys.stdout.write(f"{file.stem.partition('.')[0]}, {name}: {len(examples)} prompts\n")
         for ours, base in PAIRS:
-            differences = [arms[ours] - arms[base] for arms in examples]
+            both = [arms for arms in examples if ours in arms and base in arms]  # later prompts lack some arms
+            differences = [arms[ours] - arms[base] for arms in both]
             found = bootstrap_mean(differences)
-            change = sum(differences) / sum(arms[base] for arms in examples)
+            change = sum(differences) / sum(arms[base] for arms in both)
             lower = sum(difference < 0 for difference in differences)
             label = f"{ours[0]} {ours[1]:.0%} against {base[0]} {base[1]:.0%}"
             interval = f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
-            sys.stdout.write(f"  {label:58} {change:+.0%}  {interval}, lower on {lower}\n")
+            sys.stdout.write(f"  {label:58} {change:+.0%}  {interval}, lower on {lower} of {len(both)}\n")
