@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from prophetkv_rag.errors import BlobError
 from prophetkv_rag.store.blob_file import decode_file
 from prophetkv_rag.store.key_mark import must_be_unlocked, write_mark
+from prophetkv_rag.store.remote_records import doom_all
 from prophetkv_rag.store.sealing import unseal
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def rekey(
     """Encrypt all caches of a store with another key, which is the store's own from then on.
 
     Other processes must not use the directory meanwhile: they would drop what is not their key's. Interrupted, the
-    caches that were not reached are of no key that the directory knows, and are computed again.
+    caches that were not reached are of no key that the directory knows, and are computed again. What a remote tier has
+    under the old key is deleted there and uploaded anew, by this store or by the next that has the remote.
 
     Raises:
         InputError: If the store was not given the key that its caches are encrypted with.
@@ -42,6 +44,8 @@ def rekey(
     with store.directory_lock.exclusive():
         write_mark(store.directory, new_key)
         files.encryption_key = new_key
+        with store.catalog.transaction() as run:
+            doom_all(run)
         for row in store.catalog.rows():
             path = files.path(row.key)
             if not row.nbytes or not path.exists():

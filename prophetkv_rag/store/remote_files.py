@@ -93,6 +93,14 @@ class RemoteFiles:
         except FileNotFoundError:
             return None
 
+    def start(self, fingerprint: str, key: str, num_bytes: int) -> bytes:
+        """Read the first bytes of a blob; empty if there is none."""
+        files, root = self._open()
+        try:
+            return bytes(files.cat_file(self._path(root, fingerprint, key), start=0, end=num_bytes))
+        except FileNotFoundError:
+            return b""
+
     def write(self, fingerprint: str, key: str, data: bytes) -> None:
         """Write a blob; what a kill leaves half written has another name, or a checksum that says so."""
         files, root = self._open()

@@ -168,6 +168,15 @@ class RemoteRecords:
         return chosen if freed >= needed else None
 
 
+def doom_all(run: sqlite3.Connection) -> None:
+    """Note, inside a transaction, that what every remote has of the catalog's chunks is to be deleted there.
+
+    The chunks stay, and may be uploaded anew.
+    """
+    run.execute("INSERT OR IGNORE INTO remote_deletes SELECT url, fingerprint, key FROM remotes, chunks")
+    run.execute("DELETE FROM remote_chunks")
+
+
 def doom_whole(run: sqlite3.Connection, fingerprints: Iterable[str]) -> None:
     """Note, inside a transaction, that everything of these fingerprints is to be deleted from every remote."""
     for fingerprint in fingerprints:

@@ -117,7 +117,7 @@ class TieredStore(DiskStore):
         """See `ChunkStore.get`: from RAM, from disk, else from the remote, if it answers in time."""
         cache, was_corrupt = super().get(key, fingerprint=fingerprint, input_ids=input_ids)
         if cache is not None:
-            if self.remote.uploads is not None and self.files.locked_by is None:
+            if self.remote.uploads is not None:
                 self.remote.uploads.offer_once(key, fingerprint)
             return cache, was_corrupt
         if self.files.locked_by is not None:
@@ -147,7 +147,7 @@ class TieredStore(DiskStore):
         if self.remote.uploads is not None and not if_referenced:
             self.remote.uploads.wait_for_room()
         super().put(key, cache, fingerprint=fingerprint, entry=entry, if_referenced=if_referenced)
-        if self.remote.uploads is not None and self.files.locked_by is None:
+        if self.remote.uploads is not None:
             self.remote.uploads.offer(key, fingerprint)
 
     def accepts_new(self, waiting: int = 0) -> bool:

@@ -13,6 +13,7 @@ from prophetkv_rag.store.catalog import Catalog
 from prophetkv_rag.store.files import DirectoryLock
 from prophetkv_rag.store.ranking import Ranking
 from prophetkv_rag.store.remote import RemoteTier
+from prophetkv_rag.store.sealing import MAGIC, is_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +201,11 @@ class Uploads:
             tier.check(data, key, fingerprint)
         except (OSError, BlobError):
             return
-        if not (tier.is_usable(key) and tier.files.size(fingerprint, key) == len(data)):
+        size = tier.files.size(fingerprint, key)
+        if not (tier.is_usable(key) and size == len(data)):
+            if size and not is_sealed(data) and is_sealed(tier.files.start(fingerprint, key, len(MAGIC))):
+                self._refused.add(key)  # a machine with a key has put it there: it is not put in clear over that
+                return
             records.remove([key])  # it is not there as it should be
             if not self._make_room(key, len(data)):
                 self._refused.add(key)
