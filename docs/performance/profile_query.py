@@ -1,7 +1,8 @@
 """Prints where the seconds of a query go, by kind of operation, beside full prefill's of the same prompt.
 
     python -P docs/performance/profile_query.py 4096 0.2               # the table (medians over rounds, alternating)
-    PYTHONPATH=OLD_CHECKOUT python -P docs/performance/profile_query.py 4096 0.2      # the same for another version
+    pip install --no-deps --target OLD OLD_CHECKOUT                     # another version, beside this one:
+    PYTHONPATH=OLD python -P docs/performance/profile_query.py 4096 0.2
     py-spy record -o flame.svg -r 200 -- python -P docs/performance/profile_query.py 4096 0.2 --reuse-only
 
 Uses only what the first version had as well. Operations are those of torch's profiler (self CPU time of the calling
