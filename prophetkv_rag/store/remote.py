@@ -14,6 +14,7 @@ from prophetkv_rag.store.base import RemoteStats
 from prophetkv_rag.store.breaker import Breaker
 from prophetkv_rag.store.remote_files import RemoteFiles
 from prophetkv_rag.store.remote_records import RemoteRecords
+from prophetkv_rag.store.sealing import LockedBlobError
 
 if TYPE_CHECKING:
     from prophetkv_rag.store.uploads import Uploads
@@ -62,6 +63,7 @@ class RemoteTier:
         self._warned_at: float | None = None
         self._has_warned_of_bad = False
         self._unusable: set[str] = set()
+        self._locked: set[str] = set()
         self._counts = {"hits": 0, "misses": 0, "bad": 0, "failures": 0, "uploads": 0, "deletes": 0}
         self._noted_hits = 0
 
@@ -100,6 +102,8 @@ class RemoteTier:
         with self._lock:
             is_first, self._has_warned_of_bad = not self._has_warned_of_bad, True
             self._unusable.add(key)
+            if isinstance(reason, LockedBlobError):
+                self._locked.add(key)
         logger.log(
             logging.WARNING if is_first else logging.DEBUG,
             "the chunk cache %s in the remote tier %s cannot be used and is computed again: %s",
@@ -112,11 +116,17 @@ class RemoteTier:
         """Say whether what is there under a key may be used by this store."""
         with self._lock:
             (self._unusable.discard if is_usable else self._unusable.add)(key)
+            self._locked.discard(key)
 
     def is_usable(self, key: str) -> bool:
         """Whether nothing speaks against what is there under a key."""
         with self._lock:
             return key not in self._unusable
+
+    def is_locked(self, key: str) -> bool:
+        """Whether what is there under a key is encrypted, and this store has no key."""
+        with self._lock:
+            return key in self._locked
 
     def note_hits(self) -> None:
         """Write the hits so far to the catalog."""

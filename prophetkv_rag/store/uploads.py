@@ -201,10 +201,11 @@ class Uploads:
             tier.check(data, key, fingerprint)
         except (OSError, BlobError):
             return
-        size = tier.files.size(fingerprint, key)
-        if not (tier.is_usable(key) and size == len(data)):
-            if size and not is_sealed(data) and is_sealed(tier.files.start(fingerprint, key, len(MAGIC))):
-                self._refused.add(key)  # a machine with a key has put it there: it is not put in clear over that
+        size = tier.files.size(fingerprint, key) if tier.is_usable(key) else None
+        if size != len(data):
+            is_other = size is not None and not is_sealed(data)
+            if tier.is_locked(key) or (is_other and is_sealed(tier.files.start(fingerprint, key, len(MAGIC)))):
+                self._refused.add(key)  # a machine with a key has put it there: nothing is put in clear over that
                 return
             records.remove([key])  # it is not there as it should be
             if not self._make_room(key, len(data)):
