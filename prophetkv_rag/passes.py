@@ -187,9 +187,13 @@ class ScoringPass(RowsPass):
         context: torch.Tensor,
         scoring_rows: torch.Tensor,
         context_softmax: bool,
+        first_layer: int = 0,
         hidden_keys: torch.Tensor | None = None,
     ) -> None:
-        """Prepare the pass; `context` is `[n]` bool, `scoring_rows` `[m]` bool (see `ops.attend_and_score`)."""
+        """Prepare the pass; `context` is `[n]` bool, `scoring_rows` `[m]` bool (see `ops.attend_and_score`).
+
+        Layers before `first_layer` attend and do not count.
+        """
         super().__init__(layers, rows, hidden_keys=hidden_keys)
         self.context = context
         # Rows before the first scoring row (the prompt's prefix) need no explicit weights.
@@ -198,11 +202,12 @@ class ScoringPass(RowsPass):
         self._asking = RowsPass(layers, rows[self._num_plain :], hidden_keys=hidden_keys)
         self.scoring_rows = scoring_rows[self._num_plain :]
         self.context_softmax = context_softmax
+        self.first_layer = first_layer
         self._mass: dict[tuple[int, int], torch.Tensor] = {}  # by heads and key/value heads, which may differ by layer
 
     @property
     def scores(self) -> torch.Tensor:
-        """`[n]` in fp32: the mean over heads and scoring rows of the weights, summed over layers (Algorithm 1)."""
+        """`[n]` in fp32: the mean over heads and scoring rows of the weights, summed over the layers that count."""
         total = torch.zeros(self.context.shape, dtype=torch.float32, device=self.context.device)
         for (num_heads, _), mass in self._mass.items():
             total += mass.sum(0).div_(num_heads * int(self.scoring_rows.sum()))
@@ -210,6 +215,8 @@ class ScoringPass(RowsPass):
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """Attend, adding this layer's mass to that of the layers before it."""
+        if call.layer_idx < self.first_layer:
+            return super().attend(call)
         heads = (call.query.shape[1], call.key.shape[1])
         if heads not in self._mass:
             self._mass[heads] = torch.zeros(heads[1], self.context.shape[0], device=self.context.device)

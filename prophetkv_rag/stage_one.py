@@ -53,27 +53,31 @@ class QueryContext:
     config: ProphetKVConfig
     exact_rows: int = 0
     row_layers: int = 0
-    _scores: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    _scores: dict[tuple[str, str, int], torch.Tensor] = field(default_factory=dict)
 
-    def attention_scores(self, *, score_softmax: str | None = None, query_scope: str | None = None) -> torch.Tensor:
+    def attention_scores(
+        self, *, score_softmax: str | None = None, query_scope: str | None = None, first_layer: int = 0
+    ) -> torch.Tensor:
         """Run stage I and return the score of every token, `[N]` in fp32 (0 outside the chunks).
 
         Args:
             score_softmax: Overrides `config.score_softmax`.
             query_scope: Overrides `config.query_scope`.
+            first_layer: The first layer whose attention counts; the layers before it run all the same.
         """
         score_softmax = score_softmax or self.config.score_softmax
         query_scope = query_scope or self.config.query_scope
-        if (score_softmax, query_scope) not in self._scores:
-            self._scores[score_softmax, query_scope] = self._run(score_softmax == "context", query_scope)
-        return self._scores[score_softmax, query_scope]
+        key = (score_softmax, query_scope, first_layer)
+        if key not in self._scores:
+            self._scores[key] = self._run(score_softmax == "context", query_scope, first_layer)
+        return self._scores[key]
 
     @property
     def scores(self) -> torch.Tensor | None:
         """The scores that stage I gave last; `None` if no strategy asked for any."""
         return next(reversed(self._scores.values()), None)
 
-    def _run(self, context_softmax: bool, query_scope: str) -> torch.Tensor:
+    def _run(self, context_softmax: bool, query_scope: str, first_layer: int) -> torch.Tensor:
         layout, device = self.layout, self.input_ids.device
         num_tokens, num_probe = layout.num_tokens, len(layout.probe_ids)
         probe_ids = torch.tensor(layout.probe_ids, dtype=torch.int64, device=device)
@@ -100,6 +104,7 @@ class QueryContext:
             context=torch.cat([self.is_chunk, self.is_chunk.new_zeros(num_probe)]),
             scoring_rows=asking[rows],
             context_softmax=context_softmax,
+            first_layer=first_layer,
             hidden_keys=hidden if bool(hidden.any()) else None,
         )
         for layer in self.layers:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
+
 from prophetkv_rag.selection.base import QueryContext, Selection, Strategy, top_positions
 
 
@@ -23,4 +25,8 @@ class ProphetKV(Strategy):
         """Select the `context.budget` eligible tokens of highest fused score."""
         if context.budget == 0 or context.budget >= int(context.eligible.sum()):
             return Selection(top_positions(context.eligible.float(), context.eligible, context.budget))
-        return Selection(top_positions(context.attention_scores(), context.eligible, context.budget))
+        return Selection(top_positions(self.scores(context), context.eligible, context.budget))
+
+    def scores(self, context: QueryContext) -> torch.Tensor:
+        """Return the fused score of every token, `[N]` in fp32."""
+        return context.attention_scores()

@@ -13,10 +13,12 @@ from prophetkv_rag.selection.full_prefill import FullPrefill
 from prophetkv_rag.selection.full_reuse import FullReuse
 from prophetkv_rag.selection.kvshare import KVShare
 from prophetkv_rag.selection.prophetkv import ProphetKV
+from prophetkv_rag.selection.prophetkv_late import ProphetKVLate
 from prophetkv_rag.selection.random_tokens import RandomTokens
 
 _STRATEGIES: dict[str, type[Strategy]] = {
-    strategy.name: strategy for strategy in (ProphetKV, CacheBlend, Epic, KVShare, RandomTokens, FullReuse, FullPrefill)
+    strategy.name: strategy
+    for strategy in (ProphetKV, ProphetKVLate, CacheBlend, Epic, KVShare, RandomTokens, FullReuse, FullPrefill)
 }
 
 

@@ -8,7 +8,7 @@ import torch
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.assemble import assemble
-from prophetkv_rag.selection import Selection, Strategy
+from prophetkv_rag.selection import Selection, Strategy, make_strategy
 from tests.naive.prompt_reference import context_positions, select
 from tests.naive.transformers_oracle import naive_of, tiny_llama
 
@@ -40,6 +40,19 @@ class Spy(Strategy):
     def select(self, context):
         self.scores = context.attention_scores(**self.scoring)
         return Selection(torch.tensor(list(self.positions), dtype=torch.int64))
+
+
+class Chosen(Strategy):
+    """Keeps what another strategy selects."""
+
+    name = "chosen"
+
+    def __init__(self, strategy):
+        self.strategy, self.selection = strategy, None
+
+    def select(self, context):
+        self.selection = self.strategy.select(context)
+        return self.selection
 
 
 @pytest.fixture(scope="module", params=["gqa", "llama3", "yarn"])
@@ -119,6 +132,23 @@ def test_stage_one_scores_of_a_question_inside_the_suffix(pair, softmax):
     engine.prefill(prompt(query=SUFFIX[2:5]), strategy=spy)
     expected = naive.stage_one_scores(SEGMENTS, caches, scoring_rows=[2, 3, 4], softmax=softmax)
     close(spy.scores[context_positions(SEGMENTS)], expected)
+
+
+@pytest.mark.parametrize("start", [0, 0.3, 0.5, 0.99])
+def test_stage_one_scores_of_the_later_layers(pair, start):
+    engine, naive, caches = pair
+    num_layers = len(caches[0][0])
+    first_layer = next(layer for layer in range(num_layers) if layer + 1 > start * num_layers)
+    expected = naive.stage_one_scores(SEGMENTS, caches, first_layer=first_layer)
+    rows = context_positions(SEGMENTS)
+    spy = Spy(first_layer=first_layer)
+    engine.prefill(prompt(), strategy=spy)
+    close(spy.scores[rows], expected)
+
+    chosen = Chosen(make_strategy(f"prophetkv_late:start={start}"))
+    engine.prefill(prompt(), strategy=chosen, recompute_ratio=0.3)
+    best = np.argsort(-expected, kind="stable")[: len(rows) * 3 // 10]
+    assert chosen.selection.positions.tolist() == sorted(rows[index] for index in best)
 
 
 @pytest.mark.parametrize("softmax", ["context", "full_row"])

@@ -105,6 +105,7 @@ class NaiveLlama:
         scoring_rows: Literal["suffix"] | Sequence[int] = "suffix",
         softmax: Literal["context", "full_row"] = "context",
         extra_query_ids: Sequence[int] | None = None,
+        first_layer: int = 0,
     ) -> Array:
         """Scores `[C]` of the chunk tokens, in prompt order.
 
@@ -115,6 +116,7 @@ class NaiveLlama:
             softmax: normalised over the chunk tokens only, or over everything that the row attends to.
             extra_query_ids: a question that stands elsewhere: rows behind the prompt's last token, attending to all
                 that stage I sees. They are then the scoring rows, and are dropped afterwards.
+            first_layer: layers before it do not count.
         """
         suffix, context = suffix_positions(segments), context_positions(segments)
         extra = list(extra_query_ids or [])
@@ -129,7 +131,7 @@ class NaiveLlama:
         scores = np.zeros(len(context))
 
         def observe(layer: int, row: int, seen: Positions, logits: Array) -> None:
-            if row not in scoring:
+            if row not in scoring or layer < first_layer:
                 return
             is_context = np.isin(seen, context)
             for head in logits:
