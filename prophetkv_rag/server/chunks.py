@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prophetkv_rag.errors import InputError
-from prophetkv_rag.server.errors import shutting_down
+from prophetkv_rag.errors import ContextWindowError, InputError
+from prophetkv_rag.server.errors import ApiError, shutting_down
 from prophetkv_rag.server.schemas import DeleteChunks, PutChunks
 from prophetkv_rag.server.work_queue import Ticket, WorkQueue
 
@@ -34,7 +34,10 @@ class ChunkService:
                 if ticket.cancel.is_set():
                     raise shutting_down()
 
-            yield self.engine.add_chunks(body.chunks, owner=_owner(body.namespace), progress=stop_if_shut_down)
+            try:
+                yield self.engine.add_chunks(body.chunks, owner=_owner(body.namespace), progress=stop_if_shut_down)
+            except ContextWindowError as error:
+                raise ApiError(str(error), param="chunks", code="context_length_exceeded") from error
 
         keys = await anext(self.queue.submit(work))
         return {

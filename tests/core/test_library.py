@@ -141,6 +141,7 @@ def test_a_lost_cache_that_somebody_refers_to_is_stored_again(tmp_path: Path) ->
     (blob,) = tmp_path.rglob("*.safetensors")
     blob.unlink()
     assert [statuses(engine), statuses(engine)] == [["miss"], ["hit"]]
+    engine.store.flush()
     blob.write_bytes(b"nonsense")
     assert [statuses(engine), statuses(engine)] == [["corrupt"], ["hit"]]
 

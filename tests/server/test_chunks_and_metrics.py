@@ -102,7 +102,7 @@ def test_stats(server: Running, client: httpx.Client) -> None:
         ("PUT", {"chunks": [CHUNKS[1], 5]}, "chunks.1"),
         ("PUT", {"chunks": ["\ud800 half"]}, "chunks.0"),
         ("PUT", {"chunks": [CHUNKS[1], " \n "]}, None),
-        ("PUT", {"chunks": [CHUNKS[1], text_of(2500)]}, "messages"),
+        ("PUT", {"chunks": [CHUNKS[1], text_of(2500)]}, "chunks"),
         ("PUT", {"chunks": [CHUNKS[1]], "namespace": "../x"}, "namespace"),
         ("PUT", {"chunks": [CHUNKS[1]], "namespace": ""}, "namespace"),
         ("DELETE", {}, None),
