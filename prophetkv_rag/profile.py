@@ -34,7 +34,8 @@ class CalibratedStrategy:
         strategy: As `make_strategy` reads it; behind `@` what the chunks were encoded behind.
         recompute_ratio: The smallest measured ratio that keeps the wanted agreement; `None` if none below 1 does.
         charged_ratio: The budget really spent at that ratio.
-        curve: What was measured: `recompute_ratio`, `charged_ratio`, `top1_agreement` and `kl` per ratio.
+        curve: What was measured per ratio: `recompute_ratio`, `charged_ratio`, `top1_agreement` with its 95% interval
+            (`top1_low`, `top1_high`), and `kl`.
     """
 
     strategy: str
@@ -66,6 +67,8 @@ class Profile:
         wanted_agreement: Share of full prefill's answer tokens that the reused caches must choose too, in (0, 1].
         examples: How many questions were measured.
         strategies: The outcome per strategy, the best first: the smallest charged budget.
+        chunk_tokens: Size of the chunks that were measured, which the outcome depends on; 0 if a profile does not say.
+        answer_tokens: Longest answer that was compared, in tokens; 0 if a profile does not say.
     """
 
     model: str
@@ -73,6 +76,8 @@ class Profile:
     wanted_agreement: float
     examples: int
     strategies: tuple[CalibratedStrategy, ...]
+    chunk_tokens: int = 0
+    answer_tokens: int = 0
 
     @property
     def best(self) -> CalibratedStrategy | None:

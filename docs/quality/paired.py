@@ -15,6 +15,11 @@ SETS = {"all": (), "without vt and cwe": ("ruler_vt", "ruler_cwe")}
 PAIRS = [((arm, ratio), (PAPER, ratio)) for ratio in (0.1, 0.2) for arm in (OURS, f"{PAPER}@corpus", f"{PAPER}@prompt")]
 PAIRS += [((OURS, ratio), (f"{PAPER}@corpus", ratio)) for ratio in (0.1, 0.2)] + [((OURS, 0.1), (PAPER, 0.2))]
 PAIRS += [((rival, ratio), (PAPER, ratio)) for ratio in (0.1, 0.2) for rival in ("epic", "cacheblend", "kvshare")]
+PAIRS += [
+    ((f"prophetkv_late{encoding}", ratio), (f"{PAPER}{encoding}", ratio))
+    for encoding in ("", "@prompt+corpus")
+    for ratio in (0.1, 0.2)
+]
 
 for file in sorted(Path(__file__).parent.glob("*.jsonl.gz")):
     kl: dict[tuple[str, str], dict[tuple[str, float], float]] = defaultdict(dict)
@@ -26,7 +31,9 @@ for file in sorted(Path(__file__).parent.glob("*.jsonl.gz")):
     for name, examples in sets.items():
         sys.stdout.write(f"{file.stem.partition('.')[0]}, {name}: {len(examples)} prompts\n")
         for ours, base in PAIRS:
-            both = [arms for arms in examples if ours in arms and base in arms]  # later prompts lack some arms
+            both = [arms for arms in examples if ours in arms and base in arms]  # not all prompts have all arms
+            if not both:
+                continue
             differences = [arms[ours] - arms[base] for arms in both]
             found = bootstrap_mean(differences)
             change = sum(differences) / sum(arms[base] for arms in both)

@@ -9,10 +9,12 @@ import typer
 
 from prophetkv_rag.cli.bench import conditions_of
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
+from prophetkv_rag.cli.measuring import check_length, check_writable
 from prophetkv_rag.cli.model_choice import chosen_model
 from prophetkv_rag.errors import InputError
 
 DEFAULT_STRATEGIES = ["full_reuse", "random", "prophetkv"]
+DEFAULT_AGAINST = "prophetkv"
 _Source = Annotated[Path | None, typer.Option(help="Source text of RULER; see docs/quality.md.")]
 
 
@@ -34,13 +36,16 @@ def quality(
         typer.Option(help="Strategies, with options; behind @: what chunks are encoded behind, prompt+corpus for all."),
     ] = DEFAULT_STRATEGIES,
     chunk_tokens: Annotated[int, typer.Option(min=16, help="Tokens per chunk.")] = 256,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer compared, in tokens.")] = 32,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer compared (KL), in tokens.")] = 32,
+    score_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer scored; the task's official limit if left out.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of generated tasks.")] = 42,
     essay: _Source = None,
     squad: _Source = None,
     hotpot: _Source = None,
     longbench: Annotated[Path | None, typer.Option(help="Folder or data.zip of LongBench v1.")] = None,
-    against: Annotated[str, typer.Option(help="Strategy that the others are compared with.")] = "prophetkv",
+    against: Annotated[str, typer.Option(help="Strategy that the others are compared with.")] = DEFAULT_AGAINST,
     out: Annotated[
         Path | None, typer.Option(help="Keep every row in this file, and go on from what it holds already.")
     ] = None,
@@ -53,37 +58,32 @@ def quality(
     import tempfile
 
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.evaluation.fidelity import Arm
-    from prophetkv_rag.evaluation.quality import Engines, ResultsFile, run_grid
+    from prophetkv_rag.evaluation.fidelity import arms_of
+    from prophetkv_rag.evaluation.quality import Engines, run_grid
+    from prophetkv_rag.evaluation.results import ResultsFile
     from prophetkv_rag.evaluation.tables import markdown as markdown_of
     from prophetkv_rag.evaluation.tables import summarise
-    from prophetkv_rag.evaluation.tasks.loading import load_examples, task_names
+    from prophetkv_rag.evaluation.tasks.loading import check_names, load_examples, task_names
     from prophetkv_rag.evaluation.tasks.ruler import Sources
 
     if task == ["list"]:
         typer.echo("\n".join(task_names()))
         return
-    arms = list(
-        dict.fromkeys(
-            Arm(one, 0.0 if one.startswith("full_reuse") else ratio) for one in strategy for ratio in recompute_ratio
-        )
-    )
-    for arm in arms:
-        arm.check()
+    check_names(task or [], data or [])
+    arms = arms_of(strategy, recompute_ratio)
+    if against not in (known := dict.fromkeys(arm.strategy for arm in arms)) and against != DEFAULT_AGAINST:
+        msg = f"--against is {against!r}, which is not measured; allowed: {', '.join(known)}"
+        raise InputError(msg)
     # What could go wrong after hours of measuring is tried before.
     if plots is not None:
         from prophetkv_rag.evaluation.plots import load_pyplot, plot_against_budget, plot_tasks
 
         load_pyplot()
-    try:
-        for folder_wanted in filter(None, (plots, markdown and markdown.parent)):
-            folder_wanted.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        msg = f"results cannot be written: {error}"
-        raise InputError(msg) from error
+    check_writable(files=[markdown], folders=[plots])
     name = chosen_model(model)
     with status(f"loading {Path(name).name}"):
         engine = ProphetKVEngine.from_pretrained(name)
+    check_length(length, engine.context_window)
     with status("making prompts"):
         examples, surroundings = load_examples(
             task or [],
@@ -97,10 +97,17 @@ def quality(
             longbench=longbench,
         )
     engines = Engines(engine, surroundings)
-    measured = {"length": length, "chunk_tokens": chunk_tokens, "answer_tokens": answer_tokens, "seed": seed}
+    measured = {
+        "length": length,
+        "chunk_tokens": chunk_tokens,
+        "answer_tokens": answer_tokens,
+        "score_tokens": score_tokens or "the task's",
+        "seed": seed,
+    }
     machine = conditions_of(engine, name)
     # What a number depends on; the machine may change between two runs of one file, the model may not.
     fixed = measured | {key: machine[key] for key in ("model", "dtype", "transformers")}
+    fixed["model_fingerprint"] = engine.identity.model
     with tempfile.TemporaryDirectory() as folder:
         file = ResultsFile(out or Path(folder) / "results.jsonl", fixed)
         with progress_bar(f"{len(examples)} examples x {len(arms)} arms", len(examples)) as advance:
@@ -111,6 +118,7 @@ def quality(
                 file,
                 chunk_tokens=chunk_tokens,
                 answer_tokens=answer_tokens,
+                score_tokens=score_tokens,
                 on_step=advance,
             )
     summary = summarise(found, against=against)

@@ -9,6 +9,7 @@ import typer
 
 from prophetkv_rag.cli.bench import conditions_of
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
+from prophetkv_rag.cli.measuring import check_length, check_writable
 from prophetkv_rag.cli.model_choice import chosen_model
 
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
@@ -50,19 +51,19 @@ def calibrate(
 
     from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.evaluation.calibration import calibrate as profile_of
-    from prophetkv_rag.evaluation.fidelity import Arm
-    from prophetkv_rag.evaluation.quality import FULL, Engines, ResultsFile, run_grid
-    from prophetkv_rag.evaluation.tasks.loading import load_examples
+    from prophetkv_rag.evaluation.fidelity import arms_of
+    from prophetkv_rag.evaluation.quality import Engines, run_grid
+    from prophetkv_rag.evaluation.results import FULL, ResultsFile
+    from prophetkv_rag.evaluation.tasks.loading import check_names, load_examples
 
-    ratios = sorted(set(recompute_ratio or RATIOS))
-    arms = list(
-        dict.fromkeys(Arm(one, 0.0 if one.startswith("full_reuse") else ratio) for one in strategy for ratio in ratios)
-    )
-    for arm in arms:
-        arm.check()
+    check_names([], data)
+    arms = arms_of(strategy, sorted(set(recompute_ratio or RATIOS)))
+    rows_file = out.parent / f"{out.name.removesuffix('.json')}.rows.jsonl"
+    check_writable(files=[out, rows_file])
     name = chosen_model(model)
     with status(f"loading {Path(name).name}"):
         engine = ProphetKVEngine.from_pretrained(name)
+    check_length(length, engine.context_window)
     with status("making prompts"):
         examples, surroundings = load_examples(
             [], data, tokenizer=engine.tokenizer, rows=rows, length=length, chunk_tokens=chunk_tokens
@@ -71,7 +72,8 @@ def calibrate(
     conditions = {"length": length, "chunk_tokens": chunk_tokens, "answer_tokens": answer_tokens} | {
         key: machine[key] for key in ("model", "dtype", "transformers")
     }
-    file = ResultsFile(out.with_suffix(".rows.jsonl"), conditions)
+    conditions["model_fingerprint"] = engine.identity.model
+    file = ResultsFile(rows_file, conditions)
     with progress_bar(f"{len(examples)} questions x {len(arms)} arms", len(examples)) as advance:
         found = run_grid(
             Engines(engine, surroundings),
@@ -80,6 +82,7 @@ def calibrate(
             file,
             chunk_tokens=chunk_tokens,
             answer_tokens=answer_tokens,
+            score_tokens=answer_tokens,
             on_step=advance,
         )
     specs = {arm.strategy for arm in arms} | {FULL}
@@ -88,6 +91,8 @@ def calibrate(
         model=machine["model"],
         model_fingerprint=engine.identity.model,
         wanted_agreement=agreement,
+        chunk_tokens=chunk_tokens,
+        answer_tokens=answer_tokens,
     )
     profile.save(out)
     if as_json:
@@ -98,14 +103,18 @@ def calibrate(
     console = results()
     title = f"Smallest ratio that keeps {agreement:.0%} of full prefill's answer tokens ({len(examples)} questions)"
     table = Table(title=title)
-    for number, column in enumerate(("strategy", "ratio", "charged", "measured: ratio -> same tokens")):
+    for number, column in enumerate(("strategy", "ratio", "charged", "measured: ratio -> same tokens (95%)")):
         table.add_column(column, justify="left" if number in (0, 3) else "right")
     for one in profile.strategies:
         table.add_row(
             one.strategy,
             "none" if one.recompute_ratio is None else f"{one.recompute_ratio:.0%}",
             "-" if one.charged_ratio is None else f"{one.charged_ratio:.1%}",
-            ", ".join(f"{point['recompute_ratio']:.0%} -> {point['top1_agreement']:.1%}" for point in one.curve),
+            ", ".join(
+                f"{point['recompute_ratio']:.0%} -> {point['top1_agreement']:.1%} "
+                f"({point['top1_low']:.1%} to {point['top1_high']:.1%})"
+                for point in one.curve
+            ),
         )
     console.print(table)
     console.print(f"written to {out}; use it with ProphetKVEngine.from_pretrained(..., profile={str(out)!r})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PROGRAM = "prophetkv-rag"
+_LINE_EVERY_S = 60.0
 
 
 def print_json(value: Any) -> None:
@@ -68,25 +70,40 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = progress_console()
     if not console.is_terminal:
-        yield _quarters(console, description, total)
+        yield _lines(console, description, total)
         return
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+    # Steps may take minutes: the speed is that of the last hour, not of rich's half minute.
+    with Progress(*columns, TimeRemainingColumn(), console=console, speed_estimate_period=3600) as bar:
         task = bar.add_task(description, total=total)
         yield lambda steps: bar.advance(task, steps)
 
 
-def _quarters(console: Console, description: str, total: int) -> Callable[[int], None]:
-    """Progress for logs: a line at the start and one at each quarter."""
+def _lines(console: Console, description: str, total: int) -> Callable[[int], None]:
+    """Progress for logs: a line at the start, one at each quarter, and one a minute, with the time left.
+
+    The first steps told are not timed: they may have been done by an earlier run.
+    """
     console.print(f"{description} ({total})", markup=False)
-    done = 0
+    done, known, begun, said = 0, -1, time.monotonic(), time.monotonic()
 
     def advance(steps: int) -> None:
-        nonlocal done
-        before, done = done, done + steps
-        if total and before * 4 // total < done * 4 // total:
-            console.print(f"{description}: {done} of {total}", markup=False)
+        nonlocal done, known, begun, said
+        before, done, now = done, done + steps, time.monotonic()
+        if known < 0:
+            known, begun = done, now
+        if total and (before * 4 // total < done * 4 // total or now - said >= _LINE_EVERY_S):
+            said = now
+            left = f", about {_duration((now - begun) / (done - known) * (total - done))} left" if done > known else ""
+            console.print(f"{description}: {done} of {total}{left if done < total else ''}", markup=False)
 
     return advance
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{round(seconds)} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def quiet_libraries() -> None:

@@ -108,7 +108,7 @@ def measure_formats(
             for prompt, truth in zip(prompts, truths, strict=True):
                 for ratio in ratios:
                     prefill = measured.prefill(prompt, strategy="prophetkv", recompute_ratio=ratio)
-                    fidelity = compare(measured, truth, prefill, answer_tokens=answer_tokens)
+                    fidelity = compare(measured, truth, prefill, score_tokens=answer_tokens)
                     found[ratio].append((fidelity.kl, fidelity.top1_agreement))
                 on_step(1)
             store.close()

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from prophetkv_rag.evaluation.quality import FULL, QualityRow
+from prophetkv_rag.evaluation.intervals import bootstrap_mean
+from prophetkv_rag.evaluation.results import FULL, QualityRow
 from prophetkv_rag.evaluation.tables import POOLED, summarise
 from prophetkv_rag.profile import CalibratedStrategy, Profile
 
 
-def calibrate(rows: Sequence[QualityRow], *, model: str, model_fingerprint: str, wanted_agreement: float) -> Profile:
+def calibrate(
+    rows: Sequence[QualityRow],
+    *,
+    model: str,
+    model_fingerprint: str,
+    wanted_agreement: float,
+    chunk_tokens: int = 0,
+    answer_tokens: int = 0,
+) -> Profile:
     """Return the profile of a grid's rows.
 
     A ratio counts only if every larger measured one keeps the agreement too: a lucky dip is no setting to run with.
@@ -19,6 +29,8 @@ def calibrate(rows: Sequence[QualityRow], *, model: str, model_fingerprint: str,
         model: Name of the model.
         model_fingerprint: Of its weights.
         wanted_agreement: Mean share of answer tokens that must agree with full prefill's.
+        chunk_tokens: Size of the chunks that were measured.
+        answer_tokens: Longest answer that was compared.
     """
     pooled = [entry for entry in summarise(rows) if entry["task"] == POOLED and entry["strategy"] != FULL]
     outcomes = []
@@ -39,6 +51,7 @@ def calibrate(rows: Sequence[QualityRow], *, model: str, model_fingerprint: str,
                         "recompute_ratio": entry["recompute_ratio"],
                         "charged_ratio": round(entry["charged_ratio"], 4),
                         "top1_agreement": round(entry["top1_agreement"], 4),
+                        **_interval([row.top1_agreement for row in rows if _is_of(row, entry)]),
                         "kl": round(entry["kl"]["mean"], 5),
                     }
                     for entry in entries
@@ -50,5 +63,16 @@ def calibrate(rows: Sequence[QualityRow], *, model: str, model_fingerprint: str,
         model_fingerprint=model_fingerprint,
         wanted_agreement=wanted_agreement,
         examples=len({(row.task, row.example_id) for row in rows}),
+        chunk_tokens=chunk_tokens,
+        answer_tokens=answer_tokens,
         strategies=tuple(sorted(outcomes, key=lambda one: (one.charged_ratio is None, one.charged_ratio or 0.0))),
     )
+
+
+def _is_of(row: QualityRow, entry: Mapping[str, Any]) -> bool:
+    return (row.strategy, row.recompute_ratio) == (entry["strategy"], entry["recompute_ratio"])
+
+
+def _interval(agreements: Sequence[float]) -> dict[str, float]:
+    found = bootstrap_mean(agreements)
+    return {"top1_low": round(found.low, 4), "top1_high": round(found.high, 4)}

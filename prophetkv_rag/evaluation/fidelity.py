@@ -7,7 +7,7 @@ position of the answer counts, so it is far less noisy than comparing answers, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -64,13 +64,27 @@ class Arm:
             raise InputError(str(error)) from None
 
 
+def arms_of(strategies: Sequence[str], ratios: Sequence[float]) -> list[Arm]:
+    """Return every strategy at every ratio, each once: full prefill is always measured, plain reuse has one ratio.
+
+    Raises:
+        InputError: As `Arm.check`.
+    """
+    arms = list(dict.fromkeys(Arm(name, ratio) for name in strategies for ratio in ratios))
+    for arm in arms:
+        arm.check()
+    arms = [replace(arm, recompute_ratio=0.0) if arm.spec == "full_reuse" else arm for arm in arms]
+    return list(dict.fromkeys(arm for arm in arms if arm.spec != "full_prefill"))
+
+
 @dataclass(frozen=True, slots=True)
 class Truth:
     """Full prefill of a prompt and what it leads to.
 
     Attributes:
         result: The prefill.
-        answer: Token ids of its greedy answer.
+        answer: Token ids of its greedy answer, as far as it is compared.
+        whole_answer: The answer as far as it is scored.
         log_probs: `[answer, vocab]`, float64: its distribution at every position of the answer.
         attention: `[N]`, fp32: the attention each chunk token gets from the suffix under full prefill, summed over the
             layers; 0 outside the chunks.
@@ -78,6 +92,7 @@ class Truth:
 
     result: PrefillResult
     answer: list[int]
+    whole_answer: list[int]
     log_probs: torch.Tensor
     attention: torch.Tensor
 
@@ -89,7 +104,7 @@ class Fidelity:
     Attributes:
         kl: KL(full || arm) in nats, averaged over the answer's positions, the first token's included.
         top1_agreement: Share of the answer's positions at which both would choose the same token.
-        answer: Token ids of the arm's own greedy answer, no longer than full prefill's limit.
+        answer: Token ids of the arm's own greedy answer, as far as it is scored.
         attended_recall: Share of full prefill's most attended chunk tokens, as many as the arm recomputed, that it
             recomputed (1 minus what is crowded out); `None` if it recomputed none.
     """
@@ -101,19 +116,30 @@ class Fidelity:
 
 
 @torch.no_grad()
-def full_prefill(engine: ProphetKVEngine, prompt: Prompt, *, answer_tokens: int) -> Truth:
-    """Run full prefill and decode its greedy answer of at most `answer_tokens` tokens."""
+def full_prefill(
+    engine: ProphetKVEngine, prompt: Prompt, *, answer_tokens: int, score_tokens: int | None = None
+) -> Truth:
+    """Run full prefill and decode its greedy answer.
+
+    Args:
+        engine: Runs the model.
+        prompt: The prompt.
+        answer_tokens: Longest answer that other prefills are compared over, in tokens.
+        score_tokens: Longest answer that is scored; `answer_tokens` by default.
+    """
     result = engine.prefill(prompt, strategy="full_prefill")
     logits, answer, rows = result.logits, list[int](), []
     cache = complete_cache(result.past_key_values)
     while True:
-        rows.append(torch.log_softmax(logits[0].double(), dim=-1))
+        if len(answer) < answer_tokens:
+            rows.append(torch.log_softmax(logits[0].double(), dim=-1))
         answer.append(int(logits.argmax(-1)))
-        if answer[-1] in engine.end_tokens or len(answer) >= answer_tokens:
+        if answer[-1] in engine.end_tokens or len(answer) >= max(answer_tokens, score_tokens or 0):
             break
         step = torch.tensor([answer[-1:]], device=result.input_ids.device)
         logits = engine.model(input_ids=step, past_key_values=cache, use_cache=True).logits[:, -1]
-    return Truth(result, answer, torch.stack(rows), _attention_of(engine, prompt, result))
+    whole = answer[: score_tokens or answer_tokens]
+    return Truth(result, answer[: len(rows)], whole, torch.stack(rows), _attention_of(engine, prompt, result))
 
 
 def _attention_of(engine: ProphetKVEngine, prompt: Prompt, result: PrefillResult) -> torch.Tensor:
@@ -126,8 +152,8 @@ def _attention_of(engine: ProphetKVEngine, prompt: Prompt, result: PrefillResult
 
 
 @torch.no_grad()
-def compare(engine: ProphetKVEngine, truth: Truth, result: PrefillResult, *, answer_tokens: int) -> Fidelity:
-    """Compare an arm's prefill of the same prompt with full prefill."""
+def compare(engine: ProphetKVEngine, truth: Truth, result: PrefillResult, *, score_tokens: int) -> Fidelity:
+    """Compare an arm's prefill of the same prompt with full prefill; its own answer is decoded to `score_tokens`."""
     actual = _forced(engine, result, truth.answer)
     divergence = (truth.log_probs.exp() * (truth.log_probs - actual)).sum(dim=-1)
     agrees = truth.log_probs.argmax(-1) == actual.argmax(-1)
@@ -139,7 +165,7 @@ def compare(engine: ProphetKVEngine, truth: Truth, result: PrefillResult, *, ans
     return Fidelity(
         kl=float(divergence.mean()),
         top1_agreement=float(agrees.float().mean()),
-        answer=_greedy_from(engine, result, truth.answer, agrees, actual, answer_tokens),
+        answer=_greedy_from(engine, result, truth.answer, agrees, actual, score_tokens),
         attended_recall=recall,
     )
 
@@ -165,20 +191,21 @@ def _greedy_from(
     answer: list[int],
     agrees: torch.Tensor,
     log_probs: torch.Tensor,
-    answer_tokens: int,
+    score_tokens: int,
 ) -> list[int]:
     """Return the arm's own greedy answer.
 
     As long as it agrees with the forced answer it is that answer, so decoding starts where they part.
     """
     if bool(agrees.all()):
-        return answer
-    same = int(agrees.int().argmin())
-    own = [*answer[:same], int(log_probs[same].argmax())]
+        own = list(answer)
+    else:
+        same = int(agrees.int().argmin())
+        own = [*answer[:same], int(log_probs[same].argmax())]
     cache, fed = _fork(result), 0
-    while own[-1] not in engine.end_tokens and len(own) < answer_tokens:
+    while own[-1] not in engine.end_tokens and len(own) < score_tokens:
         step = torch.tensor([own[fed:]], device=result.input_ids.device)
         fed = len(own)
         logits = engine.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         own.append(int(logits.argmax(-1)))
-    return own
+    return own[:score_tokens]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.evaluation.quality import FULL
+from prophetkv_rag.evaluation.results import FULL
 from prophetkv_rag.evaluation.tables import POOLED
 
 
@@ -53,10 +53,9 @@ def plot_against_budget(summary: Sequence[dict[str, Any]], path: Path) -> None:
     full = next((entry for entry in pooled if entry["strategy"] == FULL), None)
     if full is not None:
         right.axhline(100 * full["score"]["mean"], color="black", linestyle="--", linewidth=1, label="full prefill")
-    left.set(
-        xlabel="charged budget, % of full prefill's rows x layers", ylabel="KL to full prefill, nats", ylim=(0, None)
-    )
-    right.set(xlabel="charged budget, % of full prefill's rows x layers", ylabel="official score", ylim=(0, None))
+    xlabel = "charged budget, % of full prefill's rows x layers on the chunks"
+    left.set(xlabel=xlabel, ylabel="KL to full prefill, nats", ylim=(0, None))
+    right.set(xlabel=xlabel, ylabel="official score", ylim=(0, None))
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=130)

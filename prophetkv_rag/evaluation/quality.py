@@ -1,47 +1,23 @@
-"""The quality grid: tasks x strategies x ratios on one model, kept row by row in a file that a later run extends."""
+"""The quality grid: tasks x strategies x ratios on one model."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import ContextWindowError, InputError
 from prophetkv_rag.evaluation.fidelity import Arm, compare, full_prefill
 from prophetkv_rag.evaluation.metrics import score
+from prophetkv_rag.evaluation.results import FULL, QualityRow, ResultsFile
 from prophetkv_rag.evaluation.tasks.example import TaskExample
-from prophetkv_rag.evaluation.tasks.loading import Surroundings
 from prophetkv_rag.evaluation.tasks.prompting import task_prompt
+from prophetkv_rag.evaluation.tasks.surroundings import Surroundings
 from prophetkv_rag.profile import CORPUS, PROMPT
-
-FULL = "full_prefill"
-
-
-@dataclass(frozen=True, slots=True)
-class QualityRow:
-    """One example, one arm; full prefill has a row of its own (`strategy` `"full_prefill"`, `kl` 0).
-
-    `charged_ratio` is the budget really spent (`ReuseReport.charged_ratio`); `score` is the task's official metric on
-    the arm's greedy answer.
-    """
-
-    task: str
-    example_id: str
-    strategy: str
-    recompute_ratio: float
-    charged_ratio: float
-    kl: float
-    top1_agreement: float
-    attended_recall: float | None
-    score: float
-    prompt_tokens: int
-    chunk_tokens: int
-    recomputed_tokens: int
-    ttft_s: float
-    answer: str
+from prophetkv_rag.prompt import Prompt
 
 
 class Engines:
@@ -61,11 +37,8 @@ class Engines:
         """
         if not arm.encoding:
             return self.default
-        if task not in self.surroundings:
-            msg = f"{arm.strategy}: task {task!r} has no example to spare for {arm.encoding!r}; give fewer --rows"
-            raise InputError(msg)
+        around = self._around(arm, task)
         if (task, arm.encoding) not in self._others:
-            around = self.surroundings[task]
             config = replace(
                 self.default.config,
                 prompt_template=f"{around.opening}{{context}}" if PROMPT in arm.encoding else None,
@@ -75,22 +48,52 @@ class Engines:
             self._others[task, arm.encoding] = engine
         return self._others[task, arm.encoding]
 
+    def _around(self, arm: Arm, task: str) -> Surroundings:
+        if task not in self.surroundings:
+            msg = f"{arm.strategy}: task {task!r} has no example to spare for {arm.encoding!r}; give fewer --rows"
+            raise InputError(msg)
+        around = self.surroundings[task]
+        if CORPUS in arm.encoding and around.lead_in is None:
+            msg = (
+                f"{arm.strategy}: the example that task {task!r} has to spare holds no passage that no other has, so "
+                "there is no lead-in; end a data file with a question whose passages are its own, give RULER a longer "
+                "source text, or leave the strategy out"
+            )
+            raise InputError(msg)
+        return around
+
+    def inputs_of(self, arm: Arm, task: str, prompt: Prompt) -> str:
+        """Return hex digits of all text that an arm's row comes from: the prompt, and what its chunks stand behind."""
+        texts: list[Any] = [prompt.prefix, *prompt.chunks, prompt.suffix]
+        if arm.encoding:
+            around = self._around(arm, task)
+            texts += [PROMPT in arm.encoding and around.opening, CORPUS in arm.encoding and around.lead_in]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
 
 def measure_example(
-    engines: Engines, example: TaskExample, arms: Sequence[Arm], *, chunk_tokens: int, answer_tokens: int
+    engines: Engines,
+    example: TaskExample,
+    arms: Sequence[Arm],
+    *,
+    chunk_tokens: int,
+    answer_tokens: int,
+    score_tokens: int | None = None,
 ) -> list[QualityRow]:
     """Compare every arm with full prefill on one example.
 
-    Full prefill and the chunks' caches are computed once and shared by the arms.
+    Full prefill and the chunks' caches are computed once and shared by the arms. KL and agreement are over the first
+    `answer_tokens` of full prefill's answer; answers are scored as long as the task allows, or `score_tokens`.
 
     Raises:
         InputError: If the prompt is longer than the model's context window.
     """
     tokenizer = engines.default.tokenizer
     prompt = task_prompt(example, tokenizer, chunk_tokens)
-    limit = min(answer_tokens, example.max_new_tokens)
+    compared = min(answer_tokens, example.max_new_tokens)
+    scored = min(score_tokens or example.max_new_tokens, example.max_new_tokens)
     try:
-        truth = full_prefill(engines.default, prompt, answer_tokens=limit)
+        truth = full_prefill(engines.default, prompt, answer_tokens=compared, score_tokens=scored)
     except ContextWindowError as error:
         msg = f"{example.task}, example {example.example_id}: {error}; give a shorter --length"
         raise InputError(msg) from error
@@ -101,7 +104,7 @@ def measure_example(
     def row(arm: Arm, report: Any, **found: Any) -> QualityRow:
         answer = tokenizer.decode(found.pop("answer"), skip_special_tokens=True)
         if example.stop_at_newline:
-            answer = answer.split("\n")[0]
+            answer = answer.lstrip("\n").split("\n")[0]
         return QualityRow(
             task=example.task,
             example_id=example.example_id,
@@ -114,101 +117,23 @@ def measure_example(
             recomputed_tokens=report.recomputed_tokens,
             ttft_s=round(report.timings_s.ttft, 4),
             answer=answer,
+            inputs=engines.inputs_of(arm, example.task, prompt),
             **found,
         )
 
     try:
         whole = {"kl": 0.0, "top1_agreement": 1.0, "attended_recall": 1.0}
-        rows = [row(Arm(FULL, 1.0), truth.result.report, answer=truth.answer, **whole)]
+        rows = [row(Arm(FULL, 1.0), truth.result.report, answer=truth.whole_answer, **whole)]
         for arm in arms:
             result = engines.of(arm, example.task).prefill(
                 prompt, strategy=arm.spec, recompute_ratio=arm.recompute_ratio
             )
-            found = compare(engines.default, truth, result, answer_tokens=limit)
+            found = compare(engines.default, truth, result, score_tokens=scored)
             rows.append(row(arm, result.report, **asdict(found)))
         return rows
     finally:
         for engine, own in keys:
             engine.remove_chunks(own, owner=owner)
-
-
-class ResultsFile:
-    """A JSON-lines file of rows behind one line that says under which conditions they were measured.
-
-    An example's rows are appended together, in one write, when all its arms are done: an interrupted run loses the
-    example under way and nothing else.
-    """
-
-    def __init__(self, path: Path, conditions: dict[str, Any]) -> None:
-        """Open or start the file.
-
-        Raises:
-            InputError: If it exists and holds rows measured under other conditions, is not such a file, or cannot be
-                written.
-        """
-        self.path = path
-        self.rows: list[QualityRow] = []
-        try:
-            self._open(path, conditions)
-        except OSError as error:
-            msg = f"{path} cannot be used for results: {error.strerror or error}; give another file"
-            raise InputError(msg) from error
-
-    def _open(self, path: Path, conditions: dict[str, Any]) -> None:
-        if path.exists() and path.stat().st_size:
-            before, self.rows = read_results(path)
-            changed = sorted(key for key in {*before, *conditions} if before.get(key) != conditions.get(key))
-            if changed:
-                msg = (
-                    f"{path} was measured under other conditions ({', '.join(changed)}); give another --out, or the "
-                    "options it was made with"
-                )
-                raise InputError(msg)
-            _drop_torn_line(path)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"conditions": conditions}) + "\n", encoding="utf-8")
-
-    def missing(self, example: TaskExample, arms: Iterable[Arm]) -> list[Arm]:
-        """Return the arms that have no row of this example yet."""
-        done = {
-            (row.strategy, row.recompute_ratio)
-            for row in self.rows
-            if (row.task, row.example_id) == (example.task, example.example_id)
-        }
-        return [arm for arm in arms if (arm.strategy, arm.recompute_ratio) not in done]
-
-    def append(self, rows: Sequence[QualityRow]) -> None:
-        """Add rows; full prefill's only once per example."""
-        known = {(row.task, row.example_id) for row in self.rows if row.strategy == FULL}
-        rows = [row for row in rows if row.strategy != FULL or (row.task, row.example_id) not in known]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
-            file.flush()
-        self.rows.extend(rows)
-
-
-def read_results(path: Path) -> tuple[dict[str, Any], list[QualityRow]]:
-    """Read a results file; a last line that was cut off is left out.
-
-    Raises:
-        InputError: If it is not a results file.
-    """
-    lines = path.read_text(encoding="utf-8").split("\n")
-    try:
-        conditions = json.loads(lines[0])["conditions"]
-        rows = [QualityRow(**json.loads(line)) for line in lines[1:-1] if line]
-    except (ValueError, KeyError, TypeError) as error:
-        msg = f"{path} is not a results file of `bench quality` ({type(error).__name__}: {error}); give another --out"
-        raise InputError(msg) from error
-    return conditions, rows
-
-
-def _drop_torn_line(path: Path) -> None:
-    data = path.read_bytes()
-    if not data.endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
 
 
 def run_grid(
@@ -219,16 +144,30 @@ def run_grid(
     *,
     chunk_tokens: int,
     answer_tokens: int,
-    on_step: Callable[[int], None] | None = None,
+    score_tokens: int | None = None,
+    on_step: Callable[[int], None] = lambda steps: None,
 ) -> list[QualityRow]:
-    """Measure what the results file lacks and return its rows of these examples; `on_step(1)` after each example."""
+    """Measure what the results file lacks and return its rows of these examples.
+
+    `on_step` is told first how many examples are there already, then 1 after each that was measured.
+    """
+    missing = {}
     for example in examples:
-        missing = results.missing(example, arms)
-        if missing:
-            results.append(
-                measure_example(engines, example, missing, chunk_tokens=chunk_tokens, answer_tokens=answer_tokens)
-            )
-        if on_step is not None:
-            on_step(1)
+        prompt = task_prompt(example, engines.default.tokenizer, chunk_tokens)
+        inputs = {arm: engines.inputs_of(arm, example.task, prompt) for arm in arms}
+        if wanted_arms := results.missing(example, inputs):
+            missing[example] = wanted_arms
+    on_step(len(examples) - len(missing))
+    for example, wanted_arms in missing.items():
+        rows = measure_example(
+            engines,
+            example,
+            wanted_arms,
+            chunk_tokens=chunk_tokens,
+            answer_tokens=answer_tokens,
+            score_tokens=score_tokens,
+        )
+        results.append(rows)
+        on_step(1)
     wanted = {(example.task, example.example_id) for example in examples}
     return [row for row in results.rows if (row.task, row.example_id) in wanted]

@@ -10,7 +10,7 @@ import numpy as np
 
 from prophetkv_rag.evaluation.fidelity import Arm
 from prophetkv_rag.evaluation.intervals import bootstrap_mean
-from prophetkv_rag.evaluation.quality import FULL, QualityRow
+from prophetkv_rag.evaluation.results import FULL, QualityRow
 
 POOLED = "all"
 
@@ -19,8 +19,8 @@ def summarise(rows: Sequence[QualityRow], *, against: str = "prophetkv") -> list
     """Return one entry per task and arm, the pooled ones (task `"all"`) first.
 
     An entry holds the means with bootstrap intervals; `kl_above` is the paired difference in KL to the arm of strategy
-    `against` at the same ratio (of an arm whose ratio it was not measured at, such as plain reuse, at its smallest),
-    example by example, and `score_lost` the paired difference of full prefill's score to the arm's own.
+    `against` at the same ratio (plain reuse is compared with its smallest), example by example, and `score_lost` the
+    paired difference of full prefill's score to the arm's own.
     """
     by_arm: dict[Arm, dict[tuple[str, str], QualityRow]] = {}
     for row in rows:
@@ -30,8 +30,8 @@ def summarise(rows: Sequence[QualityRow], *, against: str = "prophetkv") -> list
     ratios = sorted(arm.recompute_ratio for arm in by_arm if arm.strategy == against)
 
     def reference_of(arm: Arm) -> dict[tuple[str, str], QualityRow]:
-        ratio = arm.recompute_ratio if arm.recompute_ratio in ratios else next(iter(ratios), None)
-        return {} if ratio is None else by_arm[Arm(against, ratio)]
+        ratio = arm.recompute_ratio or next(iter(ratios), 0.0)
+        return by_arm.get(Arm(against, ratio), {})
 
     tasks = [POOLED, *dict.fromkeys(row.task for row in rows)]
     return [

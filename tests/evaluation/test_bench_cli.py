@@ -12,6 +12,8 @@ from prophetkv_rag.cli.app import main
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.evaluation.tasks.loading import load_examples
 from prophetkv_rag.evaluation.tasks.prompting import task_prompt
+from prophetkv_rag.evaluation.tasks.ruler import Sources
+from prophetkv_rag.evaluation.tasks.ruler.haystack import NOISE_LINE
 from tests.tiny import save_tiny, text_of, tiny_tokenizer
 
 
@@ -97,12 +99,25 @@ def test_quality_on_a_generated_task(model, capsys):
         (("--data", "DATA", "--plots", "DATA/plots"), "results cannot be written"),
         (("--data", "DATA", "--out", "DATA/rows.jsonl"), "cannot be used for results"),
         (("--data", "DATA", "--rows", "3", "--strategy", "prophetkv@corpus"), "has no example to spare"),
+        (("--data", "DATA", "--length", "5000"), "--length is 5000, and the model's context window"),
+        (("--data", "DATA", "--against", "prophetkvv"), "--against is 'prophetkvv', which is not measured; allowed: f"),
+        (("--data", "DATA", "--markdown", "."), "results cannot be written"),
+        (("--data", "DATA", "--out", "BINARY"), "cannot be used for results"),
+        (("--data", "NOTHING"), "holds no questions"),
+        (("--data", "NO_TEXT"), "passages of the question '1' is empty"),
+        (("--data", "NO_ANSWER"), "answers of the question '1' is empty"),
     ],
 )
 def test_mistakes(model, data, tmp_path, capsys, arguments, message):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"id": "1", "question": "q", "answers": ["a"]}\n')
-    names = {"DATA": data, "BAD": bad}
+    (tmp_path / "nothing.jsonl").write_text("\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\n")
+    one = {"id": "1", "question": "q", "answers": ["a"], "passages": [{"title": "", "text": " "}]}
+    (tmp_path / "no_text.jsonl").write_text(json.dumps(one))
+    (tmp_path / "no_answer.jsonl").write_text(json.dumps(one | {"answers": [], "passages": [{"text": "x"}]}))
+    names = {"DATA": data, "BAD": bad, "BINARY": tmp_path / "binary", "NOTHING": tmp_path / "nothing.jsonl"}
+    names |= {"NO_TEXT": tmp_path / "no_text.jsonl", "NO_ANSWER": tmp_path / "no_answer.jsonl"}
     given = [str(argument).replace("DATA", str(data)) for argument in arguments]
     given = [names.get(argument, argument) for argument in given]
     status, printed, errors = run(capsys, "bench", "quality", "--model", model, *given)
@@ -117,10 +132,74 @@ def test_the_lead_in_does_not_depend_on_the_number_of_rows(data):
     assert [len(examples) for examples, _ in found.values()] == [1, 2, 3]
     last = "".join(found[3][0][-1].context)
     assert found[1][1] == found[2][1]
-    assert found[1][1]["mine"].lead_in in last
+    assert found[1][1]["mine"].lead_in.strip() in last
     heads = {str(task_prompt(example, tokenizer, 48).prefix) for example in found[2][0]}
     assert heads == {found[1][1]["mine"].opening}
     assert found[3][1] == {}  # the last one is measured itself
+
+
+def test_a_changed_question_is_not_answered_by_old_rows(model, data, tmp_path, capsys):
+    arguments = ("bench", "quality", "--model", model, "--data", data, *BASE, "--out", tmp_path / "rows.jsonl")
+    settings = ("--strategy", "full_reuse", "--recompute-ratio", 0.2, "--json")
+    assert run(capsys, *arguments, *settings)[0] == 0
+    data.write_text(data.read_text().replace("What opens at nine?", "What shuts at nine?"))
+    status, printed, errors = run(capsys, *arguments, *settings)
+    assert (status, printed) == (2, "")
+    assert "measured on other text" in errors
+
+
+def lead_ins(tmp_path, questions, rows=1):
+    path = tmp_path / "mine.jsonl"
+    lines = (
+        {"id": str(number), "question": "q", "answers": ["a"], "passages": [{"text": text} for text in texts]}
+        for number, texts in enumerate(questions)
+    )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return load_examples([], [path], rows=rows, tokenizer=tiny_tokenizer(), length=3000, chunk_tokens=48)[1]["mine"]
+
+
+def test_no_question_of_the_file_holds_the_lead_in(tmp_path):
+    texts = [text_of(150, seed=seed) for seed in range(6)]
+    spare = [texts[0], texts[1], texts[2], texts[3]]
+    plain = lead_ins(tmp_path, [[texts[4]], [texts[5]], spare]).lead_in
+    assert plain.split()[0] in texts[2] or plain.split()[0] in texts[3]
+    # Twelve words of it in a question that is not even measured, and the chunk before is taken.
+    words = plain.split()
+    assert lead_ins(tmp_path, [[texts[4]], [" ".join(words[20:31])], spare]).lead_in == plain  # eleven are no passage
+    other = lead_ins(tmp_path, [[texts[4]], [" ".join(words[20:32])], spare]).lead_in
+    assert other is not None
+    assert other != plain
+    assert lead_ins(tmp_path, [spare, [texts[5]], spare]).lead_in is None
+
+
+@pytest.mark.parametrize("task", ["ruler_niah_single_1", "ruler_niah_multikey_1", "ruler_vt", "ruler_cwe", "ruler_fwe"])
+def test_no_prompt_of_a_generated_task_holds_its_lead_in(task):
+    pytest.importorskip("wonderwords")
+    settings = {"tokenizer": tiny_tokenizer(), "length": 6500, "chunk_tokens": 128}
+    examples, surroundings = load_examples([task], [], rows=3, **settings)
+    lead_in = surroundings[task].lead_in
+    assert lead_in
+    windows = {lead_in[start : start + 90] for start in range(len(lead_in) - 90)}
+    noise = f"{NOISE_LINE} " * 8 + f"{NOISE_LINE}\n" * 8
+    windows = {window for window in windows if window not in noise}
+    for example in examples:
+        context = "".join(example.context)
+        assert not any(window in context for window in windows)
+
+
+def test_a_source_text_that_goes_round_gives_no_lead_in(tmp_path):
+    essay = tmp_path / "essay.txt"
+    essay.write_text(". ".join(text_of(12, seed=seed).capitalize() for seed in range(20)) + ".")
+    settings = {"tokenizer": tiny_tokenizer(), "length": 2600, "chunk_tokens": 128, "sources": Sources(essay)}
+    pytest.importorskip("wonderwords")
+    assert load_examples(["ruler_niah_multikey_1"], [], rows=1, **settings)[1]["ruler_niah_multikey_1"].lead_in is None
+
+
+def test_calibrate_checks_its_files_first(model, data, tmp_path, capsys):
+    for out in (tmp_path, "."):
+        status, printed, errors = run(capsys, "calibrate", model, "--data", data, *BASE, "--out", out)
+        assert (status, printed) == (2, "")
+        assert "results cannot be written" in errors.splitlines()[-1]
 
 
 def test_calibrate_writes_a_profile_that_the_engine_loads(model, data, tmp_path, capsys):
@@ -132,6 +211,7 @@ def test_calibrate_writes_a_profile_that_the_engine_loads(model, data, tmp_path,
     profile = json.loads(printed)
     assert profile["examples"] == 2
     assert [point["recompute_ratio"] for point in profile["strategies"][0]["curve"]] == [0.1, 0.5]
+    assert (profile["chunk_tokens"], profile["answer_tokens"]) == (48, 3)
     engine = ProphetKVEngine.from_pretrained(model, profile=out)
     assert engine.config.recompute_ratio == profile["strategies"][0]["recompute_ratio"]
     rows = Path(out.with_suffix(".rows.jsonl")).read_text()

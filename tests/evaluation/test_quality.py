@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,14 +14,15 @@ import torch
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.evaluation.calibration import calibrate
-from prophetkv_rag.evaluation.fidelity import Arm, full_prefill
+from prophetkv_rag.evaluation.fidelity import Arm, arms_of, full_prefill
 from prophetkv_rag.evaluation.intervals import bootstrap_mean
 from prophetkv_rag.evaluation.picks import YARDSTICK, picks_of
-from prophetkv_rag.evaluation.quality import Engines, QualityRow, ResultsFile, measure_example, read_results, run_grid
+from prophetkv_rag.evaluation.quality import Engines, measure_example, run_grid
+from prophetkv_rag.evaluation.results import QualityRow, ResultsFile, read_results
 from prophetkv_rag.evaluation.tables import markdown, summarise
 from prophetkv_rag.evaluation.tasks.example import TaskExample
-from prophetkv_rag.evaluation.tasks.loading import Surroundings
 from prophetkv_rag.evaluation.tasks.prompting import join_pieces, prompt_length, task_prompt
+from prophetkv_rag.evaluation.tasks.surroundings import Surroundings
 from prophetkv_rag.profile import load_profile
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
@@ -162,8 +165,9 @@ def test_an_interrupted_run_goes_on(engines, tmp_path):
     class Stop(Exception):
         pass
 
-    def stop(_):
-        raise Stop
+    def stop(steps):
+        if steps:
+            raise Stop
 
     settings = {"chunk_tokens": 64, "answer_tokens": 3}
     with pytest.raises(Stop):
@@ -195,9 +199,55 @@ def test_other_conditions_are_refused(tmp_path):
         ResultsFile(tmp_path / "notes.txt", {})
 
 
+def test_rows_of_other_text_are_refused(engines, tmp_path):
+    settings = {"chunk_tokens": 64, "answer_tokens": 2}
+    path = tmp_path / "rows.jsonl"
+    run_grid(engines, [example()], ARMS[:3], ResultsFile(path, {}), **settings)
+    before = path.read_text()
+    changed = replace(example(), after="Who wrote it?")
+    with pytest.raises(InputError, match="full_reuse of toy, example 0, measured on other text"):
+        run_grid(engines, [changed], ARMS[:1], ResultsFile(path, {}), **settings)
+    surroundings = {"toy": Surroundings(text_of(30, seed=8), "Read this.\n")}
+    others = Engines(engines.default, surroundings)
+    run_grid(others, [example()], ARMS[:2], ResultsFile(path, {}), **settings)  # which have no lead-in
+    with pytest.raises(InputError, match="prophetkv@corpus 20% of toy, example 0, measured on other text"):
+        run_grid(others, [example()], ARMS[:3], ResultsFile(path, {}), **settings)
+    assert path.read_text() == before
+    untold = re.sub(r', "inputs": "[0-9a-f]{16}"', "", before)
+    path.write_text(untold)
+    run_grid(others, [changed], ARMS[:3], ResultsFile(path, {}), **settings)  # rows that do not tell are believed
+    assert path.read_text() == untold
+
+
+def test_answers_are_scored_beyond_what_is_compared(engines):
+    """KL over two tokens, scores over six: the scored answer is plain greedy decoding all the same."""
+    for number in range(4):
+        one = example(number)
+        short = measure_example(engines, one, ARMS[:2], chunk_tokens=64, answer_tokens=2)
+        whole = measure_example(engines, one, ARMS[:2], chunk_tokens=64, answer_tokens=6)
+        cut = measure_example(engines, one, ARMS[:2], chunk_tokens=64, answer_tokens=6, score_tokens=2)
+        assert [row.answer for row in short] == [row.answer for row in whole]
+        assert [row.kl for row in short] != [row.kl for row in whole]
+        assert [row.kl for row in cut] == [row.kl for row in whole]
+        for one_cut, one_whole in zip(cut, whole, strict=True):
+            assert one_whole.answer.startswith(one_cut.answer)
+            assert len(one_cut.answer) < len(one_whole.answer)
+
+
+def test_arms(engines):
+    arms = arms_of(["full_prefill", "full_reuse@corpus", "epic", "epic"], [0.1, 0.2])
+    assert arms == [Arm("full_reuse@corpus", 0.0), Arm("epic", 0.1), Arm("epic", 0.2)]
+    with pytest.raises(InputError, match="recompute_ratio is 2"):
+        arms_of(["full_reuse"], [2])
+
+
 def test_a_task_without_a_lead_in_says_so(engines):
     with pytest.raises(InputError, match="'toy' has no example to spare"):
         Engines(engines.default).of(Arm("prophetkv@corpus", 0.2), "toy")
+    bare = Engines(engines.default, {"toy": Surroundings(None, "Read this.\n")})
+    with pytest.raises(InputError, match="no passage that no other has"):
+        bare.of(Arm("prophetkv@prompt+corpus", 0.2), "toy")
+    assert bare.of(Arm("prophetkv@prompt", 0.2), "toy") is not bare.default
 
 
 def test_a_prompt_over_the_window_says_so():
@@ -231,6 +281,7 @@ def test_summary_is_paired():
     rows += [row(n, "prophetkv", 0.2, 1.0) for n in range(4)]
     rows += [row(n, "random", 0.1, 0.1 * n + 0.5, score=0.25) for n in range(4)]
     rows += [row(n, "full_reuse", 0.0, 2.0) for n in range(4)]
+    rows += [row(n, "random", 0.3, 2.0) for n in range(4)]
     table = {(e["task"], e["strategy"], e["recompute_ratio"]): e for e in summarise(rows, against="prophetkv")}
     random = table["all", "random", 0.1]
     assert random["kl"]["mean"] == pytest.approx(0.65)
@@ -241,6 +292,8 @@ def test_summary_is_paired():
     assert "kl_above" not in table["all", "prophetkv", 0.1]
     # Plain reuse has no arm of its ratio to be compared with: the smallest ratio stands in.
     assert table["all", "full_reuse", 0.0]["kl_above"]["mean"] == pytest.approx(2.0 - 0.15)
+    # A ratio that it was not measured at is compared with nothing.
+    assert "kl_above" not in table["all", "random", 0.3]
     text = markdown(summarise(rows), {"model": "m"})
     assert "| random | 10% | 15.0% | 4 |" in text
     assert "+0.500 (+0.500 to +0.500)" in text
@@ -264,6 +317,7 @@ def test_calibration_takes_no_lucky_dip(tmp_path):
     assert profile.best.strategy == "prophetkv"
     assert profile.best.recompute_ratio == 0.2
     assert {one.strategy: one.recompute_ratio for one in profile.strategies} == {"prophetkv": 0.2, "random": None}
+    assert profile.best.curve[0]["top1_low"] == profile.best.curve[0]["top1_high"] == 0.97
     profile.save(tmp_path / "p.json")
     assert load_profile(tmp_path / "p.json") == profile
     with pytest.raises(InputError, match="made for 'm'"):

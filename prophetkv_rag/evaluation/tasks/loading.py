@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import islice, takewhile, zip_longest
+from dataclasses import replace
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,11 @@ from prophetkv_rag.evaluation.tasks.longbench import (
     truncate_example,
 )
 from prophetkv_rag.evaluation.tasks.own_data import load_questions
-from prophetkv_rag.evaluation.tasks.prompting import join_pieces, prompt_length, task_prompt
+from prophetkv_rag.evaluation.tasks.prompting import prompt_length, user_turn
 from prophetkv_rag.evaluation.tasks.ruler import RULER_TASKS, Sources, generate
+from prophetkv_rag.evaluation.tasks.surroundings import Surroundings, surroundings_of
 
 _LONGBENCH = "longbench_"
-LEAD_IN_TOKENS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a task's chunks may be encoded behind, for the arms that ask for it.
-
-    Attributes:
-        lead_in: Text of the same kind as the contexts that no measured example holds: the last whole chunk of
-            `LEAD_IN_TOKENS` of the spare example's context.
-        opening: What the task's prompts begin with before the context, chat template included: what the spare and the
-            first measured example share (few-shot examples that change from row to row are not part of it).
-    """
-
-    lead_in: str
-    opening: str
 
 
 def task_names() -> tuple[str, ...]:
@@ -60,7 +45,8 @@ def load_examples(
 
     The examples are interleaved, so that a run cut short has some of each task. The example to spare is the same
     whatever the number of rows: of a data file or LongBench the last one, unless it is measured (the task then has no
-    surroundings), of RULER one of twice the length and another seed.
+    surroundings), of RULER one of twice the length and another seed. Of a data file no question may hold the lead-in,
+    measured or not, so it does not depend on the number of rows either.
 
     Args:
         tasks: Names of tasks (`task_names`).
@@ -68,7 +54,7 @@ def load_examples(
         tokenizer: Measures prompts.
         rows: Examples per task.
         length: RULER prompts are made to fit this many tokens, the answer included; LongBench's are cut in the middle
-            to it; longer questions of a data file are left out.
+            to it, chat template included; longer questions of a data file are left out.
         chunk_tokens: Chunk size, which decides how prompts are tokenised.
         seed: RULER's.
         sources: RULER's source texts.
@@ -77,6 +63,58 @@ def load_examples(
     Raises:
         InputError: For an unknown task or a bad file.
     """
+    check_names(tasks, data)
+
+    def count(example: TaskExample) -> int:
+        return prompt_length(example, tokenizer, chunk_tokens)
+
+    def of_task(name: str) -> tuple[list[TaskExample], TaskExample | None, list[TaskExample]]:
+        if name in RULER_TASKS:
+            made = list(
+                generate(name, max_seq_length=length, num_samples=rows, count_tokens=count, seed=seed, sources=sources)
+            )
+            longer = generate(
+                name, max_seq_length=2 * length, num_samples=1, count_tokens=count, seed=seed + 1, sources=sources
+            )
+            return made, next(longer), made
+        loaded = load_longbench(name.removeprefix(_LONGBENCH), longbench)
+        kept = loaded if len(loaded) <= rows else [*loaded[:rows], loaded[-1]]
+        cut = [
+            truncate_example(
+                example,
+                length - _around(example, tokenizer),
+                lambda text: tokenizer(text)["input_ids"],
+                tokenizer.decode,
+            )
+            for example in kept
+        ]
+        return cut[:rows], cut[rows] if len(cut) > rows else None, cut[:rows]
+
+    def of_file(path: Path) -> tuple[list[TaskExample], TaskExample | None, list[TaskExample]]:
+        name = path.name.split(".")[0]
+        questions = [replace(example, task=name) for example in load_questions(path)]
+        if not questions:
+            msg = f"{path} holds no questions; give JSON lines with the fields id, question, answers and passages"
+            raise InputError(msg)
+        measured = list(islice((one for one in questions if count(one) <= length), rows))
+        spare = next((one for one in reversed(questions) if count(one) <= length), None)
+        return measured, None if spare in measured else spare, [one for one in questions if one is not spare]
+
+    groups = [*(of_task(name) for name in tasks), *(of_file(path) for path in data)]
+    if not any(measured for measured, _, _ in groups):
+        msg = f"no example fits {length} tokens; give a longer --length"
+        raise InputError(msg)
+    surroundings = {
+        spare.task: surroundings_of(spare, measured[0], others, tokenizer)
+        for measured, spare, others in groups
+        if spare and measured
+    }
+    interleaved = zip_longest(*(measured for measured, _, _ in groups))
+    return [example for together in interleaved for example in together if example is not None], surroundings
+
+
+def check_names(tasks: Sequence[str], data: Sequence[Path]) -> None:
+    """Raise `InputError` for what can be told before a model is loaded: unknown tasks, missing files, equal names."""
     known = task_names()
     for name in tasks:
         if name not in known:
@@ -85,53 +123,19 @@ def load_examples(
     if not tasks and not data:
         msg = "nothing to measure; give a --task, or questions of your own with --data FILE.jsonl"
         raise InputError(msg)
-
+    for path in data:
+        if not path.is_file():
+            msg = f"no file {path}; give JSON lines with the fields id, question, answers and passages"
+            raise InputError(msg)
     names = [*tasks, *(path.name.split(".")[0] for path in data)]
     if len(set(names)) < len(names):
         msg = f"two tasks or files have the same name: {', '.join(names)}; results are kept by name, so rename one"
         raise InputError(msg)
 
-    def count(example: TaskExample) -> int:
-        return prompt_length(example, tokenizer, chunk_tokens)
 
-    def of_task(name: str) -> tuple[list[TaskExample], TaskExample | None]:
-        if name in RULER_TASKS:
-            made = list(
-                generate(name, max_seq_length=length, num_samples=rows, count_tokens=count, seed=seed, sources=sources)
-            )
-            longer = generate(
-                name, max_seq_length=2 * length, num_samples=1, count_tokens=count, seed=seed + 1, sources=sources
-            )
-            return made, next(longer)
-        loaded = load_longbench(name.removeprefix(_LONGBENCH), longbench)
-        kept = loaded if len(loaded) <= rows else [*loaded[:rows], loaded[-1]]
-        cut = [
-            truncate_example(example, length, lambda text: tokenizer(text)["input_ids"], tokenizer.decode)
-            for example in kept
-        ]
-        return cut[:rows], cut[rows] if len(cut) > rows else None
-
-    def of_file(path: Path) -> tuple[list[TaskExample], TaskExample | None]:
-        name = path.name.split(".")[0]
-        questions = [replace(example, task=name) for example in load_questions(path)]
-        measured = list(islice((one for one in questions if count(one) <= length), rows))
-        spare = next((one for one in reversed(questions) if count(one) <= length), None)
-        return measured, None if spare in measured else spare
-
-    groups = [*(of_task(name) for name in tasks), *(of_file(path) for path in data)]
-    if not any(group for group, _ in groups):
-        msg = f"no example fits {length} tokens; give a longer --length"
-        raise InputError(msg)
-    surroundings = {
-        spare.task: _surroundings(spare, measured[0], tokenizer) for measured, spare in groups if spare and measured
-    }
-    interleaved = zip_longest(*(group for group, _ in groups))
-    return [example for together in interleaved for example in together if example is not None], surroundings
-
-
-def _surroundings(spare: TaskExample, other: TaskExample, tokenizer: Any) -> Surroundings:
-    chunks = join_pieces(spare.context, tokenizer, LEAD_IN_TOKENS)
-    heads = [str(task_prompt(example, tokenizer, LEAD_IN_TOKENS).prefix).splitlines(True) for example in (spare, other)]
-    shared = takewhile(lambda lines: lines[0] == lines[1], zip(*heads, strict=False))
-    opening = "".join(first for first, _ in shared)
-    return Surroundings(lead_in=chunks[-2] if len(chunks) > 1 else chunks[0], opening=opening)
+def _around(example: TaskExample, tokenizer: Any) -> int:
+    """Return the tokens that the chat template and the answer prefix put around an example's text."""
+    texts = user_turn(tokenizer, "", "") if example.chat else ("", "")
+    return sum(
+        len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (*texts, example.answer_prefix) if text
+    )

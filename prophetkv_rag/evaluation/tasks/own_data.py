@@ -30,12 +30,17 @@ def load_questions(path: Path, limit: int | None = None) -> list[TaskExample]:
         One example a row; its context's pieces are the passages, each with the separator behind it.
 
     Raises:
-        InputError: If the file is missing, a row lacks a field (the message names the line) or two rows share an id.
+        InputError: If the file is missing, a row lacks a field (the message names the line) or has no passage or no
+            answer, or two rows share an id.
     """
     examples: dict[str, TaskExample] = {}
     for question in read_questions(path, limit=limit):
         if question.id in examples:
             msg = f"{path}: the id {question.id!r} is there twice; results are kept by id, so make the ids unique"
+            raise InputError(msg)
+        if not any(text.strip() for text in question.passages) or not question.answers:
+            empty = "answers" if any(text.strip() for text in question.passages) else "passages"
+            msg = f"{path}: {empty} of the question {question.id!r} is empty; give at least one"
             raise InputError(msg)
         examples[question.id] = _example(question)
     return list(examples.values())
