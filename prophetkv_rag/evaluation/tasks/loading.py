@@ -22,6 +22,8 @@ from prophetkv_rag.evaluation.tasks.ruler import RULER_TASKS, Sources, generate
 from prophetkv_rag.evaluation.tasks.surroundings import Surroundings, surroundings_of
 
 _LONGBENCH = "longbench_"
+_SPARES = 20
+"""How many questions of a file are looked through for a lead-in, from its end on."""
 
 
 def task_names() -> tuple[str, ...]:
@@ -44,9 +46,9 @@ def load_examples(
     """Return `rows` examples of every task and data file, and per task its `Surroundings`, from one example more.
 
     The examples are interleaved, so that a run cut short has some of each task. The example to spare is the same
-    whatever the number of rows: of a data file or LongBench the last one, unless it is measured (the task then has no
-    surroundings), of RULER one of twice the length and another seed. Of a data file no question may hold the lead-in,
-    measured or not, so it does not depend on the number of rows either.
+    whatever the number of rows: of LongBench the last one, of a data file the last one with text that no other question
+    holds, measured or not; if it is measured the task has no surroundings. Of RULER it is one of twice the length and
+    another seed.
 
     Args:
         tasks: Names of tasks (`task_names`).
@@ -68,7 +70,10 @@ def load_examples(
     def count(example: TaskExample) -> int:
         return prompt_length(example, tokenizer, chunk_tokens)
 
-    def of_task(name: str) -> tuple[list[TaskExample], TaskExample | None, list[TaskExample]]:
+    def around(spare: TaskExample, measured: list[TaskExample], others: list[TaskExample]) -> Surroundings:
+        return surroundings_of(spare, measured[0], others, tokenizer)
+
+    def of_task(name: str) -> tuple[list[TaskExample], Surroundings | None]:
         if name in RULER_TASKS:
             made = list(
                 generate(name, max_seq_length=length, num_samples=rows, count_tokens=count, seed=seed, sources=sources)
@@ -76,7 +81,7 @@ def load_examples(
             longer = generate(
                 name, max_seq_length=2 * length, num_samples=1, count_tokens=count, seed=seed + 1, sources=sources
             )
-            return made, next(longer), made
+            return made, around(next(longer), made, made)
         loaded = load_longbench(name.removeprefix(_LONGBENCH), longbench)
         kept = loaded if len(loaded) <= rows else [*loaded[:rows], loaded[-1]]
         cut = [
@@ -88,28 +93,30 @@ def load_examples(
             )
             for example in kept
         ]
-        return cut[:rows], cut[rows] if len(cut) > rows else None, cut[:rows]
+        return cut[:rows], around(cut[rows], cut[:rows], cut[:rows]) if len(cut) > rows else None
 
-    def of_file(path: Path) -> tuple[list[TaskExample], TaskExample | None, list[TaskExample]]:
+    def of_file(path: Path) -> tuple[list[TaskExample], Surroundings | None]:
         name = path.name.split(".")[0]
         questions = [replace(example, task=name) for example in load_questions(path)]
         if not questions:
             msg = f"{path} holds no questions; give JSON lines with the fields id, question, answers and passages"
             raise InputError(msg)
         measured = list(islice((one for one in questions if count(one) <= length), rows))
-        spare = next((one for one in reversed(questions) if count(one) <= length), None)
-        return measured, None if spare in measured else spare, [one for one in questions if one is not spare]
+        found = None
+        for spare in islice((one for one in reversed(questions) if count(one) <= length), _SPARES):
+            if spare in measured:
+                break
+            found = around(spare, measured, [one for one in questions if one is not spare])
+            if found.lead_in is not None:
+                break
+        return measured, found
 
     groups = [*(of_task(name) for name in tasks), *(of_file(path) for path in data)]
-    if not any(measured for measured, _, _ in groups):
+    if not any(measured for measured, _ in groups):
         msg = f"no example fits {length} tokens; give a longer --length"
         raise InputError(msg)
-    surroundings = {
-        spare.task: surroundings_of(spare, measured[0], others, tokenizer)
-        for measured, spare, others in groups
-        if spare and measured
-    }
-    interleaved = zip_longest(*(measured for measured, _, _ in groups))
+    surroundings = {measured[0].task: found for measured, found in groups if found}
+    interleaved = zip_longest(*(measured for measured, _ in groups))
     return [example for together in interleaved for example in together if example is not None], surroundings
 
 
