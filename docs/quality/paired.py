@@ -8,21 +8,35 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+
 from prophetkv_rag.evaluation.intervals import bootstrap_mean
+
+Arms = dict[tuple[str, float], float]
+"""KL by strategy and ratio."""
 
 OURS, PAPER = "prophetkv@prompt+corpus", "prophetkv"
 SETS = {"all": (), "without vt and cwe": ("ruler_vt", "ruler_cwe")}
 PAIRS = [((arm, ratio), (PAPER, ratio)) for ratio in (0.1, 0.2) for arm in (OURS, f"{PAPER}@corpus", f"{PAPER}@prompt")]
 PAIRS += [((OURS, ratio), (f"{PAPER}@corpus", ratio)) for ratio in (0.1, 0.2)] + [((OURS, 0.1), (PAPER, 0.2))]
-PAIRS += [((rival, ratio), (PAPER, ratio)) for ratio in (0.1, 0.2) for rival in ("epic", "cacheblend", "kvshare")]
+RIVALS = ("epic", "cacheblend", "kvshare", "random")
+PAIRS += [((rival, ratio), (PAPER, ratio)) for ratio in (0.1, 0.2) for rival in RIVALS]
+PAIRS += [((rival, 0.2), (PAPER, 0.1)) for rival in RIVALS]  # at a higher charge than what they are compared with
 PAIRS += [
     ((f"prophetkv_late{encoding}", ratio), (f"{PAPER}{encoding}", ratio))
     for encoding in ("", "@prompt+corpus")
     for ratio in (0.1, 0.2)
 ]
 
+
+def tasks_of(kl: dict[tuple[str, str], Arms], examples: list[Arms]) -> list[str]:
+    """Return the task of each example."""
+    task_of = {id(arms): task for (task, _), arms in kl.items()}
+    return [task_of[id(arms)] for arms in examples]
+
+
 for file in sorted(Path(__file__).parent.glob("*.jsonl.gz")):
-    kl: dict[tuple[str, str], dict[tuple[str, float], float]] = defaultdict(dict)
+    kl: dict[tuple[str, str], Arms] = defaultdict(dict)
     for line in gzip.decompress(file.read_bytes()).decode().splitlines()[1:]:
         row = json.loads(line)
         kl[row["task"], row["example_id"]][row["strategy"], row["recompute_ratio"]] = row["kl"]
@@ -41,3 +55,15 @@ for file in sorted(Path(__file__).parent.glob("*.jsonl.gz")):
             label = f"{ours[0]} {ours[1]:.0%} against {base[0]} {base[1]:.0%}"
             interval = f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
             sys.stdout.write(f"  {label:58} {change:+.0%}  {interval}, lower on {lower} of {len(both)}\n")
+            by_task: dict[str, list[float]] = defaultdict(list)
+            for task, difference in zip(tasks_of(kl, both), differences, strict=True):
+                by_task[task].append(difference)
+            if name == "all" and len(by_task) > 2:  # prompts of one task are alike, those of RULER share a haystack
+                means = np.array([np.mean(found) for found in by_task.values()])
+                one_out = [float(np.delete(means, left).mean()) for left in range(len(means))]
+                spread = bootstrap_mean(means.tolist())
+                sys.stdout.write(
+                    f"  {'':58} tasks as units: {spread.mean:+.3f} ({spread.low:+.3f} to {spread.high:+.3f}), "
+                    f"lower in {(means < 0).sum()} of {len(means)}; "
+                    f"without any one task {min(one_out):+.3f} to {max(one_out):+.3f}\n"
+                )

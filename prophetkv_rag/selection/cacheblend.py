@@ -33,6 +33,9 @@ class CacheBlend(Strategy):
     fresh K/V up to the layer they were dropped after and their stale ones beyond. The budget really charged is
     therefore above the nominal p: (2 C + p C (L - 2)) / (C L).
 
+    The authors' code drops them inside layer 1, between its projections and its attention, which gives the same rows
+    for most of a layer less. Here a model's own decoder layer runs as a whole, and what runs is charged.
+
     Attributes:
         deviation: `"v"` compares values, as the authors' code does; `"k"` compares rotated keys, as LMCache does;
             `"kv"` adds both, as the paper's text reads.
