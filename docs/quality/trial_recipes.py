@@ -136,6 +136,56 @@ class FirstLayersFull(Strategy):
 
 
 @dataclass
+class Spans(Strategy):
+    """Trial e: the best tokens with `reach` neighbours on both sides, as many as the budget holds."""
+
+    name: ClassVar[str] = "spans"
+    reach: int = 1
+
+    def select(self, context: QueryContext) -> Selection:
+        """Go down the ranking; every token brings its neighbours along until the budget is spent."""
+        scores = context.attention_scores()
+        chosen = torch.zeros_like(context.eligible)
+        left = context.budget
+        for position in torch.sort(scores.masked_fill(~context.eligible, -1), descending=True, stable=True).indices:
+            span = torch.arange(max(0, int(position) - self.reach), int(position) + self.reach + 1)
+            span = span[span < chosen.shape[0]]
+            new = span[context.eligible[span] & ~chosen[span]][:left]
+            chosen[new] = True
+            left -= new.shape[0]
+            if left == 0:
+                break
+        return Selection(chosen.nonzero()[:, 0])
+
+
+@dataclass
+class TimesDeviation(Strategy):
+    """Trial f: attention times the distance of stale and fresh values at layer 1, for which two layers run in full."""
+
+    name: ClassVar[str] = "times deviation"
+    is_free: bool = False
+
+    def select(self, context: QueryContext) -> Selection:
+        """Ask, run two layers for all chunk tokens, let the best of the product go on."""
+        scores, num_layers = context.attention_scores(), len(context.layers)
+        everything = context.is_chunk.nonzero()[:, 0]
+        count = context.budget
+        if self.is_free:
+            context.row_layers -= 2 * (everything.shape[0] - count)
+        else:
+            count = FirstLayersFull.tokens_left(context.budget, everything.shape[0], num_layers, 2)
+
+        def prune(view: LayerView) -> torch.Tensor | None:
+            if view.layer_idx != 1:
+                return None
+            product = torch.zeros_like(scores)
+            product[view.rows] = (view.fresh_values - view.stale_values).square().sum((0, 2)).sqrt()
+            return top_positions(product * scores, context.eligible, count)
+
+        return Selection(everything, prune=prune)
+
+
+@dataclass
 class Weighted(Strategy):
     """Trial c: stage I with a weight per layer and head, `[L, H]`."""
 

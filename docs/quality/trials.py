@@ -15,6 +15,8 @@ c. Stage I's layers or heads weighted. The weights (nonnegative, summing to 1) m
    the weighted attention: what a token's stale values do to the question, its attention under full prefill times the
    distance of its stale value from full prefill's. They are fitted on the other tasks' prompts. "oracle" arms rank by
    the target, or by full prefill's attention, themselves.
+e. Every pick brings its neighbours along.
+f. Stage I's scores times the deviation of the values at layer 1.
 d. What is known before the answer (stage I's scores; the next token's distribution under plain reuse, and how far 10%
    move it) against the KL of a finished `bench quality` run on the same prompts: rank correlations, and the rule
    "the calmer half of the prompts gets 0%, the other 20%" against a flat 10%.
@@ -32,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from trial_recipes import FirstLayersFull, Known, Peek, TwoRounds, Weighted, fit, stage_one
+from trial_recipes import FirstLayersFull, Known, Peek, Spans, TimesDeviation, TwoRounds, Weighted, fit, stage_one
 from trial_tables import BASE, RATIOS, adaptive, compared, read_lines
 
 from prophetkv_rag import ProphetKVEngine
@@ -179,6 +181,9 @@ def plain_arms(num_layers: int) -> Arms:
                 ("two rounds, joined", ratio): TwoRounds(joined=True),
                 ("two rounds, last 8 ask again, joined", ratio): TwoRounds(again=8, joined=True),
                 ("two rounds, joined, second asking not charged", ratio): TwoRounds(is_free=True, joined=True),
+                ("each pick with 1 neighbour on both sides", ratio): Spans(1),
+                ("each pick with 2 neighbours on both sides", ratio): Spans(2),
+                ("attention x layer-1 deviation, its two layers not charged", ratio): TimesDeviation(is_free=True),
                 ("oracle: deviation x attention", ratio): Known(torch.from_numpy(kept["target"])),
                 ("oracle: full prefill's attention", ratio): Known(torch.from_numpy(kept["attention"])),
             }
@@ -186,6 +191,8 @@ def plain_arms(num_layers: int) -> Arms:
                 budget = int(ratio * num_tokens)
                 if FirstLayersFull.tokens_left(budget, num_tokens, num_layers, num_full) >= 0.01 * num_tokens:
                     made[f"first {num_full} layers in full", ratio] = FirstLayersFull(num_full)
+                    if num_full == 2:
+                        made["attention x layer-1 deviation", ratio] = TimesDeviation()
         return made
 
     return arms
