@@ -16,6 +16,9 @@ ROW_TILE = 32
 """Rows per program of the gather and scatter kernels."""
 ROW_WARPS = 4
 SCORE_BLOCK_KEYS = 128
+PROMPT_SIZES = ("num_rows", "num_keys", "window")
+"""Arguments that Triton must not compile in: it would make kernels of their own for 1 and for multiples of 16, and the
+first prompt of such a length would wait seconds for the compiler."""
 TARGETS = ("sm_80", "sm_90", "gfx942")
 
 
@@ -127,3 +130,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32 or torch.version.hip is not None:
         return "ieee"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def must_be_dense(**tensors: torch.Tensor | None) -> None:
+    """Raise `ValueError` for a tensor that the kernels, which know no strides of it, would read or write wrongly."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            msg = f"{name} must be contiguous; it is {list(tensor.shape)} with strides {list(tensor.stride())}"
+            raise ValueError(msg)

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from prophetkv_rag.kernels import tiles
-
 pytest.importorskip("triton")
+
+from prophetkv_rag.kernels import query_scores, rope_gather, rope_scatter, sparse_attention, tiles
+
 HERE = Path(__file__).parent
 LIMITS = json.loads((HERE / "compiled_limits.json").read_text("utf-8"))
 WIDE = os.environ.get("PROPHETKV_WIDE") == "1"
 PLAIN = {"dtype": "bf16", "dim": 128, "groups": 4}
-ONE = {"dtype": "fp16", "dim": 64, "groups": 1, "ones": True}
+SMALL = {"dtype": "fp16", "dim": 64, "groups": 1}
 EVERYTHING = {"window": True, "hidden": True, "softcap": True, "sinks": True, "lse": True}
 ATTENTION_FLAGS = ({}, {"hidden": True, "lse": True}, {"window": True, "softcap": True, "sinks": True, "lse": True})
 
@@ -32,11 +33,15 @@ def jobs(target: str) -> list[tuple[str, str, dict[str, object]]]:
         ("attention", PLAIN),
         ("attention", {"dtype": "fp16", "dim": 64, "groups": 7, **EVERYTHING}),
         ("scores", {**PLAIN, "hidden": True}),
-        ("scores", {**ONE, "window": True}),
-        ("log_sum_exp", {**ONE, "window": True}),
-        ("attention", {**ONE, "window": True, "lse": True}),
+        ("scores", {**SMALL, "window": True}),
+        ("log_sum_exp", {**SMALL, "window": True}),
+        ("attention", {**SMALL, "window": True, "lse": True}),
         ("log_sum_exp", {**PLAIN, "hidden": True}),
-        ("gather", {"dtype": "bf16", "source": "int8", "dim": 128, "scale": "channel", "half": 64}),
+        (
+            "gather",
+            {"dtype": "bf16", "source": "int8", "dim": 128, "scale": "channel", "half": 64, "scale_type": "fp32"},
+        ),
+        ("gather", {"dtype": "bf16", "source": "uint8", "dim": 128, "scale": "channel", "half": 64, "low": True}),
         ("gather", {"dtype": "fp16", "source": "uint8", "dim": 128, "scale": "row", "half": 32, "interleaved": True}),
         ("scatter", {"dtype": "bf16", "dim": 128, "half": 64}),
     ]
@@ -50,6 +55,9 @@ def jobs(target: str) -> list[tuple[str, str, dict[str, object]]]:
                 chosen.append(
                     ("gather", {"dtype": "bf16", "source": source, "dim": dim, "scale": "none", "half": half})
                 )
+            for low in (True, False):  # as the store writes int8 and fp8
+                packed = {"dtype": "bf16", "source": "uint8", "dim": dim, "scale": "channel", "half": half, "low": low}
+                chosen.append(("gather", packed))
             chosen.append(("scatter", {"dtype": "bf16", "dim": dim, "half": half}))
     return [(kind, target, options) for kind, options in chosen]
 
@@ -67,6 +75,29 @@ def test_shipped_configurations_compile_well(target):
     assert len(rows) == len(wanted)
     broken = [row for row in rows if not_well(*row)]
     assert broken == []
+
+
+def test_no_length_of_a_prompt_is_compiled_in():
+    """Else every new length, or every second, would wait for the compiler inside its query."""
+    kernels = (
+        sparse_attention.sparse_attention_kernel,
+        query_scores.query_scores_kernel,
+        query_scores.log_sum_exp_kernel,
+        rope_gather.rope_gather_kernel,
+        rope_scatter.rope_scatter_kernel,
+    )
+    # What is left: the model's own shape, the tile, and a multiple of the tile.
+    allowed = {"scaling", "softcap", "keys_per_split"}
+    for kernel in kernels:
+        compiled_in = {
+            param.name
+            for param in kernel.params
+            if not (
+                param.is_constexpr or param.do_not_specialize or "_stride_" in param.name or param.name[-4:] == "_ptr"
+            )
+        }
+        assert compiled_in <= allowed, kernel.__name__
+        assert not {param.name for param in kernel.params if param.is_constexpr and "num" in param.name.lower()}
 
 
 def not_well(kind, target, options, found) -> bool:
