@@ -87,12 +87,12 @@ class PackedCache(ChunkCache):
             object.__setattr__(self, name, value)  # nothing else ever changes them
 
     @property
-    def keys(self) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+    def keys(self) -> tuple[torch.Tensor, ...]:
         """See `ChunkCache`."""
         return tuple(self._rows(part).unpack() for part in self._parts[0])
 
     @property
-    def values(self) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+    def values(self) -> tuple[torch.Tensor, ...]:
         """See `ChunkCache`."""
         return tuple(self._rows(part).unpack() for part in self._parts[1])
 
