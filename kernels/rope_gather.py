@@ -11,7 +11,7 @@ import triton.language as tl
 
 from prophetkv_rag.kernels.row_moves import move_rows
 from prophetkv_rag.kernels.row_source import RowSource, format_of, is_fp8
-from prophetkv_rag.kernels.tiles import ROW_TILE, ROW_WARPS, padded
+from prophetkv_rag.kernels.tiles import ROW_TILE, padded, row_warps
 
 ALIGNMENT = 16  # bytes of the widest load
 
@@ -206,7 +206,7 @@ def _launch(
         BLOCK_VALUE=padded(value_dim),
         INTERLEAVED=interleaved,
         TILE=ROW_TILE,
-        num_warps=ROW_WARPS,
+        num_warps=row_warps(max(dim, value_dim)),
     )
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from prophetkv_rag.kernels.row_moves import move_rows
-from prophetkv_rag.kernels.tiles import PROMPT_SIZES, ROW_TILE, ROW_WARPS, must_be_dense, padded
+from prophetkv_rag.kernels.tiles import PROMPT_SIZES, ROW_TILE, must_be_dense, padded, row_warps
 
 
 @triton.jit(do_not_specialize=PROMPT_SIZES)
@@ -146,7 +146,7 @@ def _launch(
         BLOCK_VALUE=padded(value_dim),
         INTERLEAVED=interleaved,
         TILE=ROW_TILE,
-        num_warps=ROW_WARPS,
+        num_warps=row_warps(max(dim, value_dim)),
     )
 
 

@@ -87,7 +87,8 @@ def log_sum_exp(target: str, dtype: str, dim: int, groups: int, tile: Any = None
     return build(query_scores.log_sum_exp_kernel, target, pointers, constants, tile)
 
 
-ROWS = tiles.Tile(tiles.ROW_TILE, 0, tiles.ROW_WARPS, 3)
+def rows(dim: int) -> tiles.Tile:
+    return tiles.Tile(tiles.ROW_TILE, 0, tiles.row_warps(dim), 3)
 
 
 def gather(
@@ -113,7 +114,7 @@ def gather(
     }  # fmt: skip
     pointers = {"source_ptr": "i64", "tile_ptr": "i64", "key_ptr": dtype, "value_ptr": dtype}
     pointers |= {"cos_ptr": "fp32", "sin_ptr": "fp32"}
-    return build(rope_gather.rope_gather_kernel, target, pointers, constants, ROWS)
+    return build(rope_gather.rope_gather_kernel, target, pointers, constants, rows(dim))
 
 
 def scatter(target: str, dtype: str, dim: int, half: int, heads: int = 32, kv_heads: int = 8) -> Any:
@@ -125,7 +126,7 @@ def scatter(target: str, dtype: str, dim: int, half: int, heads: int = 32, kv_he
     fn = rope_scatter.rope_scatter_kernel
     pointers = {name: dtype for name in fn.arg_names if name.endswith("_ptr")}
     pointers |= {"rows_ptr": "i64", "cos_ptr": "fp32", "sin_ptr": "fp32"}
-    return build(fn, target, pointers, constants, ROWS)
+    return build(fn, target, pointers, constants, rows(dim))
 
 
 def facts(compiled: Any, target: str) -> dict[str, Any]:
