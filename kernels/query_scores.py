@@ -13,10 +13,20 @@ import triton.language as tl
 
 from prophetkv_rag.kernels.row_blocks import RowBlocks
 from prophetkv_rag.kernels.sparse_attention import soft_capped, visible_keys
-from prophetkv_rag.kernels.tiles import LOG_SUM_EXP, SCORES, Tile, dot_precision, num_splits, padded_head, tile_for
+from prophetkv_rag.kernels.tiles import (
+    LOG_SUM_EXP,
+    PROMPT_SIZES,
+    SCORES,
+    Tile,
+    dot_precision,
+    must_be_dense,
+    num_splits,
+    padded_head,
+    tile_for,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PROMPT_SIZES)
 def query_scores_kernel(
     query_ptr,  # [H, m, D]
     key_ptr,  # [Hkv, n, D]
@@ -73,7 +83,7 @@ def query_scores_kernel(
     tl.store(mass, before + total, mask=key_index < num_keys)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PROMPT_SIZES)
 def log_sum_exp_kernel(
     query_ptr,  # [H, m, D]
     key_ptr,  # [Hkv, n, D]
@@ -144,6 +154,7 @@ def log_sum_exp(
     scaling: float,
     softcap: float | None = None,
     context: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
@@ -159,6 +170,7 @@ def log_sum_exp(
     if num_rows == 0:
         return parts[0]
     hidden = blocks.hidden_outside(context)
+    must_be_dense(rows=blocks.rows, hidden_keys=hidden)
     log_sum_exp_kernel[(num_tiles, kv_heads, splits)](
         query, keys, blocks.rows,
         query if hidden is None else hidden.view(torch.uint8),
@@ -171,7 +183,8 @@ def log_sum_exp(
         DIM=dim, BLOCK_DIM=padded_head(dim), BLOCK_ROWS=tile.block_rows, BLOCK_KEYS=tile.block_keys,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return parts[0] if splits == 1 else torch.logsumexp(parts, dim=0)
+    lse = parts[0] if splits == 1 else torch.logsumexp(parts, dim=0)
+    return lse if sinks is None else torch.logaddexp(lse, sinks.float()[:, None])
 
 
 def add_query_scores(
@@ -194,6 +207,10 @@ def add_query_scores(
     if num_rows == 0:
         return
     hidden = blocks.hidden_outside(context)
+    must_be_dense(rows=blocks.rows, hidden_keys=hidden, lse=lse, mass=mass)
+    if mass.shape != (kv_heads, num_keys):
+        msg = f"mass is {list(mass.shape)}; it must be {[kv_heads, num_keys]}, a number for each key"
+        raise ValueError(msg)
     query_scores_kernel[(num_tiles, kv_heads)](
         query, keys, blocks.rows, lse,
         query if hidden is None else hidden.view(torch.uint8),

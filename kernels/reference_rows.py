@@ -10,12 +10,13 @@ from prophetkv_rag.kernels.reference import rotate
 from prophetkv_rag.kernels.row_source import RowSource
 
 
-def _dequantised(rows: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    if rows.dtype == torch.uint8:
+def _dequantised(rows: torch.Tensor, scale: torch.Tensor | None, low: torch.Tensor | None) -> torch.Tensor:
+    if rows.dtype == torch.uint8 and low is None:
         rows = rows.view(torch.float8_e4m3fn)
     if scale is None:
         return rows if rows.dtype in (torch.float16, torch.bfloat16, torch.float32) else rows.float()
-    return rows.float() * scale.float()
+    numbers = rows.float().mul_(scale) if rows.dtype != torch.float32 else rows * scale
+    return numbers if low is None else numbers.add_(low)
 
 
 def rope_gather(
@@ -41,13 +42,14 @@ def rope_gather(
     """
     first = 0
     for source, start in zip(sources, starts, strict=True):
+        source.check()
         last, rows = first + source.num_tokens, slice(start, start + source.num_tokens)
-        keys = _dequantised(source.keys, source.key_scale)
+        keys = _dequantised(source.keys, source.key_scale, source.key_low)
         if cos is None or sin is None:
             key_out[:, rows] = keys
         else:
             rotate(keys, cos[first:last], sin[first:last], interleaved=interleaved, out=key_out[:, rows])
-        value_out[:, rows] = _dequantised(source.values, source.value_scale)
+        value_out[:, rows] = _dequantised(source.values, source.value_scale, source.value_low)
         first = last
 
 

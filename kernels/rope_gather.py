@@ -10,15 +10,15 @@ import triton
 import triton.language as tl
 
 from prophetkv_rag.kernels.row_moves import move_rows
-from prophetkv_rag.kernels.row_source import RowSource, format_of
-from prophetkv_rag.kernels.tiles import ROW_TILE, ROW_WARPS, padded
+from prophetkv_rag.kernels.row_source import RowSource, format_of, is_fp8
+from prophetkv_rag.kernels.tiles import ROW_TILE, padded, row_warps
 
 ALIGNMENT = 16  # bytes of the widest load
 
 
 @triton.jit
 def rope_gather_kernel(
-    source_ptr,  # [chunks, 5] int64: addresses of keys, values, their scales; tokens
+    source_ptr,  # [chunks, 7] int64: addresses of keys, values, their scales, their lows; tokens
     tile_ptr,  # [tiles, 5] int64: chunk, first token in it, tokens, first row of the cache, first row of the angles
     key_ptr,  # [Hkv, n, D]
     value_ptr,  # [Hkv, n, Dv]
@@ -32,6 +32,10 @@ def rope_gather_kernel(
     VALUE_TYPE: tl.constexpr,
     KEY_SCALE: tl.constexpr,
     VALUE_SCALE: tl.constexpr,
+    KEY_SCALE_TYPE: tl.constexpr,
+    VALUE_SCALE_TYPE: tl.constexpr,
+    HAS_KEY_LOW: tl.constexpr,
+    HAS_VALUE_LOW: tl.constexpr,
     IS_KEY_FP8: tl.constexpr,
     IS_VALUE_FP8: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
@@ -49,8 +53,8 @@ def rope_gather_kernel(
     head = tl.program_id(1).to(tl.int64)
     chunk, first, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     row, angle = tl.load(tile + 3), tl.load(tile + 4)
-    source = source_ptr + chunk * 5
-    tokens = tl.load(source + 4)
+    source = source_ptr + chunk * 7
+    tokens = tl.load(source + 6)
     in_tile = tl.arange(0, TILE)
     valid = in_tile < count
     src_row = head * tokens + first
@@ -58,7 +62,9 @@ def rope_gather_kernel(
         keys = tl.load(source).to(tl.pointer_type(KEY_TYPE))
         if IS_ALIGNED:
             keys = tl.multiple_of(keys, 16)
-        scales = tl.load(source + 2).to(tl.pointer_type(tl.float32))
+        scale_row = src_row if KEY_SCALE == "row" else head * KEY_DIM
+        scales = tl.load(source + 2).to(tl.pointer_type(KEY_SCALE_TYPE))
+        lows = tl.load(source + 4).to(tl.pointer_type(KEY_SCALE_TYPE))
         move_rows(
             keys + src_row * KEY_DIM,
             in_tile * KEY_DIM,
@@ -68,7 +74,8 @@ def rope_gather_kernel(
             cos_ptr + angle * HALF,
             sin_ptr + angle * HALF,
             in_tile * HALF,
-            scales + (src_row if KEY_SCALE == "row" else head * KEY_DIM),
+            scales + scale_row,
+            lows + scale_row,
             in_tile,
             KEY_DIM,
             HALF,
@@ -76,13 +83,16 @@ def rope_gather_kernel(
             BLOCK_REST,
             INTERLEAVED,
             KEY_SCALE,
+            HAS_KEY_LOW,
             IS_KEY_FP8,
         )
     else:
         values = tl.load(source + 1).to(tl.pointer_type(VALUE_TYPE))
         if IS_ALIGNED:
             values = tl.multiple_of(values, 16)
-        scales = tl.load(source + 3).to(tl.pointer_type(tl.float32))
+        scale_row = src_row if VALUE_SCALE == "row" else head * VALUE_DIM
+        scales = tl.load(source + 3).to(tl.pointer_type(VALUE_SCALE_TYPE))
+        lows = tl.load(source + 5).to(tl.pointer_type(VALUE_SCALE_TYPE))
         move_rows(
             values + src_row * VALUE_DIM,
             in_tile * VALUE_DIM,
@@ -92,7 +102,8 @@ def rope_gather_kernel(
             cos_ptr,
             sin_ptr,
             in_tile,
-            scales + (src_row if VALUE_SCALE == "row" else head * VALUE_DIM),
+            scales + scale_row,
+            lows + scale_row,
             in_tile,
             VALUE_DIM,
             0,
@@ -100,6 +111,7 @@ def rope_gather_kernel(
             BLOCK_VALUE,
             False,
             VALUE_SCALE,
+            HAS_VALUE_LOW,
             IS_VALUE_FP8,
         )
 
@@ -162,10 +174,10 @@ def _launch(
     pointers = [[0 if tensor is None else tensor.data_ptr() for tensor in source] for source in sources]
     lengths = tuple(source.num_tokens for source in sources)
     tiles = _tile_table(lengths, tuple(starts), tuple(angle_rows), device)
-    table = torch.tensor([[*four, tokens] for four, tokens in zip(pointers, lengths, strict=True)], dtype=torch.int64)
-    is_aligned = not bool((table[:, :2] % ALIGNMENT).any())
+    table = [[*addresses, tokens] for addresses, tokens in zip(pointers, lengths, strict=True)]
+    is_aligned = not any(address % ALIGNMENT for row in table for address in row[:2])
     rope_gather_kernel[(tiles.shape[0], heads, 2)](
-        table.to(device),
+        _sent(table, device),
         tiles,
         key_out,
         value_out,
@@ -179,8 +191,12 @@ def _launch(
         VALUE_TYPE=_TYPES[first.values.dtype],
         KEY_SCALE=_scale_mode(first.key_scale),
         VALUE_SCALE=_scale_mode(first.value_scale),
-        IS_KEY_FP8=first.keys.dtype == torch.uint8,
-        IS_VALUE_FP8=first.values.dtype == torch.uint8,
+        KEY_SCALE_TYPE=_scale_type(first.key_scale),
+        VALUE_SCALE_TYPE=_scale_type(first.value_scale),
+        HAS_KEY_LOW=first.key_low is not None,
+        HAS_VALUE_LOW=first.value_low is not None,
+        IS_KEY_FP8=is_fp8(first.keys, first.key_low),
+        IS_VALUE_FP8=is_fp8(first.values, first.value_low),
         IS_ALIGNED=is_aligned,
         KEY_DIM=dim,
         VALUE_DIM=value_dim,
@@ -190,7 +206,7 @@ def _launch(
         BLOCK_VALUE=padded(value_dim),
         INTERLEAVED=interleaved,
         TILE=ROW_TILE,
-        num_warps=ROW_WARPS,
+        num_warps=row_warps(max(dim, value_dim)),
     )
 
 
@@ -204,7 +220,12 @@ def _tile_table(
         for index, (length, start, angle_row) in enumerate(zip(lengths, starts, angle_rows, strict=True))
         for token in range(0, length, ROW_TILE)
     ]
-    return torch.tensor(tiles, dtype=torch.int64).to(device)
+    return _sent(tiles, device)
+
+
+def _sent(table: list[list[int]], device: torch.device) -> torch.Tensor:
+    """`table` as int64 on the device. From pinned memory: the copy is queued, and the host does not wait for it."""
+    return torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _scale_mode(scale: torch.Tensor | None) -> str:
@@ -212,3 +233,7 @@ def _scale_mode(scale: torch.Tensor | None) -> str:
     if scale is None:
         return "none"
     return "row" if scale.shape[-1] == 1 else "channel"
+
+
+def _scale_type(scale: torch.Tensor | None) -> tl.dtype:
+    return tl.float32 if scale is None else _TYPES[scale.dtype]

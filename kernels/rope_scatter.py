@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 
 from prophetkv_rag.kernels.row_moves import move_rows
-from prophetkv_rag.kernels.tiles import ROW_TILE, ROW_WARPS, padded
+from prophetkv_rag.kernels.tiles import PROMPT_SIZES, ROW_TILE, must_be_dense, padded, row_warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PROMPT_SIZES)
 def rope_scatter_kernel(
     query_ptr,  # [b, H, m, D]
     key_ptr,  # [b, Hkv, m, D]
@@ -51,8 +51,8 @@ def rope_scatter_kernel(
             row * query_stride_row,
             query_out_ptr + batch * query_out_stride_batch + head * query_out_stride_head,
             row * query_out_stride_row,
-            valid, cos_ptr, sin_ptr, row * HALF, cos_ptr, row,
-            DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, "none", False,
+            valid, cos_ptr, sin_ptr, row * HALF, cos_ptr, cos_ptr, row,
+            DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, "none", False, False,
         )  # fmt: skip
     elif head < HEADS + KV_HEADS:
         target = tl.load(rows_ptr + row, mask=valid, other=0)
@@ -61,8 +61,8 @@ def rope_scatter_kernel(
             row * key_stride_row,
             key_out_ptr + batch * key_out_stride_batch + (head - HEADS) * key_out_stride_head,
             target * key_out_stride_row,
-            valid, cos_ptr, sin_ptr, row * HALF, cos_ptr, row,
-            DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, "none", False,
+            valid, cos_ptr, sin_ptr, row * HALF, cos_ptr, cos_ptr, row,
+            DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, "none", False, False,
         )  # fmt: skip
     else:
         target = tl.load(rows_ptr + row, mask=valid, other=0)
@@ -72,8 +72,8 @@ def rope_scatter_kernel(
             row * value_stride_row,
             value_out_ptr + batch * value_out_stride_batch + kv_head * value_out_stride_head,
             target * value_out_stride_row,
-            valid, cos_ptr, sin_ptr, row, cos_ptr, row,
-            VALUE_DIM, 0, 1, BLOCK_VALUE, False, "none", False,
+            valid, cos_ptr, sin_ptr, row, cos_ptr, cos_ptr, row,
+            VALUE_DIM, 0, 1, BLOCK_VALUE, False, "none", False, False,
         )  # fmt: skip
 
 
@@ -126,6 +126,7 @@ def _launch(
     kv_heads = 0 if key is None else key.shape[1]
     if num_rows == 0:
         return
+    must_be_dense(rows=rows)
     tensors = [_dense(tensor, some) for tensor in (query, key, value, query_out, key_out, value_out)]
     strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
     rope_scatter_kernel[(triton.cdiv(num_rows, ROW_TILE), heads + 2 * kv_heads, some.shape[0])](
@@ -145,7 +146,7 @@ def _launch(
         BLOCK_VALUE=padded(value_dim),
         INTERLEAVED=interleaved,
         TILE=ROW_TILE,
-        num_warps=ROW_WARPS,
+        num_warps=row_warps(max(dim, value_dim)),
     )
 
 

@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 
 from prophetkv_rag.kernels.row_blocks import RowBlocks
-from prophetkv_rag.kernels.tiles import ATTENTION, Tile, dot_precision, num_splits, padded_head, tile_for
+from prophetkv_rag.kernels.tiles import (
+    ATTENTION,
+    PROMPT_SIZES,
+    Tile,
+    dot_precision,
+    must_be_dense,
+    num_splits,
+    padded_head,
+    tile_for,
+)
 
 LOG2_E = math.log2(math.e)
 
@@ -102,7 +111,7 @@ def _attend_keys(
     return total, peak, mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PROMPT_SIZES)
 def sparse_attention_kernel(
     query_ptr,  # [H, m, D]
     key_ptr,  # [Hkv, n, D]
@@ -220,6 +229,7 @@ def selected_rows_attention(
     if num_rows == 0:
         return output
     hidden = blocks.hidden_keys
+    must_be_dense(rows=blocks.rows, hidden_keys=hidden, sinks=sinks, lse=lse)
     sparse_attention_kernel[(num_tiles, kv_heads, splits)](
         query, keys, values, blocks.rows,
         query if hidden is None else hidden.view(torch.uint8),
@@ -240,7 +250,8 @@ def selected_rows_attention(
     )  # fmt: skip
     if splits > 1:
         whole = torch.logsumexp(lse_parts, dim=0)
-        share = (lse_parts - whole).exp().transpose(1, 2)[..., None]  # [splits, m, H, 1]
+        # Of a row that sees nothing every part is 0, with a log-sum-exp of -inf.
+        share = (lse_parts - whole.clamp_min(-1e38)).exp().transpose(1, 2)[..., None]  # [splits, m, H, 1]
         output.copy_((parts * share).sum(0))
         if lse is not None:
             lse.copy_(whole)

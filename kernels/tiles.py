@@ -14,8 +14,10 @@ import torch
 MAX_HEAD_DIM = 256
 ROW_TILE = 32
 """Rows per program of the gather and scatter kernels."""
-ROW_WARPS = 4
 SCORE_BLOCK_KEYS = 128
+PROMPT_SIZES = ("num_rows", "num_keys", "window")
+"""Arguments that Triton must not compile in: it would make kernels of their own for 1 and for multiples of 16, and the
+first prompt of such a length would wait seconds for the compiler."""
 TARGETS = ("sm_80", "sm_90", "gfx942")
 
 
@@ -41,7 +43,7 @@ ATTENTION: dict[tuple[str, int, int], Tile] = {
     ("gfx942", 2, 256): Tile(32, 32, 4, 2),
     ("sm_90", 4, 64): Tile(64, 32, 8, 2),
     ("sm_90", 4, 128): Tile(16, 32, 8, 2),
-    ("sm_90", 4, 256): Tile(16, 32, 8, 1),
+    ("sm_90", 4, 256): Tile(32, 32, 16, 1),
     ("sm_80", 4, 64): Tile(64, 32, 8, 2),
     ("sm_80", 4, 128): Tile(32, 32, 8, 2),
     ("sm_80", 4, 256): Tile(16, 32, 8, 1),
@@ -80,6 +82,11 @@ INTERPRETED = Tile(64, 64, 4, 1)
 def padded(size: int) -> int:
     """The next power of 2, at least 1: Triton's blocks have such sizes."""
     return 1 if size <= 1 else 1 << (size - 1).bit_length()
+
+
+def row_warps(dim: int) -> int:
+    """Warps of a program of the gather and scatter kernels; wide heads spilled with 4."""
+    return 8 if dim > 128 else 4
 
 
 def padded_head(size: int) -> int:
@@ -127,3 +134,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32 or torch.version.hip is not None:
         return "ieee"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def must_be_dense(**tensors: torch.Tensor | None) -> None:
+    """Raise `ValueError` for a tensor that the kernels, which know no strides of it, would read or write wrongly."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            msg = f"{name} must be contiguous; it is {list(tensor.shape)} with strides {list(tensor.stride())}"
+            raise ValueError(msg)

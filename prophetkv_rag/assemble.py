@@ -8,7 +8,6 @@ import torch
 
 from prophetkv_rag.attention import RowsLayer
 from prophetkv_rag.chunk_cache import ChunkCache
-from prophetkv_rag.kernels import ops
 from prophetkv_rag.model_support import ModelSupport
 from prophetkv_rag.rope import RopeTables
 
@@ -42,6 +41,7 @@ def assemble(
     for span in spans:
         covered[span] = True
     gaps = (~covered).nonzero()[:, 0].to(device)
+    caches = [cache.ahead(device) for cache in caches]
     layers = []
     for index, found in enumerate(support.layers):
         heads = found.num_key_value_heads
@@ -49,7 +49,7 @@ def assemble(
         values = torch.empty(1, heads, num_slots, found.value_head_dim, dtype=dtype, device=device)
         keys.index_fill_(2, gaps, 0)
         values.index_fill_(2, gaps, 0)
-        sources = [ops.RowSource(cache.keys[index], cache.values[index]).to(device) for cache in caches]
+        sources = [cache.source(index).to(device) for cache in caches]
         tables.gather(keys[0], values[0], sources, starts, found.rotation)
         layers.append(RowsLayer(keys, values))
     return layers

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+
+from prophetkv_rag.kernels.row_source import RowSource
 
 LAYOUT_VERSION = 1
 """Bumped whenever the meaning of a stored tensor changes; part of every key, so old blobs are simply not found."""
@@ -37,6 +39,19 @@ class ChunkCache:
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def source(self, layer: int) -> RowSource:
+        """Return one layer as `ops.rope_gather` takes it, packed if it is held packed."""
+        return RowSource(self.keys[layer], self.values[layer])
+
+    def ahead(self, device: torch.device) -> ChunkCache:
+        """Return the cache with what all layers need in one copy on the device already; layers go one by one."""
+        return self
+
+    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ChunkCache:
+        """Return the cache with every tensor that it holds replaced by what `function` makes of it."""
+        keys, values = (tuple(map(function, part)) for part in (self.keys, self.values))
+        return ChunkCache(function(self.input_ids), keys, values)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class Prefiller:
             # Plain layers: a cache made from the model's configuration drops rows outside sliding windows.
             cache = DynamicCache()
             output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = output.logits[:, -1].float()
+        logits = _settled(output.logits[:, -1].float())
         timings.recompute = stage("recompute", running, strategy=strategy.name, rows=layout.num_tokens)
         timings.ttft = time.perf_counter() - started
         report = ReuseReport(
@@ -175,6 +175,7 @@ class Prefiller:
                 prune=selection.prune,
                 watched=dict.fromkeys(selection.watched_layers, context.is_chunk),
             )
+            _settled(done.logits)
             seconds = stage("recompute", mark, strategy=strategy.name, rows=done.rows.shape[0])
         if selection.positions.shape[0]:
             timings.recompute = seconds
@@ -249,3 +250,10 @@ class Prefiller:
             recompute_ratio=ratio,
             config=self.config,
         )
+
+
+def _settled(logits: torch.Tensor) -> torch.Tensor:
+    """Wait for the device to have made them: a GPU is only given work, and the clock would tell how long that took."""
+    if logits.is_cuda:
+        torch.cuda.current_stream(logits.device).synchronize()
+    return logits

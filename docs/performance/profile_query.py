@@ -3,7 +3,11 @@
     python -P docs/performance/profile_query.py 4096 0.2               # the table (medians over rounds, alternating)
     pip install --no-deps --target OLD OLD_CHECKOUT                     # another version, beside this one:
     PYTHONPATH=OLD python -P docs/performance/profile_query.py 4096 0.2
-    py-spy record -o flame.svg -r 200 -- python -P docs/performance/profile_query.py 4096 0.2 --reuse-only
+    python -P docs/performance/profile_query.py 4096 0.2 --flame docs/images/flame-query.svg   # the picture
+
+The picture is of queries alone, not of what comes before them: py-spy (pip install py-spy) is started beside them and
+needs the right to look into another process (root, or kernel.yama.ptrace_scope=0). A width is a share of samples, which
+also holds on a machine that does other things. Names only: no path of the machine that drew it is left in the file.
 
 Uses only what the first version had as well. Operations are those of torch's profiler (self CPU time of the calling
 thread, which waits for the others); what is left of the wall-clock time is Python and the dispatcher.
@@ -12,9 +16,14 @@ thread, which waits for the others); what is left of the wall-clock time is Pyth
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import signal
 import statistics
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -35,7 +44,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("context", type=int, nargs="?", default=4096)
 parser.add_argument("ratio", type=float, nargs="?", default=0.2)
 parser.add_argument("--rounds", type=int, default=3)
-parser.add_argument("--reuse-only", action="store_true", help="for a sampling profiler: no full prefill, no table")
+parser.add_argument("--flame", type=Path, metavar="FILE.svg", help="draw a flame graph of queries instead of the table")
 args = parser.parse_args()
 
 model, tokenizer = load_model(fetch_default_model())
@@ -43,9 +52,26 @@ engine = ProphetKVEngine(model, tokenizer)
 prompt = corpus_prompt(engine, args.context, 256)
 engine.add_chunks(prompt.chunks)
 ARMS = {"full_prefill": 1.0, "prophetkv": args.ratio}
-if args.reuse_only:
-    for _ in range(args.rounds + 1):
-        engine.prefill(prompt, strategy="prophetkv", recompute_ratio=args.ratio)
+
+
+def draw_flame(path: Path) -> None:
+    """Sample `args.rounds` queries, after one that warms up."""
+    engine.prefill(prompt, strategy="prophetkv", recompute_ratio=args.ratio)
+    command = ["py-spy", "record", "--function", "--rate", "200", "--output", path, "--pid", str(os.getpid())]
+    with subprocess.Popen(command) as sampler:
+        for _ in range(args.rounds):
+            engine.prefill(prompt, strategy="prophetkv", recompute_ratio=args.ratio)
+        sampler.send_signal(signal.SIGINT)
+    if sampler.returncode != 0:
+        sys.exit("py-spy failed, see above")
+    title = f"Queries over {args.context} context tokens, {args.ratio:.0%} recomputed: share of samples"
+    drawn = re.sub(r"py-spy record[^<]*", title, path.read_text("utf-8"))
+    # Frames of packages are named from the package on; what is left are the script's and the interpreter's own.
+    path.write_text(re.sub(r"\((/[^)<]*/)([^)/<]*)\)", r"(\2)", drawn), "utf-8")
+
+
+if args.flame is not None:
+    draw_flame(args.flame)
     sys.exit()
 
 found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}

@@ -198,9 +198,15 @@ def _rows(shape: Shape, device: str) -> list[Work]:
             for number in range(2 * seed * len(starts), 2 * (seed + 1) * len(starts), 2):
                 rows = [_random(number + i, shape, device, shape.kv_heads, length, dim) for i in range(2)]
                 scales: list[torch.Tensor] = []
-                if stored == "int8":
-                    scales = [row.abs().amax(1, keepdim=True).float() / 127 for row in rows]
-                    rows = [(row / scale).round().to(torch.int8) for row, scale in zip(rows, scales, strict=True)]
+                if stored == "int8":  # as the store writes it: keys by channel, values by token, with a scale and a low
+                    lows = [row.amin(along, keepdim=True).half() for along, row in enumerate(rows, 1)]
+                    tops = [row.amax(along, keepdim=True).half() for along, row in enumerate(rows, 1)]
+                    scales = [(top - low) / 255 for top, low in zip(tops, lows, strict=True)]
+                    rows = [
+                        ((row - low) / scale).round().clamp(0, 255).to(torch.uint8)
+                        for row, scale, low in zip(rows, scales, lows, strict=True)
+                    ]
+                    scales += lows
                 sources.append(ops.RowSource(*rows, *scales))
             return (*empty_cache(), sources)
 

@@ -245,7 +245,7 @@ class ChunkStore(ABC):
         return set()
 
     def pin_memory(self) -> None:
-        """Hold caches in RAM where a GPU copies them from directly; for engines whose model is on one."""
+        """Hold caches in RAM where a GPU copies them from directly, packed ones packed; for models that are on one."""
         return None
 
     def put_soon(self, key: str, cache: ChunkCache, *, fingerprint: str) -> None:

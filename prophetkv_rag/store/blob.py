@@ -8,7 +8,7 @@ into. Nothing in a blob is trusted: whatever does not match exactly what is aske
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import safetensors.torch
@@ -16,6 +16,7 @@ import torch
 
 from prophetkv_rag.chunk_cache import LAYOUT_VERSION, ChunkCache
 from prophetkv_rag.errors import BlobError
+from prophetkv_rag.packed_cache import PackedCache, PackedRows
 from prophetkv_rag.store.base import TextEntry
 from prophetkv_rag.store.blob_header import (
     CHECKSUM,
@@ -27,7 +28,7 @@ from prophetkv_rag.store.blob_header import (
     checksum,
     parse_header,
 )
-from prophetkv_rag.store.formats import BlobFormat, Part, pack, unpack
+from prophetkv_rag.store.formats import BlobFormat, Part, pack, packed_rows, unpack
 from prophetkv_rag.store.ram import has_ids, owned
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -80,7 +81,14 @@ def encode_blob(
 _PARTS: tuple[Part, Part] = ("keys", "values")
 
 
-def decode_blob(data: Buffer, *, key: str, fingerprint: str, input_ids: Sequence[int] | None = None) -> ChunkCache:
+def decode_blob(
+    data: Buffer,
+    *,
+    key: str,
+    fingerprint: str,
+    input_ids: Sequence[int] | None = None,
+    packed: bool = False,
+) -> ChunkCache:
     """Check a blob completely and return its cache, whose tensors are views of `data` where that is writable.
 
     Args:
@@ -88,6 +96,7 @@ def decode_blob(data: Buffer, *, key: str, fingerprint: str, input_ids: Sequence
         key: Key that the blob must have.
         fingerprint: Fingerprint that the blob must have.
         input_ids: Token ids that the blob must be of, or `None` not to check them (while verifying a store).
+        packed: See `decode_body`.
 
     Raises:
         BlobError: If anything differs from what is expected; the message says what.
@@ -95,7 +104,7 @@ def decode_blob(data: Buffer, *, key: str, fingerprint: str, input_ids: Sequence
     view = memoryview(bytearray(data) if memoryview(data).readonly else data).cast("B")  # torch wants writable memory
     header, body = _split(view)
     header.check(Expected(key, fingerprint, None if input_ids is None else len(input_ids)))
-    return decode_body(header, body, input_ids)
+    return decode_body(header, body, input_ids, packed=packed)
 
 
 def parse_blob_header(data: Buffer) -> BlobHeader:
@@ -118,6 +127,7 @@ def decode_body(
     input_ids: Sequence[int] | None,
     *,
     arrive: Callable[[int], None] = lambda end: None,
+    packed: bool = False,
 ) -> ChunkCache:
     """Check the checksums of a blob whose header has been checked, and return its cache.
 
@@ -126,6 +136,7 @@ def decode_body(
         body: The tensors' bytes, which become the cache's memory.
         input_ids: Token ids that the blob must be of, or `None` not to check them.
         arrive: Called before `body[:end]` is looked at, to fill it, so that tensors are checked as they come.
+        packed: Leave what kernels can read packed as it is (`PackedCache`).
 
     Raises:
         BlobError: If a checksum or the token ids are wrong.
@@ -142,17 +153,25 @@ def decode_body(
             if len(data)
             else torch.empty(info.shape, dtype=info.dtype)
         )
-    parts: dict[Part, list[torch.Tensor]] = {"keys": [], "values": []}
-    for layer in range(header.num_layers):
-        for part, found in parts.items():
-            packing = header.packings.get((part, layer))
-            main = tensors[f"{part}.{layer}"]
-            if packing is not None:
-                stored = {suffix: tensors[f"{part}.{layer}{suffix}"] for suffix in packing.suffixes}
-                main = unpack(stored, part, packing.blob_format, packing.shape)
-            found.append(main)
-    cache = ChunkCache(tensors["input_ids"], tuple(parts["keys"]), tuple(parts["values"]))
+    keys, values = (
+        [_rows(header, tensors, part, layer, packed) for layer in range(header.num_layers)] for part in _PARTS
+    )
+    if any(rows.is_packed for rows in (*keys, *values)):
+        cache: ChunkCache = PackedCache(tensors["input_ids"], keys, values)
+    else:
+        cache = ChunkCache(tensors["input_ids"], *(tuple(rows.stored for rows in part) for part in (keys, values)))
     if input_ids is not None and not has_ids(cache, input_ids):
         msg = "it is of other token ids"
         raise BlobError(msg)
     return cache
+
+
+def _rows(header: BlobHeader, tensors: Mapping[str, torch.Tensor], part: Part, layer: int, packed: bool) -> PackedRows:
+    packing, name = header.packings.get((part, layer)), f"{part}.{layer}"
+    if packing is None:
+        return PackedRows(tensors[name], None, None, tensors[name].dtype)
+    stored = {suffix: tensors[name + suffix] for suffix in packing.suffixes}
+    rows = packed_rows(stored, part, packing.blob_format, packing.shape) if packed else None
+    if rows is None:
+        rows = PackedRows(unpack(stored, part, packing.blob_format, packing.shape), None, None, packing.shape.dtype)
+    return rows

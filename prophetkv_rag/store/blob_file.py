@@ -34,6 +34,7 @@ def read_blob(
     fingerprint: str,
     input_ids: Sequence[int] | None = None,
     encryption_key: EncryptionKey | None = None,
+    packed: bool = False,
 ) -> tuple[BlobHeader, ChunkCache]:
     """Read and check a blob completely.
 
@@ -43,6 +44,7 @@ def read_blob(
         fingerprint: Fingerprint that the blob must have.
         input_ids: Token ids that the blob must be of, or `None` not to check them.
         encryption_key: Key that the blob must be encrypted with; `None` for one that must not be encrypted.
+        packed: See `blob.decode_body`.
 
     Raises:
         BlobError: If anything differs from what is expected; the message says what.
@@ -53,7 +55,7 @@ def read_blob(
             os.posix_fadvise(file.fileno(), 0, 0, _WILL_NEED)
         opened = _open_blob(file, os.fstat(file.fileno()).st_size, key, encryption_key)
         opened.header.check(Expected(key, fingerprint, None if input_ids is None else len(input_ids)))
-        return opened.header, opened.decode(input_ids)
+        return opened.header, opened.decode(input_ids, packed)
 
 
 def read_header(path: Path, *, key: str, encryption_key: EncryptionKey | None = None) -> BlobHeader:
@@ -69,7 +71,12 @@ def read_header(path: Path, *, key: str, encryption_key: EncryptionKey | None = 
 
 
 def decode_file(
-    data: bytes, *, key: str, fingerprint: str | None = None, encryption_key: EncryptionKey | None = None
+    data: bytes,
+    *,
+    key: str,
+    fingerprint: str | None = None,
+    encryption_key: EncryptionKey | None = None,
+    packed: bool = False,
 ) -> tuple[BlobHeader, ChunkCache]:
     """Check what a blob's file holds, as `read_blob` does; of any fingerprint if that is `None`.
 
@@ -78,7 +85,7 @@ def decode_file(
     """
     opened = _open_blob(BytesIO(data), len(data), key, encryption_key)
     opened.header.check(Expected(key, fingerprint or str(opened.header.metadata.get("fingerprint")), None))
-    return opened.header, opened.decode(None)
+    return opened.header, opened.decode(None, packed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +102,11 @@ class _OpenBlob:
     slack: int
     fill: Callable[[memoryview], Callable[[int], None]]
 
-    def decode(self, input_ids: Sequence[int] | None) -> ChunkCache:
+    def decode(self, input_ids: Sequence[int] | None, packed: bool) -> ChunkCache:
         """Read and check the tensors."""
         nbytes = max((info.end for info in self.header.tensors.values()), default=0)
         buffer = np.empty(nbytes + self.slack, dtype=np.uint8).data  # nothing is zeroed
-        return decode_body(self.header, buffer[:nbytes], input_ids, arrive=self.fill(buffer))
+        return decode_body(self.header, buffer[:nbytes], input_ids, arrive=self.fill(buffer), packed=packed)
 
 
 def _open(path: Path) -> FileIO:

@@ -34,6 +34,8 @@ class BlobFiles:
         self.encryption_key = encryption_key
         self.locked_by: str | None = None
         """Why no blob here may be used, written or dropped (see `key_mark`)."""
+        self.keeps_packed = False
+        """Whether `read` and `decode` leave packed what kernels can read so (see `blob.decode_body`)."""
 
     def make_directories(self) -> None:
         """Make the directories, where they are missing; `OSError` if they cannot be written to."""
@@ -56,7 +58,12 @@ class BlobFiles:
         """Read and check the blob of `key`; see `read_blob`."""
         path = self._unlocked(key)
         return read_blob(
-            path, key=key, fingerprint=fingerprint, input_ids=input_ids, encryption_key=self.encryption_key
+            path,
+            key=key,
+            fingerprint=fingerprint,
+            input_ids=input_ids,
+            encryption_key=self.encryption_key,
+            packed=self.keeps_packed,
         )
 
     def read_header(self, key: str) -> BlobHeader:
@@ -66,7 +73,13 @@ class BlobFiles:
     def decode(self, key: str, data: bytes, *, fingerprint: str) -> tuple[BlobHeader, ChunkCache]:
         """Check what the file of a blob of `key`, here or elsewhere, holds; see `decode_file`."""
         self._unlocked(key)
-        return decode_file(data, key=key, fingerprint=fingerprint, encryption_key=self.encryption_key)
+        return decode_file(
+            data,
+            key=key,
+            fingerprint=fingerprint,
+            encryption_key=self.encryption_key,
+            packed=self.keeps_packed,
+        )
 
     def seal(self, key: str, data: bytes) -> bytes:
         """Return what is to be written for a blob: itself, or encrypted where there is a key."""

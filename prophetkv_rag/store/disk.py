@@ -152,8 +152,8 @@ class DiskStore(ChunkStore):
                     )
                     data = self.files.seal(key, plain)
                     is_kept = self.space.write(row, entry, data, is_used=if_referenced)
-                    if is_kept and self.blob_format != "exact" and self._ram.max_bytes:
-                        cache = decode_blob(plain, key=key, fingerprint=fingerprint)  # what the disk will give later
+                    if is_kept and self.blob_format != "exact" and self._ram.max_bytes:  # what the disk will give later
+                        cache = decode_blob(plain, key=key, fingerprint=fingerprint, packed=self.files.keeps_packed)
                 self._ram.put(key, cache, fingerprint=fingerprint)
         except (OSError, StoreError) as error:
             self._ram.put(key, cache, fingerprint=fingerprint)  # better than nothing, and gone with the process
@@ -167,7 +167,7 @@ class DiskStore(ChunkStore):
 
     def pin_memory(self) -> None:
         """See `ChunkStore.pin_memory`."""
-        self._ram.pins = True
+        self._ram.pins = self.files.keeps_packed = True  # a GPU's kernels unpack on the way
 
     def put_soon(self, key: str, cache: ChunkCache, *, fingerprint: str) -> None:
         """See `ChunkStore.put_soon`: a thread writes it; until then `get` finds it all the same."""

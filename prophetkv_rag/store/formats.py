@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.packed_cache import PackedRows
 
 BlobFormat = Literal["exact", "fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 Part = Literal["keys", "values"]
@@ -93,22 +94,33 @@ def packed_sizes(shape: Shape, part: Part, blob_format: BlobFormat) -> dict[str,
 
 def unpack(stored: Mapping[str, torch.Tensor], part: Part, blob_format: BlobFormat, shape: Shape) -> torch.Tensor:
     """Return `[heads, tokens, width]` in the model's dtype from what `pack` made (checked by `packed_sizes`)."""
-    main = stored[""]
-    if blob_format == "exact" or blob_format in _PLAIN:
-        return main.to(shape.dtype)
-    scale = stored[".scale"].float()
-    if blob_format == "fp8":
-        scale = scale if part == "values" else scale.transpose(1, 2)
-        return (main.float() * scale).to(shape.dtype)
-    if blob_format == "int8":
-        low = stored[".low"].float()
-        scale, low = (scale, low) if part == "values" else (scale.transpose(1, 2), low.transpose(1, 2))
-        return main.float().mul_(scale).add_(low).to(shape.dtype)
+    if blob_format != "int4":
+        return _as_rows(stored, part, shape).unpack()
+    main, scale = stored[""], stored[".scale"].float()
     along = shape.tokens if part == "keys" else shape.width
     levels = torch.stack([main & 15, main >> 4], dim=-1).flatten(-2)[..., :along].float()
     group = min(_GROUP[blob_format], along)
     scale, low = (each.repeat_interleave(group, dim=-1)[..., :along] for each in (scale, stored[".low"].float()))
     return _unrows(levels.mul_(scale).add_(low), part).to(shape.dtype).contiguous()
+
+
+def packed_rows(
+    stored: Mapping[str, torch.Tensor], part: Part, blob_format: BlobFormat, shape: Shape
+) -> PackedRows | None:
+    """Return what `unpack` takes in the form that kernels read; `None` for what had better be unpacked at once.
+
+    That is int4, whose numbers share bytes, and what is no smaller than the numbers it stands for.
+    """
+    if blob_format == "int4" or stored[""].dtype.itemsize >= shape.dtype.itemsize:
+        return None
+    return _as_rows(stored, part, shape)
+
+
+def _as_rows(stored: Mapping[str, torch.Tensor], part: Part, shape: Shape) -> PackedRows:
+    scale, low = stored.get(".scale"), stored.get(".low")
+    if part == "keys":  # stored by channel, [heads, width, 1]
+        scale, low = (None if tensor is None else tensor.transpose(1, 2) for tensor in (scale, low))
+    return PackedRows(stored[""], scale, low, shape.dtype)
 
 
 def _rows(tensor: torch.Tensor, part: Part) -> torch.Tensor:

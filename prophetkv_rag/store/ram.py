@@ -19,11 +19,7 @@ def owned(cache: ChunkCache) -> ChunkCache:
 
     The engine cuts chunks out of whole batches; keeping such a view would keep the whole padded batch alive.
     """
-    return ChunkCache(
-        _owned(cache.input_ids),
-        tuple(_owned(tensor) for tensor in cache.keys),
-        tuple(_owned(tensor) for tensor in cache.values),
-    )
+    return cache.mapped(_owned)
 
 
 def has_ids(cache: ChunkCache, input_ids: Sequence[int]) -> bool:
@@ -96,12 +92,11 @@ class RamTier:
         if not self.pins:
             return cache
         try:
-            keys, values = (tuple(tensor.pin_memory() for tensor in part) for part in (cache.keys, cache.values))
+            return cache.mapped(torch.Tensor.pin_memory)
         except RuntimeError as error:  # no driver, or no more memory that may be locked
             logger.debug("chunk caches are held in memory that is not pinned: %s", error)
             self.pins = False
             return cache
-        return ChunkCache(cache.input_ids, keys, values)
 
 
 def _owned(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,3 +73,16 @@ def test_the_number_of_operations_does_not_grow_with_the_context(monkeypatch):
     short, long = stage_two(1000, 40, monkeypatch), stage_two(4000, 40, monkeypatch)
     # A row block is attended to in one part or, with many keys before it, in two.
     assert long.count <= short.count + 3 * 12
+
+
+@pytest.mark.parametrize("strategy", ["full_prefill", "prophetkv"])
+def test_the_clock_is_read_after_the_device_has_finished(monkeypatch, strategy):
+    """By a clock that only the waiting moves: what a GPU does meanwhile belongs to the time of the first token."""
+    waited = []
+    monkeypatch.setattr(time, "perf_counter", lambda: float(sum(waited)))
+    monkeypatch.setattr(prefill_module, "_settled", lambda logits: waited.append(7) or logits)
+    engine = ProphetKVEngine(MODEL, None, config=ProphetKVConfig(encoding_prefix=(3, 4, 5)))
+    chunks = [[20 + (start + i) % 60 for i in range(20)] for start in (0, 200)]
+    engine.add_chunks(chunks)
+    timings = engine.prefill(Prompt([3, 4, 5], chunks, SUFFIX), strategy=strategy).report.timings_s
+    assert (timings.ttft, timings.recompute) == (7.0, 7.0)

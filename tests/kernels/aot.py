@@ -30,7 +30,7 @@ TARGETS = {
 }
 DTYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16, "int8": tl.int8, "uint8": tl.uint8}
 SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
-NOT_DIVISIBLE = {"num_rows", "num_keys", "window"}
+NOT_DIVISIBLE = set(tiles.PROMPT_SIZES)
 """Any number may come; strides, split sizes and pointers are multiples of 16 in practice."""
 
 
@@ -54,9 +54,7 @@ def build(fn: Any, target: str, pointers: dict[str, str], constants: dict[str, A
 
 
 def attention_constants(dim: int, groups: int, tile: tiles.Tile, **flags: bool) -> dict[str, Any]:
-    # Of arguments whose value is 1 Triton makes constants: one row, one key, a window of one.
-    ones = dict.fromkeys(("num_rows", "num_keys", "window"), 1) if flags.get("ones") else {}
-    return ones | {
+    return {
         "GROUPS": groups, "HAS_WINDOW": flags.get("window", False), "HAS_HIDDEN": flags.get("hidden", False),
         "HAS_SOFTCAP": flags.get("softcap", False), "PRECISION": "ieee",
         "DIM": dim, "BLOCK_DIM": tiles.padded_head(dim), "BLOCK_ROWS": tile.block_rows, "BLOCK_KEYS": tile.block_keys,
@@ -89,21 +87,34 @@ def log_sum_exp(target: str, dtype: str, dim: int, groups: int, tile: Any = None
     return build(query_scores.log_sum_exp_kernel, target, pointers, constants, tile)
 
 
-ROWS = tiles.Tile(tiles.ROW_TILE, 0, tiles.ROW_WARPS, 3)
+def rows(dim: int) -> tiles.Tile:
+    return tiles.Tile(tiles.ROW_TILE, 0, tiles.row_warps(dim), 3)
 
 
-def gather(target: str, dtype: str, source: str, dim: int, scale: str, half: int, interleaved: bool = False) -> Any:
+def gather(
+    target: str,
+    dtype: str,
+    source: str,
+    dim: int,
+    scale: str,
+    half: int,
+    interleaved: bool = False,
+    low: bool = False,
+    scale_type: str = "fp16",
+) -> Any:
     constants = {
         "KEY_TYPE": DTYPES[source], "VALUE_TYPE": DTYPES[source], "KEY_SCALE": scale,
         "VALUE_SCALE": "none" if scale == "none" else "row",
-        "IS_KEY_FP8": source == "uint8", "IS_VALUE_FP8": source == "uint8", "IS_ALIGNED": True,
+        "KEY_SCALE_TYPE": DTYPES[scale_type], "VALUE_SCALE_TYPE": DTYPES[scale_type],
+        "HAS_KEY_LOW": low, "HAS_VALUE_LOW": low, "IS_ALIGNED": True,
+        "IS_KEY_FP8": source == "uint8" and not low, "IS_VALUE_FP8": source == "uint8" and not low,
         "KEY_DIM": dim, "VALUE_DIM": dim, "HALF": half, "BLOCK_HALF": tiles.padded(half),
         "BLOCK_REST": tiles.padded(dim - 2 * half), "BLOCK_VALUE": tiles.padded(dim), "INTERLEAVED": interleaved,
         "TILE": tiles.ROW_TILE,
     }  # fmt: skip
     pointers = {"source_ptr": "i64", "tile_ptr": "i64", "key_ptr": dtype, "value_ptr": dtype}
     pointers |= {"cos_ptr": "fp32", "sin_ptr": "fp32"}
-    return build(rope_gather.rope_gather_kernel, target, pointers, constants, ROWS)
+    return build(rope_gather.rope_gather_kernel, target, pointers, constants, rows(dim))
 
 
 def scatter(target: str, dtype: str, dim: int, half: int, heads: int = 32, kv_heads: int = 8) -> Any:
@@ -115,7 +126,7 @@ def scatter(target: str, dtype: str, dim: int, half: int, heads: int = 32, kv_he
     fn = rope_scatter.rope_scatter_kernel
     pointers = {name: dtype for name in fn.arg_names if name.endswith("_ptr")}
     pointers |= {"rows_ptr": "i64", "cos_ptr": "fp32", "sin_ptr": "fp32"}
-    return build(fn, target, pointers, constants, ROWS)
+    return build(fn, target, pointers, constants, rows(dim))
 
 
 def facts(compiled: Any, target: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from prophetkv_rag import InputError, ProphetKVEngine
 from prophetkv_rag.cli.app import main
 from prophetkv_rag.evaluation import kernel_bench
-from prophetkv_rag.kernels import ops
+from prophetkv_rag.kernels import ops, reference, reference_rows, reference_scores
 from tests.tiny import tiny_llama
 
 
@@ -30,6 +31,22 @@ def test_tensors_on_a_gpu_take_triton():
     """Asked of a device that need not be there."""
     pytest.importorskip("triton")
     assert ops.in_use("cuda").startswith("triton ")
+
+
+def test_both_implementations_take_the_same_arguments():
+    """Of every operation; `tile` and `splits`, which override what a device suggests, come on top."""
+    triton_ops = pytest.importorskip("prophetkv_rag.kernels.triton_ops")
+    names = [name for name in triton_ops.__all__ if name != "why_not"]
+    assert set(names) == set(ops.__all__) - {"CHOICES", "RowBlocks", "RowSource", "force", "in_use"}
+    for name in names:
+        module = next(m for m in (reference_rows, reference_scores, reference) if hasattr(m, name))
+        expected = inspect.signature(getattr(module, name)).parameters
+        found = dict(inspect.signature(getattr(triton_ops, name)).parameters)
+        for own in ("tile", "splits"):
+            found.pop(own, None)
+        assert {n: (p.kind, p.default) for n, p in found.items()} == {
+            n: (p.kind, p.default) for n, p in expected.items()
+        }, name
 
 
 def test_without_triton_a_gpu_takes_pytorch_and_it_is_said(monkeypatch, caplog):

@@ -116,6 +116,62 @@ def test_attention_by_any_tiles_and_splits(tile, splits, options):
     assert error(lse, true_lse) < 1e-6
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_row_that_sees_nothing_is_zero(splits):
+    """All its keys are hidden; the parts of a split softmax then have nothing to be shares of."""
+    from prophetkv_rag.kernels.triton_ops import selected_rows_attention
+
+    case = case_of((8, 2, 5, 400, 64, F32, {"hidden": True}), seed=2)
+    case.hidden_keys[: case.positions[1] + 1] = True
+    truth, _, _ = case.attention()
+    lse = torch.full((case.heads, case.rows), NAN, device=DEVICE)
+    found = selected_rows_attention(
+        case.query,
+        case.key,
+        case.value,
+        case.blocks(),
+        **case.settings,
+        lse=lse,
+        tile=Tile(16, 32, 4, 1),
+        splits=splits,
+    )
+    assert bool((found[:2] == 0).all())
+    assert bool(lse[:, :2].isneginf().all())
+    assert error(found[2:], truth[2:]) < TOLERANCE[F32]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_log_sum_exps_with_sinks(splits):
+    from prophetkv_rag.kernels.triton_ops import log_sum_exp
+
+    case = case_of((8, 2, 19, 133, 64, F32, {"sinks": True, "window": 200}))
+    lse = log_sum_exp(
+        case.query,
+        case.key,
+        case.blocks(),
+        **case.settings,
+        sinks=case.sink_logits,
+        tile=Tile(16, 16, 4, 1),
+        splits=splits,
+    )
+    assert error(lse, case.attention()[1]) < 1e-6
+
+
+def test_what_lies_scattered_in_memory_is_refused():
+    """The kernels know no strides of these: a view would be written to the wrong places."""
+    case = case_of((8, 2, 19, 133, 64, F32, {}))
+    wide = torch.zeros(case.heads, 2 * case.rows, device=DEVICE)
+    with pytest.raises(ValueError, match=r"lse must be contiguous; it is \[8, 19\] with strides \[38, 2\]"):
+        ops.selected_rows_attention(case.query, case.key, case.value, case.blocks(), **case.settings, lse=wide[:, ::2])
+    lse, mass = torch.zeros(case.heads, case.rows, device=DEVICE), torch.zeros(2, 140, device=DEVICE)
+    for given, said in (
+        (mass[:, :133], "mass must be contiguous"),
+        (mass, r"mass is \[2, 140\]; it must be \[2, 133\]"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ops.add_query_scores(given, case.query, case.key, lse, case.blocks(), **case.settings)
+
+
 SCORES = [
     (4, 1, 1, 1, 64, F32, {}),
     (8, 2, 1, 77, 64, BF16, {}),
@@ -191,13 +247,19 @@ GATHER = [
     (torch.float8_e4m3fn, None, None, 64, 32, False, 64, BF16),
     (torch.float8_e4m3fn, "row", "channel", 128, 64, False, 128, F32),
     (torch.uint8, "channel", "row", 72, 12, True, 72, F32),
+    ("affine", "channel", "row", 128, 64, False, 128, BF16),
+    ("affine", "channel", "row", 64, 32, False, 64, F32),
+    ("affine", "channel", "row", 80, 16, True, 40, F16),
+    ("affine", "row", "channel", 96, 24, False, 96, F32),
 ]
 
 
 def stored(shape, dtype, scale, generator):
-    """Rows as a store keeps them, and the float64 numbers they stand for."""
+    """Rows as a store keeps them, their scale and low, and the float64 numbers they stand for."""
     if dtype == torch.int8:
         rows = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+    elif dtype == "affine":
+        rows = torch.randint(0, 256, shape, generator=generator, dtype=torch.int64).to(torch.uint8)
     elif dtype in (torch.uint8, torch.float8_e4m3fn):
         codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.int64)
         codes = torch.where(codes % 128 == 127, codes - 1, codes)  # all but the two NaN codes, subnormals included
@@ -205,12 +267,15 @@ def stored(shape, dtype, scale, generator):
     else:
         rows = torch.randn(shape, generator=generator).to(dtype)
     meant = rows.double()
-    factor = None
+    factor = low = None
     if scale is not None:
         size = (shape[0], shape[1], 1) if scale == "row" else (shape[0], 1, shape[2])
         factor = (torch.rand(size, generator=generator) / 64 + 1e-3).to(F16 if scale == "row" else F32)
         meant = meant * factor.double()
-    return (rows.view(dtype) if dtype == torch.uint8 else rows), factor, meant
+        if dtype == "affine":
+            low = (torch.randn(size, generator=generator) - 1).to(factor.dtype)
+            meant = meant + low.double()
+    return (rows.view(dtype) if dtype == torch.uint8 else rows), factor, low, meant
 
 
 @pytest.mark.parametrize("setting", GATHER, ids=str)
@@ -228,8 +293,10 @@ def check_gather(setting, *, gather=ops.rope_gather, around=None):
     value_out = torch.full((heads, capacity, value_dim), NAN, dtype=out_dtype)
     true_key, true_value, first, sources = key_out.double(), value_out.double(), 0, []
     for index, (length, start) in enumerate(zip(lengths, starts, strict=True)):
-        keys, key_factor, meant_keys = stored((heads, length, dim), dtype, key_scale, generator)
-        values, value_factor, meant_values = stored((heads, length, value_dim), dtype, value_scale, generator)
+        keys, key_factor, key_low, meant_keys = stored((heads, length, dim), dtype, key_scale, generator)
+        values, value_factor, value_low, meant_values = stored(
+            (heads, length, value_dim), dtype, value_scale, generator
+        )
         if half:
             meant_keys = rotated(meant_keys, angles[first : first + length], interleaved=interleaved)
         true_key[:, start : start + length] = meant_keys
@@ -239,7 +306,7 @@ def check_gather(setting, *, gather=ops.rope_gather, around=None):
             odd = odd.view(keys.dtype)
             odd[1:] = keys.ravel()
             keys = odd.to(DEVICE)[1:].view(keys.shape)
-        source = ops.RowSource(keys, values, key_factor, value_factor)
+        source = ops.RowSource(keys, values, key_factor, value_factor, key_low, value_low)
         sources.append(source.to(torch.device(DEVICE)))
         first += length
     key_out, value_out = key_out.to(DEVICE), value_out.to(DEVICE)
@@ -257,6 +324,23 @@ def check_gather(setting, *, gather=ops.rope_gather, around=None):
     assert error(value_out.cpu()[:, filled], true_value[:, filled]) < TOLERANCE[out_dtype]
     assert bool(key_out.cpu()[:, ~filled].isnan().all())
     assert bool(value_out.cpu()[:, ~filled].isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("stored_as", "scale", "low", "said"),
+    [
+        (torch.uint8, None, (2, 1, 16), "beside no scale and torch.uint8"),
+        (torch.uint8, (2, 1, 16), (2, 9, 1), r"key_low is \[2, 9, 1\] beside a scale of \[2, 1, 16\]"),
+        (torch.float8_e4m3fn, (2, 1, 16), (2, 1, 16), "it needs integers"),
+    ],
+    ids=str,
+)
+def test_a_low_that_fits_nothing_is_refused(stored_as, scale, low, said):
+    rows = torch.zeros(2, 9, 16, dtype=torch.uint8).view(stored_as)
+    source = ops.RowSource(rows, rows, None if scale is None else torch.ones(scale), None, torch.ones(low))
+    out = torch.zeros(2, 20, 16, device=DEVICE)
+    with pytest.raises(ValueError, match=said):
+        ops.rope_gather(out, out.clone(), [source.to(out.device)], [3], None, None)
 
 
 # heads, kv heads, rows, dim, rotated pairs (0: rotated already), interleaved, dtype, batch

@@ -12,6 +12,8 @@ from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.evaluation.kernel_bench import count_lines, measure_kernels
 from prophetkv_rag.evaluation.kernel_works import Shape
 from prophetkv_rag.kernels import ops, triton_ops
+from prophetkv_rag.packed_cache import PackedRows
+from prophetkv_rag.store.disk import DiskStore
 from tests import families
 from tests.kernels.triton_cases import DEVICE, IS_INTERPRETED
 
@@ -52,9 +54,9 @@ def launched(monkeypatch):
     return counts
 
 
-def engine_of(family: str, **settings: str) -> ProphetKVEngine:
+def engine_of(family: str, store: DiskStore | None = None, **settings: str) -> ProphetKVEngine:
     model = families.SUPPORTED[family]().to(DEVICE)
-    return ProphetKVEngine(model, None, config=ProphetKVConfig(encoding_prefix=PREFIX, **settings))
+    return ProphetKVEngine(model, None, config=ProphetKVConfig(encoding_prefix=PREFIX, **settings), store=store)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,6 +103,31 @@ def test_encoding_and_the_full_row_softmax(launched):
         for a, b in zip((*own.keys, *own.values), (*other.keys, *other.values), strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert torch.equal(results[0].recomputed, results[1].recomputed)
+
+
+@pytest.mark.parametrize("blob_format", ["int8", "fp8"])
+def test_packed_caches_go_to_the_kernel_as_they_are(blob_format, launched, tmp_path, monkeypatch):
+    """From the disk to the kernel nothing is unpacked; what comes out is what PyTorch makes of unpacked caches."""
+    results = []
+    for choice in ("reference", "triton" if IS_INTERPRETED else "auto"):
+        store = DiskStore(tmp_path, blob_format=blob_format)
+        with ops.force("reference"):
+            engine = engine_of("llama", store=store)
+            engine.add_chunks(CHUNKS)
+        if choice != "reference":
+            store.files.keeps_packed = True
+            monkeypatch.setattr(PackedRows, "unpack", None)
+        with ops.force(choice):
+            results.append(engine.prefill(PROMPT, recompute_ratio=0.3))
+        assert {chunk.status for chunk in results[-1].report.chunks} == {"hit"}
+        store.close()
+    assert launched["rope_gather"] == len(engine.support.layers)
+    expected, found = results
+    assert torch.equal(found.recomputed, expected.recomputed)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    for own, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        torch.testing.assert_close(own.keys, other.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(own.values, other.values, atol=1e-4, rtol=1e-4)
 
 
 def test_the_bench_runs_everything_it_times():

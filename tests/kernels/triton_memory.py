@@ -46,7 +46,7 @@ def check_scores(module, **options):
 
 
 def check_rows(gather, scatter):
-    for setting in (GATHER[6], GATHER[10]):
+    for setting in (GATHER[6], GATHER[10], GATHER[14]):
         check_gather(setting, gather=gather, around=sanitizer)
     with sanitizer():
         check_scatter(SCATTER[2], scatter=scatter)
@@ -112,6 +112,27 @@ MORE_BUGS = {
     "log-sum-exp of one part only": (query_scores, "torch.logsumexp(parts, dim=0)", "parts[0]"),
     "fp8 loses its sign": (row_moves, "((code & 0x80) << 8) | ", ""),
     "a scale of another row": (rope_gather, 'src_row if KEY_SCALE == "row"', 'src_row + 1 if KEY_SCALE == "row"'),
+    "lows of another head": (
+        rope_gather,
+        "lows + scale_row,\n            in_tile,\n            KEY_DIM",
+        "lows,\n            in_tile,\n            KEY_DIM",
+    ),
+    "values' lows in place of keys'": (rope_gather, "tl.load(source + 4)", "tl.load(source + 5)"),
+    "a row's low left out": (
+        row_moves,
+        "number + tl.load(low_ptr + scale_rows",
+        "number + 0 * tl.load(low_ptr + scale_rows",
+    ),
+    "a low of the first half's channels": (
+        row_moves,
+        "number + tl.load(low_ptr + channels",
+        "number + tl.load(low_ptr + channels % (STOP // 2)",
+    ),
+    "low under the scale": (
+        row_moves,
+        "number = number * tl.load(scale_ptr + channels, mask=in_head, other=0.0).to(tl.float32)[None, :]",
+        "number = (number + 1) * tl.load(scale_ptr + channels, mask=in_head, other=0.0).to(tl.float32)[None, :]",
+    ),
     "keys go to their own index": (
         rope_scatter,
         "target * key_out_stride_row",
