@@ -32,7 +32,7 @@ def stats(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) ->
 
     store = open_caches(db, needs_key=False)
     values = asdict(store.stats())
-    rows, limit, counts = usage(store), store.max_bytes, all_counts(store.catalog)
+    rows, limit, counts = usage(store), store.limits.all_bytes, all_counts(store.catalog)
     store.close()
     shown = {key: values[key] for key in ("chunks", "tokens", "nbytes", "location")}
     remote = values["remote"]

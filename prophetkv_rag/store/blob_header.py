@@ -94,6 +94,15 @@ class BlobHeader:
         except (KeyError, TypeError, ValueError):
             return None
 
+    @property
+    def identity(self) -> tuple[str, str] | None:
+        """Name of the model and namespace, if the blob says so."""
+        try:
+            model, namespace = json.loads(self.metadata["identity"])
+            return str(model), str(namespace)
+        except (KeyError, TypeError, ValueError):
+            return None
+
     def check(self, expected: Expected) -> None:
         """Raise `BlobError` unless this is the blob that is meant."""
         for name, wanted in (("key", expected.key), ("fingerprint", expected.fingerprint)):

@@ -17,7 +17,7 @@ def rebuild(catalog: Catalog, files: BlobFiles) -> int:
     A blob says how its chunk's text is recognised, but not who refers to the chunk: the first owner to drop it deletes
     it. Blobs that cannot be read stay, as orphans. The caller holds the directory's lock alone.
     """
-    found = []
+    found, identities = [], {}
     for path in files.all_files():
         key = files.key_of(path)
         if key is None:
@@ -30,10 +30,14 @@ def rebuild(catalog: Catalog, files: BlobFiles) -> int:
         except (BlobError, OSError, KeyError):
             continue
         found.append((row, header.entry))
+        if header.identity is not None:
+            identities[row.fingerprint] = header.identity
     if found:
         with catalog.transaction():
             for row, entry in found:
                 catalog.upsert(row, entry)
+            for fingerprint, identity in identities.items():
+                catalog.describe(fingerprint, *identity, None)
             catalog.add_references(UNKNOWN_OWNER, [row.key for row, _ in found])
         logger.warning("the catalog of %d chunk caches was made again from their files", len(found))
     return len(found)

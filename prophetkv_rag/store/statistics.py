@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from prophetkv_rag.store.catalog import Catalog
     from prophetkv_rag.store.disk import DiskStore
 
-COUNTS = ("hits", "ram_hits", "misses", "corrupt", "evictions", "failed_writes")
+COUNTS = ("hits", "ram_hits", "remote_hits", "misses", "corrupt", "evictions", "failed_writes")
 """What is counted, by the names of `StoreStats`."""
 _COUNT = "count "  # begins the names of such rows in `state`
 

@@ -8,7 +8,7 @@ queries give it `remote_timeout_s`, and one that is slow, down or wrong costs on
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import InputError, StoreError
-from prophetkv_rag.store.base import StoreStats, TextEntry
+from prophetkv_rag.store.base import Lookup, StoreStats, TextEntry
 from prophetkv_rag.store.catalog import CatalogRow
 from prophetkv_rag.store.disk import DiskStore
 from prophetkv_rag.store.fetches import Fetch, Fetches, Found
@@ -113,26 +113,26 @@ class TieredStore(DiskStore):
             if records.num_to_delete():
                 self._settle()
 
-    def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> tuple[ChunkCache | None, bool]:
-        """See `ChunkStore.get`: from RAM, from disk, else from the remote, if it answers in time."""
-        cache, was_corrupt = super().get(key, fingerprint=fingerprint, input_ids=input_ids)
-        if cache is not None:
+    def find(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> Lookup:
+        """See `ChunkStore.find`: from RAM, from disk, else from the remote, if it answers in time."""
+        here = super().find(key, fingerprint=fingerprint, input_ids=input_ids)
+        if here.cache is not None:
             if self.remote.uploads is not None:
                 self.remote.uploads.offer_once(key, fingerprint)
-            return cache, was_corrupt
+            return here
         if self.files.locked_by is not None:
-            return None, was_corrupt
+            return here
         try:
-            fetch = self._fetches.begin([key], fingerprint).get(key)
+            fetch = self._fetches.begin_expected(key, fingerprint)
         except StoreError:
             fetch = None
         if fetch is None:
-            return None, was_corrupt
+            return here
         found = self._fetches.wait(fetch)
         if found.cache is None or not has_ids(found.cache, input_ids):
-            return None, was_corrupt or found.was_bad
-        self._counters.add(hits=1, misses=0 if was_corrupt else -1)
-        return found.cache, False
+            return Lookup(was_corrupt=here.was_corrupt or found.was_bad)
+        self._counters.add(hits=1, remote_hits=1, misses=0 if here.was_corrupt else -1)
+        return Lookup(found.cache, tier="remote")
 
     def put(
         self,
@@ -150,9 +150,9 @@ class TieredStore(DiskStore):
         if self.remote.uploads is not None:
             self.remote.uploads.offer(key, fingerprint)
 
-    def accepts_new(self, waiting: int = 0) -> bool:
+    def accepts_new(self, waiting: int = 0, *, fingerprint: str | None = None) -> bool:
         """See `ChunkStore.accepts_new`: on the disk, or behind it."""
-        if super().accepts_new(waiting):
+        if super().accepts_new(waiting, fingerprint=fingerprint):
             return True
         if self.policy != "eager" or self.remote.uploads is None or self.remote.writes.is_open:
             return False
@@ -166,19 +166,13 @@ class TieredStore(DiskStore):
 
     def expect(self, keys: Iterable[str], *, fingerprint: str) -> None:
         """See `ChunkStore.expect`: what is neither in RAM nor on disk is read, all of it at once."""
-        if self.files.locked_by is not None:
-            return
-        try:
-            lacking = [key for key in keys if not (self._ram.holds(key) or self.files.path(key).exists())]
-            self._fetches.begin(lacking, fingerprint)
-        except (StoreError, OSError, ValueError) as error:
-            logger.debug("nothing was read ahead from the remote tier: %s", error)
+        self._begin(self._fetches.expect, keys, fingerprint)
 
     def read_ahead(self, keys: Iterable[str], *, fingerprint: str) -> None:
         """See `ChunkStore.read_ahead`."""
         keys = [key for key in keys if is_key(key)]
         super().read_ahead(keys, fingerprint=fingerprint)
-        self.expect(keys, fingerprint=fingerprint)
+        self._begin(self._fetches.begin, keys, fingerprint)
 
     def bring(self, chunks: Mapping[str, tuple[Sequence[int], TextEntry | None]], *, fingerprint: str) -> set[str]:
         """See `ChunkStore.bring`; what has no room on the disk is only looked for."""
@@ -191,7 +185,7 @@ class TieredStore(DiskStore):
                 with self.catalog.transaction():
                     for key, (input_ids, entry) in part.items():
                         self.catalog.upsert(CatalogRow(key, fingerprint, len(input_ids), 0), entry)
-                is_look = not self.space.has_room(len(part))
+                is_look = not self.space.has_room(len(part), fingerprint=fingerprint)
                 fetches = self._fetches.begin(part, fingerprint, is_look=is_look, is_used=False)
             except StoreError as error:
                 logger.debug("nothing was brought from the remote tier: %s", error)
@@ -257,6 +251,15 @@ class TieredStore(DiskStore):
             except StoreError:
                 logger.debug("the hits in the remote tier were not noted", exc_info=True)
         super().close()
+
+    def _begin(self, begin: Callable[[Iterable[str], str], object], keys: Iterable[str], fingerprint: str) -> None:
+        """Begin to read what is neither in RAM nor on disk."""
+        if self.files.locked_by is not None:
+            return
+        try:
+            begin([key for key in keys if not (self._ram.holds(key) or self.files.path(key).exists())], fingerprint)
+        except (StoreError, OSError, ValueError) as error:
+            logger.debug("nothing was read ahead from the remote tier: %s", error)
 
     def _check_blob(self, data: bytes, key: str, fingerprint: str) -> ChunkCache | None:
         """Return the cache that a blob of the remote holds, or `None` for another format; `BlobError` if it is bad."""
