@@ -61,7 +61,7 @@ def open_store(client: Any, directory: str | Path | None = None, **settings: Any
         from prophetkv_rag.store.memory import MemoryStore
 
         return MemoryStore(min((limit for limit in limits if limit is not None), default=None))
-    from prophetkv_rag.store.tiered import open_disk_store
+    from prophetkv_rag.store.opening import open_disk_store
 
     return open_disk_store(directory, **settings)
 

@@ -198,7 +198,7 @@ def _opened(
             opened.close()
         return
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.store.tiered import open_disk_store
+    from prophetkv_rag.store.opening import open_disk_store
 
     with status(f"loading {Path(chosen).name}"):
         store = open_disk_store(cache_dir, remote=remote) if cache_dir is not None else None

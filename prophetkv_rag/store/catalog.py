@@ -205,6 +205,15 @@ class Catalog:
             found = str(run.execute("PRAGMA integrity_check(1)").fetchone()[0])
             return "" if found == "ok" else found
 
+    def can_write(self) -> bool:
+        """Whether something can be written now; changes nothing."""
+        try:
+            with self.transaction() as run:
+                run.execute("UPDATE state SET value = value WHERE name = 'clock'")
+        except StoreError:
+            return False
+        return True
+
     def scrub(self) -> None:
         """Leave nothing of deleted rows in the log of writes either, unless somebody is reading by it just now."""
         with self._lock, suppress(sqlite3.Error):

@@ -52,8 +52,8 @@ _STEPS: tuple[tuple[str, ...], ...] = (
             DELETE FROM remote_chunks WHERE key = old.key; END""",
     ),
     # 4: what the blobs of each fingerprint take, since namespaces may have limits of their own; and how many chunks
-    # were ever deleted, so that other processes learn that what they hold in RAM may be gone. (No "INSERT OR IGNORE": in
-    # a trigger, the outer statement's own conflict clause takes its place.)
+    # were ever deleted, so that other processes learn that what they hold in RAM may be gone. (No "INSERT OR IGNORE":
+    # in a trigger, the outer statement's own conflict clause takes its place.)
     (
         "CREATE TABLE fingerprint_bytes (fingerprint TEXT PRIMARY KEY, nbytes INTEGER NOT NULL) WITHOUT ROWID",
         "INSERT INTO fingerprint_bytes SELECT fingerprint, sum(nbytes) FROM chunks GROUP BY fingerprint",

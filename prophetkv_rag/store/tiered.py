@@ -19,8 +19,9 @@ from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.store.base import Lookup, StoreStats, TextEntry
 from prophetkv_rag.store.catalog import CatalogRow
 from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.store.elsewhere import Elsewhere
 from prophetkv_rag.store.fetches import Fetch, Fetches, Found
-from prophetkv_rag.store.files import DirectoryLock
+from prophetkv_rag.store.files import DirectoryLock, can_write
 from prophetkv_rag.store.keys import is_key
 from prophetkv_rag.store.ram import has_ids
 from prophetkv_rag.store.ranking import Ranking
@@ -33,27 +34,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 2.0
 _BATCH = 8  # chunks that are asked for together while indexing
-
-
-def open_disk_store(directory: str | Path, *, remote: str | None = None, **settings: Any) -> DiskStore:
-    """Open a store on disk, with a remote tier behind it where one is named.
-
-    Args:
-        directory: Where the disk tier is.
-        remote: URL that fsspec knows, such as `s3://bucket/prefix`; `None` for none.
-        **settings: See `DiskStore`, and with a remote `TieredStore`.
-
-    Raises:
-        InputError: If a setting is not allowed.
-        StoreError: If the directory cannot be used.
-    """
-    if remote is not None:
-        return TieredStore(directory, remote=remote, **settings)
-    given = [name for name, value in settings.items() if name.startswith("remote_") and value is not None]
-    if given:
-        msg = f"{', '.join(given)}: there is no remote tier; name one with remote=..."
-        raise InputError(msg)
-    return DiskStore(directory, **{name: value for name, value in settings.items() if not name.startswith("remote_")})
 
 
 class TieredStore(DiskStore):
@@ -78,6 +58,7 @@ class TieredStore(DiskStore):
     """
 
     remote: RemoteTier
+    _elsewhere: Elsewhere | None = None
 
     def __init__(
         self,
@@ -109,6 +90,8 @@ class TieredStore(DiskStore):
                 self.remote, self.catalog, self.files.path, ranking, self.space.flush_uses, lock
             )
             self.space.on_write = self._offer
+            self._elsewhere = Elsewhere(self.catalog, self.remote, self.remote.uploads, self.failures)
+            self.space.on_failure = self._elsewhere.keep
             records.register()
             if records.num_to_delete():
                 self._settle()
@@ -152,11 +135,16 @@ class TieredStore(DiskStore):
 
     def accepts_new(self, waiting: int = 0, *, fingerprint: str | None = None) -> bool:
         """See `ChunkStore.accepts_new`: on the disk, or behind it."""
-        if super().accepts_new(waiting, fingerprint=fingerprint):
+        is_disk_failing = (
+            self._elsewhere is not None
+            and self._elsewhere.is_needed
+            and not can_write(self.files.incoming, self.space.typical)
+        )
+        if not is_disk_failing and super().accepts_new(waiting, fingerprint=fingerprint):
             return True
         if self.policy != "eager" or self.remote.uploads is None or self.remote.writes.is_open:
             return False
-        if self.files.locked_by is not None or self.failures.is_failing:
+        if self.files.locked_by is not None or (self.failures.is_failing and not self.catalog.can_write()):
             return False
         if self.remote.max_bytes is None:
             return True
@@ -287,6 +275,8 @@ class TieredStore(DiskStore):
     def _offer(self, row: CatalogRow, data: bytes, is_kept: bool) -> None:
         if self.remote.uploads is not None:
             self.remote.uploads.offer(row.key, row.fingerprint, None if is_kept else data)
+        if is_kept and self._elsewhere is not None:
+            self._elsewhere.is_needed = False
 
     def _settle(self) -> None:
         if self.remote.uploads is not None:

@@ -18,8 +18,9 @@ from prophetkv_rag.store.base import RemoteStats
 from prophetkv_rag.store.blob import encode_blob
 from prophetkv_rag.store.breaker import Breaker
 from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.store.opening import open_disk_store
 from prophetkv_rag.store.remote_files import RemoteFiles
-from prophetkv_rag.store.tiered import TieredStore, open_disk_store
+from prophetkv_rag.store.tiered import TieredStore
 from prophetkv_rag.store.upkeep import clear, gc, verify
 from tests.core.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
 from tests.core.faulty_files import FaultyFileSystem, raising
