@@ -53,7 +53,7 @@ def index(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Most disk for the KV caches of each namespace (docs/store.md), or 'none'; one makes room among its own.",
+            help="Most disk for the KV caches of each namespace (docs/store.md), such as 2GB, or 'none'.",
         ),
     ] = None,
     cache_format: Annotated[
