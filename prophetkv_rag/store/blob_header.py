@@ -95,13 +95,10 @@ class BlobHeader:
             return None
 
     @property
-    def identity(self) -> tuple[str, str] | None:
-        """Name of the model and namespace, if the blob says so."""
-        try:
-            model, namespace = json.loads(self.metadata["identity"])
-            return str(model), str(namespace)
-        except (KeyError, TypeError, ValueError):
-            return None
+    def namespace(self) -> str | None:
+        """The namespace of its fingerprint, if the blob says so."""
+        found = self.metadata.get("namespace")
+        return found if isinstance(found, str) else None
 
     def check(self, expected: Expected) -> None:
         """Raise `BlobError` unless this is the blob that is meant."""

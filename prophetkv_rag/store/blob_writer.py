@@ -11,7 +11,7 @@ from prophetkv_rag.store.blob_files import BlobFiles
 from prophetkv_rag.store.catalog import Catalog, CatalogRow
 from prophetkv_rag.store.files import DirectoryLock
 from prophetkv_rag.store.formats import BlobFormat
-from prophetkv_rag.store.namespaces import identity_of
+from prophetkv_rag.store.namespaces import namespace_of
 from prophetkv_rag.store.ram import RamTier
 from prophetkv_rag.store.space import Space
 
@@ -72,7 +72,7 @@ class BlobWriter:
                 fingerprint=fingerprint,
                 blob_format=self._blob_format,
                 entry=entry or self._catalog.entry_of(key),
-                identity=identity_of(self._catalog, fingerprint),
+                namespace=namespace_of(self._catalog, fingerprint),
             )
             is_kept = self._space.write(row, entry, self._files.seal(key, plain), is_used=if_referenced)
             if is_kept and self._blob_format != "exact" and self._ram.max_bytes:

@@ -215,7 +215,7 @@ class Catalog:
         return True
 
     def scrub(self) -> None:
-        """Leave nothing of deleted rows in the log of writes either, unless somebody is reading by it just now."""
+        """Empty the log of writes, which also holds deleted rows, unless somebody is reading by it just now."""
         with self._lock, suppress(sqlite3.Error):
             self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -246,6 +246,8 @@ class Catalog:
                     finally:
                         self._writing_thread = None
         except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                self.scrub()  # what the log takes is room for the next try
             raise self._error(error) from error
 
     def _connect(self) -> None:

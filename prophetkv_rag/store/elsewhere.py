@@ -25,6 +25,7 @@ class Elsewhere:
 
     Attributes:
         is_needed: Whether the last write to the disk failed.
+        why_not: Why what failed last was not uploaded either.
     """
 
     def __init__(self, catalog: Catalog, tier: RemoteTier, uploads: Uploads, failures: Failures) -> None:
@@ -33,15 +34,23 @@ class Elsewhere:
         self._uploads = uploads
         self._failures = failures
         self.is_needed = False
+        self.why_not = ""
 
     def keep(self, row: CatalogRow, entry: TextEntry | None, data: bytes, error: Exception) -> bool:
         """Upload a blob that could not be written because of `error`; returns whether it is on its way."""
-        self.is_needed = True
+        self.is_needed, self.why_not = True, ""
+        if not (self._is_noted(row, entry) or self._is_noted(row, entry)):  # the first failure may have made room
+            self.why_not = "the catalog cannot note it, so nobody would know that it is to be deleted there some day"
+            return False
+        if not self._uploads.offer(row.key, row.fingerprint, data) or self._tier.writes.is_open:
+            self.why_not = "that does not answer, or too much is waiting for it"
+            return False
+        self._failures.note_elsewhere(error, self._tier.files.name)
+        return True
+
+    def _is_noted(self, row: CatalogRow, entry: TextEntry | None) -> bool:
         try:
             self._catalog.upsert(replace(row, nbytes=0), entry)
         except StoreError:
             return False
-        if not self._uploads.offer(row.key, row.fingerprint, data) or self._tier.writes.is_open:
-            return False
-        self._failures.note_elsewhere(error, self._tier.files.name)
         return True

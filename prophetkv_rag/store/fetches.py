@@ -82,18 +82,17 @@ class Fetches:
     def expect(self, keys: Iterable[str], fingerprint: str) -> None:
         """Begin to read what this thread's prompt is about to ask for; all of it together has one time-out.
 
-        Those that only find room later (`begin_expected`) get what is left of it then.
+        Those that only find room later get what is left of it then (`expected`).
         """
         keys = list(keys)
-        self._prompt.begun, self._prompt.keys = time.monotonic(), set(keys)
-        self.begin(keys, fingerprint)
+        begun = time.monotonic()
+        fetches = self.begin(keys, fingerprint, begun=begun)
+        self._prompt.expected = {key: (begun, key in fetches) for key in keys}
 
-    def begin_expected(self, key: str, fingerprint: str) -> Fetch | None:
-        """Return the read of a key on its way, or begin it now, if it makes sense."""
-        expected: set[str] = getattr(self._prompt, "keys", set())
-        begun = self._prompt.begun if key in expected else None
-        expected.discard(key)
-        return self.begin([key], fingerprint, begun=begun).get(key)
+    def expected(self, key: str) -> tuple[float | None, bool]:
+        """When this thread's prompt began to wait for a key, and whether it is being read since then; told once."""
+        expected: dict[str, tuple[float | None, bool]] = getattr(self._prompt, "expected", {})
+        return expected.pop(key, (None, False))
 
     def begin(
         self,

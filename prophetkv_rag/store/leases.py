@@ -63,6 +63,7 @@ class Leases:
             keys = set(self._held)
         for path in self._directory.glob("*") if self._is_shared else ():
             keys |= self._read(path)
+        keys.discard("")  # one that is just being made
         return keys
 
     def _write(self, keys: set[str]) -> tuple[int, Path] | None:

@@ -45,8 +45,14 @@ def above(run: sqlite3.Connection, max_bytes: int) -> list[tuple[list[str], int]
     return [(fingerprints, nbytes - max_bytes) for fingerprints, nbytes in sizes if nbytes > max_bytes]
 
 
-def identity_of(catalog: Catalog, fingerprint: str) -> tuple[str, str] | None:
-    """Return model and namespace that a fingerprint stands for, if an engine has said so."""
+def namespace_of(catalog: Catalog, fingerprint: str) -> str | None:
+    """Return the namespace that a fingerprint is of, if that is known."""
     with catalog.transaction(is_write=False) as run:
-        found = run.execute("SELECT model, namespace FROM identities WHERE fingerprint = ?", (fingerprint,)).fetchone()
-        return None if found is None else (str(found[0]), str(found[1]))
+        found = run.execute("SELECT namespace FROM identities WHERE fingerprint = ?", (fingerprint,)).fetchone()
+        return None if found is None else str(found[0])
+
+
+def learn(catalog: Catalog, fingerprint: str, namespace: str | None) -> None:
+    """Note what a blob says of its fingerprint, unless that is known; what its model is called, an engine will say."""
+    if namespace is not None and namespace_of(catalog, fingerprint) is None:
+        catalog.describe(fingerprint, fingerprint, namespace, None)

@@ -98,15 +98,19 @@ class TieredStore(DiskStore):
 
     def find(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> Lookup:
         """See `ChunkStore.find`: from RAM, from disk, else from the remote, if it answers in time."""
+        begun, is_on_its_way = self._fetches.expected(key)
         here = super().find(key, fingerprint=fingerprint, input_ids=input_ids)
         if here.cache is not None:
             if self.remote.uploads is not None:
                 self.remote.uploads.offer_once(key, fingerprint)
+            if is_on_its_way:  # it has come already, and was put there
+                self._counters.add(remote_hits=1, ram_hits=-(here.tier == "ram"))
+                here = here._replace(tier="remote")
             return here
         if self.files.locked_by is not None:
             return here
         try:
-            fetch = self._fetches.begin_expected(key, fingerprint)
+            fetch = self._fetches.begin([key], fingerprint, begun=begun).get(key)
         except StoreError:
             fetch = None
         if fetch is None:
@@ -129,7 +133,13 @@ class TieredStore(DiskStore):
         """See `DiskStore.put`; it is uploaded afterwards, also if it has no place on the disk."""
         if self.remote.uploads is not None and not if_referenced:
             self.remote.uploads.wait_for_room()
-        super().put(key, cache, fingerprint=fingerprint, entry=entry, if_referenced=if_referenced)
+        try:
+            super().put(key, cache, fingerprint=fingerprint, entry=entry, if_referenced=if_referenced)
+        except StoreError as error:
+            if self._elsewhere is None or not self._elsewhere.why_not:
+                raise
+            msg = f"{error}; nor is it uploaded to {self.remote.files.name}: {self._elsewhere.why_not}"
+            raise StoreError(msg) from error
         if self.remote.uploads is not None:
             self.remote.uploads.offer(key, fingerprint)
 

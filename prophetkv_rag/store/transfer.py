@@ -17,7 +17,7 @@ from prophetkv_rag.store.catalog import UNKNOWN_OWNER, CatalogRow
 from prophetkv_rag.store.encryption import EncryptionKey
 from prophetkv_rag.store.key_mark import must_be_unlocked
 from prophetkv_rag.store.keys import is_key
-from prophetkv_rag.store.namespaces import identity_of
+from prophetkv_rag.store.namespaces import learn
 from prophetkv_rag.store.sealing import unseal
 
 if TYPE_CHECKING:
@@ -112,8 +112,7 @@ def import_caches(
                 if expected != store.files.encryption_key:
                     data = store.files.seal(key, data if expected is None else unseal(data, expected, key=key))
                 row = CatalogRow(key, str(header.metadata["fingerprint"]), header.num_tokens, 0)
-                if header.identity is not None and identity_of(store.catalog, row.fingerprint) is None:
-                    store.catalog.describe(row.fingerprint, *header.identity, None)
+                learn(store.catalog, row.fingerprint, header.namespace)
                 with store.directory_lock.shared():
                     is_kept = store.space.write(row, header.entry, data, is_used=False)
                     store.catalog.add_references(UNKNOWN_OWNER, [key])

@@ -24,9 +24,7 @@ IDENTITIES = {
     for model in ("m", "n")
 }
 ONE = IDENTITIES["a", "m"]
-SIZE = len(
-    encode_blob(make_cache(1), key=ONE.key(ids_of(1)), fingerprint=ONE.fingerprint, identity=("m", ONE.namespace))
-)
+SIZE = len(encode_blob(make_cache(1), key=ONE.key(ids_of(1)), fingerprint=ONE.fingerprint, namespace=ONE.namespace))
 
 
 def opened(directory: Path, *, each: int | None, together: int | None = None, **settings: Any) -> DiskStore:
