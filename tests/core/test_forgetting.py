@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,11 @@ def test_what_is_deleted_while_a_query_reads_it_does_not_stay_in_ram(
 
         def query_meanwhile(keys: Any) -> None:
             if is_first.pop() if is_first else False:
-                assert get(store, 1), "its reader does not see yet that it is deleted"
+                found: list[bool] = []
+                query = threading.Thread(target=lambda: found.append(get(store, 1)))
+                query.start()
+                query.join()
+                assert found == [True], "it does not see yet that the chunk is deleted"
             remove(keys)
 
         monkeypatch.setattr(store.files, "remove", query_meanwhile)

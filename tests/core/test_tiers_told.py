@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +34,10 @@ def ask(engine: ProphetKVEngine, *texts: str, strategy: str | None = None) -> Re
     return report
 
 
-def test_a_report_and_the_counters_say_which_tier_had_each_chunk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("comes", ["at once", "when it is waited for"])
+def test_a_report_and_the_counters_say_which_tier_had_each_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: str
+) -> None:
     FaultyFileSystem.clear()
     store = TieredStore(tmp_path, remote=REMOTE, remote_timeout_s=30.0)
     engine = ProphetKVEngine(MODEL, tiny_tokenizer(), store=store)
@@ -46,7 +50,16 @@ def test_a_report_and_the_counters_say_which_tier_had_each_chunk(tmp_path: Path)
     store.remote.files.remove(engine.identity.fingerprint, keys[3])
     (row,) = usage(store)
     assert (row.stored, row.in_remote, row.missing_tokens) == (2, 4, 0), "as far as the catalog knows"
-    report = ask(engine, *TEXTS)
+    expect = store.expect
+
+    def expect_and_get(keys: Iterable[str], *, fingerprint: str) -> None:
+        expect(keys, fingerprint=fingerprint)
+        store._fetches.flush()
+
+    with monkeypatch.context() as patch:
+        if comes == "at once":
+            patch.setattr(store, "expect", expect_and_get)
+        report = ask(engine, *TEXTS)
     assert [(chunk.status, chunk.tier) for chunk in report.chunks] == [
         ("hit", "ram"),
         ("hit", "disk"),
