@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -558,6 +559,35 @@ def test_a_limit_and_a_format_are_remembered(run: Run, docs: Path) -> None:
     index_tiny(run, docs, "--cache-limit", "1e3", "--cache-policy", "on_first_use")
     answer = run("ask", "Who?", "--max-new-tokens", 1, "--json")
     assert len(answer["report"]["chunks"]) == 4
+
+
+def test_a_limit_of_each_namespace_is_remembered_and_told(run: Run, docs: Path) -> None:
+    whole = index_tiny(run, docs)
+    limit = whole["caches"]["nbytes"] // 2
+    run("cache", "clear", "--all")
+    index_tiny(run, docs, "--namespace-limit", limit)
+    small = run("cache", "stats", "--json")
+    assert (small["limit"], small["namespace_limit"]) == (None, limit)
+    assert 0 < small["nbytes"] <= limit
+    answer = run("ask", "Who?", "--max-new-tokens", 1, "--json")
+    tiers = [chunk["tier"] for chunk in answer["report"]["chunks"]]
+    assert set(tiers) <= {"disk", "ram", "computed"}
+    stats = run("cache", "stats", "--json")
+    assert sum(stats["hits_by_tier"].values()) == stats["counts"]["hits"] == len(tiers) - tiers.count("computed")
+    (usage,) = stats["usage"]
+    assert usage["missing_tokens"] > 0
+    assert 0 < usage["next_chunk_s"] < usage["missing_s"]
+    printed = run("cache", "stats")
+    assert f"{limit / 1e6:,.1f} MB at most of each namespace" in printed
+    assert "on disk" in printed
+    assert "a chunk costs" in printed
+    assert run("cache", "clear", "--namespace", "other", "--json").keys() == {"deleted", "chunks_left", "nbytes_left"}
+    with sqlite3.connect(".prophetkv/prophetkv/catalog.sqlite") as catalog:
+        catalog.execute("DELETE FROM identities")  # as after a catalog was lost whose blobs do not say it
+    catalog.close()
+    unknown = run("cache", "clear", "--namespace", "other", "--json")
+    assert (unknown["deleted"], unknown["of_unknown_namespace"]) == (0, usage["chunks"])
+    assert "may be of this namespace too" in run("cache", "clear", "--namespace", "other")
 
 
 def test_a_remote_tier_is_remembered_shared_and_cleared(run: Run, docs: Path, tmp_path: Path) -> None:

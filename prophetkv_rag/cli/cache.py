@@ -194,19 +194,28 @@ def clear(
     if (namespace is None) != everything:
         msg = "say what to delete: either --namespace NAME or --all"
         raise InputError(msg)
+    from prophetkv_rag.store.statistics import nameless
     from prophetkv_rag.store.upkeep import clear as delete
 
     store = open_caches(db, needs_key=False)
     deleted = delete(store, namespace)
-    left = store.stats()
+    left, unknown = store.stats(), nameless(store)
     store.close()
     waiting = {} if left.remote is None else {"remote_waiting": left.remote.waiting}
+    if unknown and namespace:
+        waiting["of_unknown_namespace"] = unknown
     if as_json:
         print_json({"deleted": deleted, "chunks_left": left.chunks, "nbytes_left": left.nbytes, **waiting})
         return
     results().print(f"{deleted} caches deleted; {left.chunks} are left, {left.nbytes / 1e6:,.1f} MB", markup=False)
     if left.remote is not None and left.remote.waiting:
         results().print(f"{left.remote.url} has not answered; `cache gc` deletes them there when it does", markup=False)
+    if unknown and namespace:
+        results().print(
+            f"{unknown} caches may be of this namespace too: an early version wrote them, and the catalog was made anew "
+            "since; open the namespace's own engine here once and clear again, or clear with --all",
+            markup=False,
+        )
 
 
 @app.command("new-key")

@@ -248,17 +248,18 @@ class DiskStore(CatalogedStore):
 
     def forget_deleted(self) -> None:
         """See `ChunkStore.forget_deleted`."""
-        try:
-            found = deletes(self.catalog)
-        except StoreError:
-            return
+        found = deletes(self.catalog)
         if found != self._deletes:
             self._deletes = found
             self._later.run(self._drop_unknown)
 
     def _drop_unknown(self) -> None:
         held = self._ram.keys()
-        known = self.catalog.known(held)
+        try:
+            known = self.catalog.known(held)
+        except StoreError:
+            self._deletes -= 1  # for the next time
+            return
         self._ram.drop(key for key in held if key not in known)
 
     def _hold(self, key: str, cache: ChunkCache, fingerprint: str) -> None:

@@ -86,10 +86,13 @@ def _open_catalog(directory: Path, files: BlobFiles, lock: DirectoryLock, *, rea
 
 
 def deletes(catalog: Catalog) -> int:
-    """Return how many chunks any process has ever deleted; 0 for a catalog of an older version, opened read-only."""
-    with catalog.transaction(is_write=False) as run:
-        found = run.execute("SELECT value FROM state WHERE name = 'deletes'").fetchone()
-        return int(found[0]) if found else 0
+    """Return how many chunks any process has ever deleted; 0 if that cannot be read, as in an older catalog."""
+    try:
+        with catalog.transaction(is_write=False) as run:
+            found = run.execute("SELECT value FROM state WHERE name = 'deletes'").fetchone()
+    except StoreError:
+        return 0
+    return int(found[0]) if found else 0
 
 
 class Counters:

@@ -71,6 +71,16 @@ def usage(store: DiskStore) -> list[Usage]:
     return [_usage(*row) for row in rows]
 
 
+def nameless(store: DiskStore) -> int:
+    """Return how many chunks are of no namespace that the catalog knows.
+
+    Their blobs are of an early version, which does not say it, and no engine has been here since the catalog was lost.
+    """
+    with store.catalog.transaction(is_write=False) as run:
+        query = "SELECT count(*) FROM chunks WHERE fingerprint NOT IN (SELECT fingerprint FROM identities)"
+        return int(run.execute(query).fetchone()[0])
+
+
 def add_counts(catalog: Catalog, counts: Mapping[str, int]) -> None:
     """Add to the totals of everything that was ever counted on this directory; by the names of `StoreStats`."""
     with catalog.transaction() as run:
