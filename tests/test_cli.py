@@ -675,3 +675,5 @@ def test_mistakes_with_caches_are_said_in_one_line(run: Run, fails: Run, docs: P
     assert "go with --remote URL" in fails("index", docs, "--remote-limit", "1GB")
     assert "has no remote tier" in fails("cache", "push")
     assert "goes with --cache-dir" in fails("serve", "--remote", "s3://bucket/prefix")
+    assert "goes without a database" in fails("serve", "--cache-limit", "1GB", "--port", 0)
+    assert "is no size" in fails("index", docs, "--namespace-limit", "much")

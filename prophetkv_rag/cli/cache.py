@@ -212,8 +212,8 @@ def clear(
         results().print(f"{left.remote.url} has not answered; `cache gc` deletes them there when it does", markup=False)
     if unknown and namespace:
         results().print(
-            f"{unknown} caches may be of this namespace too: an early version wrote them, and the catalog was made anew "
-            "since; open the namespace's own engine here once and clear again, or clear with --all",
+            f"{unknown} caches may be of this namespace too: an early version wrote them, and the catalog was made "
+            "anew since; open the namespace's own engine here once and clear again, or clear with --all",
             markup=False,
         )
 

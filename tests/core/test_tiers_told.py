@@ -21,7 +21,7 @@ from prophetkv_rag.store.statistics import Usage, all_counts, hits_by_tier, usag
 from prophetkv_rag.store.tiered import TieredStore
 from tests.core.caches import FINGERPRINT, IDENTITY, assert_same, ids_of, key_of, make_cache
 from tests.core.faulty_files import FaultyFileSystem
-from tests.tiny import text_of, tiny_llama, tiny_tokenizer
+from tests.tiny import save_tiny, text_of, tiny_llama, tiny_tokenizer
 
 MODEL = tiny_llama()
 TEXTS = [text_of(20, seed=seed) for seed in range(4)]
@@ -193,6 +193,23 @@ def test_an_ephemeral_client_s_limit_is_kept_and_what_memory_has_not_is_refused(
     for name, value in {"policy": "on_first_use", "blob_format": "int8", "namespace_max_bytes": 5}.items():
         with pytest.raises(InputError, match=f"{name}: an EphemeralClient has no disk"):
             open_store(client, **{name: value})
+
+
+@pytest.mark.parametrize("where", ["in memory", "in a directory"])
+def test_a_server_without_a_database_keeps_to_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    pytest.importorskip("fastapi")
+    from prophetkv_rag.cli.serve import _opened
+
+    monkeypatch.chdir(tmp_path)
+    model, caches = str(save_tiny(tmp_path / "model")), tmp_path / "caches" if "directory" in where else None
+    limit = 60_000
+    with _opened(None, caches, None, limit, model, ProphetKVConfig()) as (engine, _):
+        engine.add_chunks(TEXTS)
+        assert engine.store.stats().max_nbytes == limit
+        assert 0 < engine.store.stats().nbytes <= limit
+        assert len(engine.chunk_index) == len(TEXTS)
 
 
 # ---- a store that fails ---------------------------------------------------------------------------------------------
