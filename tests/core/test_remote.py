@@ -451,6 +451,8 @@ def test_metrics_tell_the_tiers_apart(tmp_path: Path) -> None:
     store = opened(tmp_path)
     put(store, 1, 2)
     got(store, 3)
+    store.files.remove([key_of(2)])
+    got(store, 1, 2)
     text = prometheus_client.generate_latest(ServerMetrics(store.stats, ()).registry).decode()
     for line in (
         "prophetkv_remote_up 1.0",
@@ -459,6 +461,8 @@ def test_metrics_tell_the_tiers_apart(tmp_path: Path) -> None:
         "prophetkv_remote_waiting 0.0",
         'prophetkv_remote_calls_total{outcome="uploads"} 2.0',
         'prophetkv_remote_calls_total{outcome="misses"} 1.0',
+        'prophetkv_store_lookups_total{result="remote"} 1.0',
+        'prophetkv_store_lookups_total{result="disk"} 1.0',
     ):
         assert line in text.splitlines()
     store.close()
