@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store.base import EntryColumns, TextEntry
-from prophetkv_rag.store.catalog_file import connect, connect_read_only, set_aside
+from prophetkv_rag.store.catalog_file import BUSY_TIMEOUT_S, connect, connect_read_only, set_aside
 from prophetkv_rag.store.catalog_schema import SCHEMA_VERSION, migrate
 
 UNKNOWN_OWNER = ""
@@ -215,9 +215,13 @@ class Catalog:
         return True
 
     def scrub(self) -> None:
-        """Empty the log of writes, which also holds deleted rows, unless somebody is reading by it just now."""
+        """Empty the log of writes, which also holds deleted rows, unless others use it for more than a second."""
         with self._lock, suppress(sqlite3.Error):
-            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._writer.execute("PRAGMA busy_timeout = 1000")
+            try:
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                self._writer.execute(f"PRAGMA busy_timeout = {int(1000 * BUSY_TIMEOUT_S)}")
 
     def close(self) -> None:
         """Close the file."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
-_BUSY_TIMEOUT_S = 60.0
+BUSY_TIMEOUT_S = 60.0
 
 
 def connect(uri: str) -> sqlite3.Connection:
     """Open a file that several threads and processes use; a write waits for the others' for a minute at most."""
-    return sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    return sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
 
 
 def connect_read_only(uri: str) -> sqlite3.Connection:

@@ -272,6 +272,7 @@ class TieredStore(DiskStore):
         if self.policy == "read_only":
             self._ram.put(key, cache, fingerprint=fingerprint)
             return self._ram.holds(key)
+        self._reader.settle(key)  # a bad blob on the disk would keep this one out
         with self.directory_lock.shared():  # nothing is deleted meanwhile
             if key not in self.catalog:
                 return False

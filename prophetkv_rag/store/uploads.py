@@ -73,7 +73,8 @@ class Uploads:
         """
         with self._changed:
             self._seen.add(key)
-            if self._is_closed or key in self._waiting:
+            waiting = self._waiting.get(key)
+            if self._is_closed or (waiting is not None and (data is None or waiting[1] is not None)):
                 return not self._is_closed
             if data is not None:
                 if self._nbytes + len(data) > MAX_WAITING_BYTES:
