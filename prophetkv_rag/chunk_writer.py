@@ -81,6 +81,10 @@ class ChunkWriter:
         if not is_saved:
             self._unsaved[owner] = wanted
 
+    def refer_now(self, owner: str, key: str) -> bool:
+        """Refer to a key, or note that the store fails; returns whether it is referred to. Nothing is tried later."""
+        return self.tried(self._add_reference, owner, key, otherwise=False)
+
     def release(self, owner: str, keys: Sequence[str]) -> list[str]:
         """Drop `owner`'s references; returns what nobody refers to any more and is deleted.
 
@@ -95,6 +99,10 @@ class ChunkWriter:
     def _accepts_new(self, waiting: int = 0) -> bool:
         accepts_new = partial(self._store.accepts_new, fingerprint=self._fingerprint)
         return self.tried(accepts_new, waiting, otherwise=False)
+
+    def _add_reference(self, owner: str, key: str) -> bool:
+        self._store.add_references(owner, [key])
+        return True
 
     def _refer(self, owner: str, keys: Iterable[str]) -> bool:
         self._store.add_references(owner, keys)

@@ -138,8 +138,8 @@ class ChunkLibrary:
         Unlike `add` this runs no model, and only this process learns the text. `remove` undoes it.
 
         Returns:
-            The chunk's key; `None` for a text too short to be found, and for one that is known already: whoever added
-            that one says how long it lives.
+            The chunk's key; `None` for a text too short to be found, where the store fails (that is noted once), and
+            for one that is known already: whoever added that one says how long it lives.
 
         Raises:
             ContextWindowError: If the text is longer than the model's context window.
@@ -153,7 +153,8 @@ class ChunkLibrary:
         with self._owners_lock:
             if key in self.chunk_index:
                 return None
-            self._writer.refer(owner, [key])  # where the store fails, that is noted, and the text is found all the same
+            if not self._writer.refer_now(owner, key):
+                return None
             self._registered.add(key)
             self.chunk_index.add(key, entry)
         return key
