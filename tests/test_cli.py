@@ -561,6 +561,27 @@ def test_a_limit_and_a_format_are_remembered(run: Run, docs: Path) -> None:
     assert len(answer["report"]["chunks"]) == 4
 
 
+def test_a_remote_tier_that_is_gone_for_good_is_given_up(run: Run, fails: Run, docs: Path, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/remote"
+    count = index_tiny(run, docs, "--remote", url)["total_chunks"]
+    assert "other_remotes" not in run("cache", "gc", "--json")
+    index_tiny(run, docs, "--remote", "none")
+    run("cache", "clear", "--all")
+    assert run("cache", "gc", "--json")["other_remotes"] == {url: 1}, "all of the model, at once"
+    assert f"--give-up-remote {url} forgets them" in run("cache", "gc")
+    assert f"known: {url}" in fails("cache", "gc", "--give-up-remote", "file:///elsewhere")
+    assert "other_remotes" not in run("cache", "gc", "--give-up-remote", url, "--json")
+    with sqlite3.connect(".prophetkv/prophetkv/catalog.sqlite") as catalog:
+        left = [
+            catalog.execute(f"SELECT count(*) FROM {table}").fetchone()
+            for table in ("remotes", "remote_chunks", "remote_deletes")
+        ]
+    catalog.close()
+    assert left == [(0,)] * 3
+    assert len(list((tmp_path / "remote").rglob("*.safetensors"))) == count, "what is there stays there"
+    assert "there is none" in fails("cache", "gc", "--give-up-remote", url)
+
+
 def test_a_limit_of_each_namespace_is_remembered_and_told(run: Run, docs: Path) -> None:
     whole = index_tiny(run, docs)
     limit = whole["caches"]["nbytes"] // 2

@@ -153,6 +153,10 @@ def gc(
     grace: Annotated[
         float, typer.Option(min=0, help="Seconds: what was written less long ago is left alone.")
     ] = 3600.0,
+    give_up_remote: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A remote tier that is gone for good: nothing is noted for it any more."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Delete the caches that no record of the database's collections refers to, and what a crash left.
@@ -160,15 +164,17 @@ def gc(
     May run while others index and ask.
     """
     from prophetkv_rag.chroma_store import live_references
+    from prophetkv_rag.cli.remote import other_remotes
     from prophetkv_rag.store.upkeep import gc as collect
 
     store = open_caches(db, needs_key=False)
+    others = other_remotes(store, give_up_remote)
     with status("looking for caches that belong to nothing"):
         client, _ = open_chroma(db.resolve())
         report = collect(store, partial(live_references, client), grace_s=grace)
     store.close()
     if as_json:
-        print_json(_shown(report, store))
+        print_json(_shown(report, store) | ({"other_remotes": others} if others else {}))
         return
     results().print(
         f"{report.unreferenced} caches and {report.orphans} stray files deleted, {report.freed_bytes / 1e6:,.1f} MB; "
@@ -180,6 +186,12 @@ def gc(
             f"{report.remote_deleted} caches and {report.remote_orphans} half-written files deleted in "
             f"{store.remote.files.name}; {report.remote_waiting} deletes are still waiting for it",
             markup=False,
+        )
+    for url, waiting in others.items():
+        results().print(
+            f"{waiting} deletes wait for {url}, which the database had once; --give-up-remote {url} forgets them",
+            markup=False,
+            soft_wrap=True,
         )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store.base import EntryColumns, TextEntry
 from prophetkv_rag.store.catalog_file import BUSY_TIMEOUT_S, connect, connect_read_only, set_aside
-from prophetkv_rag.store.catalog_schema import SCHEMA_VERSION, migrate
+from prophetkv_rag.store.catalog_schema import bring_up_to_date
 
 UNKNOWN_OWNER = ""
 """Owner of chunks that were found without a catalog: whoever drops such a chunk deletes it."""
@@ -280,16 +280,7 @@ class Catalog:
         except sqlite3.Error as error:
             raise self._error(error) from error
         with self.transaction() as run:
-            version = run.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
-                msg = (
-                    f"{self._path} was made by a newer version of prophetkv_rag (its schema version is {version}, this "
-                    f"one knows {SCHEMA_VERSION}): upgrade prophetkv_rag, or use another directory"
-                )
-                raise StoreError(msg)
-            self.is_new = version == 0
-            if version < SCHEMA_VERSION:
-                migrate(run, version)
+            self.is_new = bring_up_to_date(run, self._path) == 0
 
     def _close(self) -> None:
         self._reader.close()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
+from pathlib import Path
+
+from prophetkv_rag.errors import StoreError
 
 SCHEMA_VERSION = 4
 """Bumped whenever the tables change; kept in the file as SQLite's `user_version`."""
@@ -76,9 +79,25 @@ _STEPS: tuple[tuple[str, ...], ...] = (
 )
 
 
-def migrate(connection: sqlite3.Connection, version: int) -> None:
-    """Bring the tables from `version` (0: an empty file) to `SCHEMA_VERSION`, inside the caller's transaction."""
-    for step in _STEPS[version:]:
-        for statement in step:
-            connection.execute(statement)
-    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+def bring_up_to_date(run: sqlite3.Connection, path: Path) -> int:
+    """Bring the tables to `SCHEMA_VERSION`, inside the caller's transaction.
+
+    Returns:
+        The version that they had; 0 for an empty file.
+
+    Raises:
+        StoreError: If a newer version made the file at `path`.
+    """
+    version = int(run.execute("PRAGMA user_version").fetchone()[0])
+    if version > SCHEMA_VERSION:
+        msg = (
+            f"{path} was made by a newer version of prophetkv_rag (its schema version is {version}, this one knows "
+            f"{SCHEMA_VERSION}): upgrade prophetkv_rag, or use another directory"
+        )
+        raise StoreError(msg)
+    if version < SCHEMA_VERSION:
+        for step in _STEPS[version:]:
+            for statement in step:
+                run.execute(statement)
+        run.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    return version
