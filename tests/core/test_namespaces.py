@@ -220,6 +220,10 @@ def test_a_catalog_of_the_version_before_learns_what_its_blobs_take(tmp_path: Pa
         catalog.execute("DELETE FROM state WHERE name = 'deletes'")
         catalog.execute("PRAGMA user_version = 3")
     catalog.close()
+    reader = DiskStore(tmp_path, policy="read_only", namespace_max_bytes=SIZE)
+    reader.forget_deleted()
+    assert reader.get(ONE.key(ids_of(1)), fingerprint=ONE.fingerprint, input_ids=ids_of(1))[0] is not None
+    reader.close()
     store = opened(tmp_path, each=1)
     assert (len(held(store, "a")), held(store, "b")) == (1, [10])
     assert sum(before.values()) == 3 * SIZE
