@@ -11,6 +11,7 @@ from prophetkv_rag.errors import InputError
 if TYPE_CHECKING:
     from prophetkv_rag.store.base import ChunkStore
 
+_DEFAULTS = {"policy": "eager", "eviction": "value", "blob_format": "exact"}
 _PAGE = 1000  # ids in one read; SQLite, behind Chroma, takes at most 32,766 variables
 
 
@@ -35,10 +36,11 @@ def open_store(client: Any, directory: str | Path | None = None, **settings: Any
         directory: Where to keep the caches; by default beside the data of a `PersistentClient`, and in memory for an
             `EphemeralClient`.
         **settings: Limits, policy and format of a store on disk, see `DiskStore`; with `remote="s3://bucket/prefix"` a
-            tier behind it, see `TieredStore`.
+            tier behind it, see `TieredStore`. In memory there is one limit, the smaller of `ram_bytes` and `max_bytes`.
 
     Raises:
-        InputError: For an HTTP client without a directory, and for an `EphemeralClient` with a remote tier and none.
+        InputError: For an HTTP client without a directory, and for an `EphemeralClient` without one and with a setting
+            that memory does not have.
         StoreError: If the directory cannot be used.
     """
     if directory is None:
@@ -47,13 +49,19 @@ def open_store(client: Any, directory: str | Path | None = None, **settings: Any
         msg = "a Chroma HTTP client has no directory on this machine; say where chunk caches go with directory=..."
         raise InputError(msg)
     if directory is None:
-        if settings.get("remote") is not None:
-            msg = "a remote tier stands behind a disk; say where chunk caches go on this one with directory=..."
+        limits = [settings.pop(name, None) for name in ("ram_bytes", "max_bytes")]
+        settings.pop("encryption_key", None)  # nothing is at rest
+        others = [name for name, value in settings.items() if value not in (None, _DEFAULTS.get(name))]
+        if others:
+            msg = (
+                f"{', '.join(others)}: an EphemeralClient has no disk, so its caches are in memory; say where they go "
+                "with directory=..., or leave that out"
+            )
             raise InputError(msg)
         from prophetkv_rag.store.memory import MemoryStore
 
-        return MemoryStore()
-    from prophetkv_rag.store.tiered import open_disk_store
+        return MemoryStore(min((limit for limit in limits if limit is not None), default=None))
+    from prophetkv_rag.store.opening import open_disk_store
 
     return open_disk_store(directory, **settings)
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, TypeVar
 
 from prophetkv_rag.chunk_cache import ChunkCache
@@ -60,8 +61,7 @@ class ChunkWriter:
         here = self._store.bring(missing, fingerprint=self._fingerprint) if missing else set()
         left = {key: chunk for key, chunk in missing.items() if key not in here}
         seconds_per_token: float | None = None
-        accepts_new = bool(left) and self.tried(self._store.accepts_new, otherwise=False)
-        if accepts_new:
+        if left and self._accepts_new():
             seconds_per_token = self._encode_and_store(dict(left), left, progress)
         failed = set(left) if self._store.failures.is_failing and self._store.policy == "eager" else set()
         self._store.failures.count(len(failed))
@@ -81,6 +81,10 @@ class ChunkWriter:
         if not is_saved:
             self._unsaved[owner] = wanted
 
+    def refer_now(self, owner: str, key: str) -> bool:
+        """Refer to a key, or note that the store fails; returns whether it is referred to. Nothing is tried later."""
+        return self.tried(self._add_reference, owner, key, otherwise=False)
+
     def release(self, owner: str, keys: Sequence[str]) -> list[str]:
         """Drop `owner`'s references; returns what nobody refers to any more and is deleted.
 
@@ -91,6 +95,14 @@ class ChunkWriter:
         if not unsaved.keys().isdisjoint(keys):  # the store could not give back what it never heard of
             self._refer(owner, unsaved)
         return self._store.drop_references(owner, keys)
+
+    def _accepts_new(self, waiting: int = 0) -> bool:
+        accepts_new = partial(self._store.accepts_new, fingerprint=self._fingerprint)
+        return self.tried(accepts_new, waiting, otherwise=False)
+
+    def _add_reference(self, owner: str, key: str) -> bool:
+        self._store.add_references(owner, [key])
+        return True
 
     def _refer(self, owner: str, keys: Iterable[str]) -> bool:
         self._store.add_references(owner, keys)
@@ -117,7 +129,7 @@ class ChunkWriter:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prophetkv-store") as writer:
             writes: deque[tuple[str, Future[bool]]] = deque()
             while True:
-                is_wanted = self.tried(self._store.accepts_new, len(writes), otherwise=False)
+                is_wanted = self._accepts_new(len(writes))
                 with self._model_lock:  # released between batches, so that queries are answered while indexing
                     started = time.perf_counter()
                     item = next(encoding, None) if is_wanted else None

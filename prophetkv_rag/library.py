@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prophetkv_rag.chunk_cache import CacheIdentity, ChunkCache
 from prophetkv_rag.chunk_index import ChunkIndex, text_entry
@@ -16,11 +16,18 @@ from prophetkv_rag.encode import EncodingPrefix, encode_chunks
 from prophetkv_rag.errors import ContextWindowError, InputError, StoreError
 from prophetkv_rag.layout import PromptLayout
 from prophetkv_rag.model_support import ModelSupport
-from prophetkv_rag.report import ChunkStatus
+from prophetkv_rag.report import ChunkStatus, ChunkTier
 from prophetkv_rag.store.base import ChunkStore, TextEntry
 from prophetkv_rag.tokens import Tokens
 
 logger = logging.getLogger(__name__)
+
+
+class Origin(NamedTuple):
+    """Where a chunk's cache came from; see `report.ChunkReport`."""
+
+    status: ChunkStatus
+    tier: ChunkTier
 
 
 class ChunkLibrary:
@@ -72,15 +79,23 @@ class ChunkLibrary:
             logger.debug("what the caches are of could not be noted: %s", error)
 
     def refresh(self) -> None:
-        """Learn the texts that other processes have stored since; a store that fails is logged once."""
+        """Learn the texts that other processes have stored since; a store that fails is logged once.
+
+        Where somebody of this process is just adding or deleting, who may be waiting for another one, the next prompt
+        learns them: no query waits for a write.
+        """
+        self.store.forget_deleted()
+        if not self._owners_lock.acquire(blocking=False):
+            return
         try:
-            with self._owners_lock:
-                for key, entry in self.store.new_entries(self.identity.fingerprint):
-                    self.chunk_index.add(key, entry)
+            for key, entry in self.store.new_entries(self.identity.fingerprint):
+                self.chunk_index.add(key, entry)
         except StoreError as error:
             if not self._has_warned:
                 logger.warning("chunks that other processes add are not found in prompts: %s", error)
             self._has_warned = True
+        finally:
+            self._owners_lock.release()
 
     def add(
         self,
@@ -123,8 +138,8 @@ class ChunkLibrary:
         Unlike `add` this runs no model, and only this process learns the text. `remove` undoes it.
 
         Returns:
-            The chunk's key; `None` for a text too short to be found, and for one that is known already: whoever added
-            that one says how long it lives.
+            The chunk's key; `None` for a text too short to be found, where the store fails (that is noted once), and
+            for one that is known already: whoever added that one says how long it lives.
 
         Raises:
             ContextWindowError: If the text is longer than the model's context window.
@@ -138,7 +153,8 @@ class ChunkLibrary:
         with self._owners_lock:
             if key in self.chunk_index:
                 return None
-            self.store.add_references(owner, [key])
+            if not self._writer.refer_now(owner, key):
+                return None
             self._registered.add(key)
             self.chunk_index.add(key, entry)
         return key
@@ -192,7 +208,7 @@ class ChunkLibrary:
 
     def load(
         self, layout: PromptLayout, *, model_lock: AbstractContextManager[Any] | None = None
-    ) -> tuple[list[ChunkCache], list[ChunkStatus]]:
+    ) -> tuple[list[ChunkCache], list[Origin]]:
         """Load the chunks' caches; what is missing or bad is encoded again, exactly as at index time.
 
         What was encoded is stored if somebody refers to it. A chunk that was never added is encoded for this prompt
@@ -206,19 +222,21 @@ class ChunkLibrary:
 
     def _load(
         self, layout: PromptLayout, model_lock: AbstractContextManager[Any]
-    ) -> tuple[list[ChunkCache], list[ChunkStatus]]:
+    ) -> tuple[list[ChunkCache], list[Origin]]:
         found: dict[str, ChunkCache] = {}
-        status: dict[str, ChunkStatus] = {}
+        origins: dict[str, Origin] = {}
         self.store.expect({chunk.key: None for chunk in layout.chunks}, fingerprint=self.identity.fingerprint)
         for chunk in layout.chunks:
-            if chunk.key in status:
+            if chunk.key in origins:
                 continue
-            cache, was_corrupt = self.store.get(
+            cache, was_corrupt, tier = self.store.find(
                 chunk.key, fingerprint=self.identity.fingerprint, input_ids=chunk.input_ids
             )
-            status[chunk.key] = "hit" if cache is not None else "corrupt" if was_corrupt else "miss"
             if cache is not None:
                 found[chunk.key] = cache
+                origins[chunk.key] = Origin("hit", tier or "")
+            else:
+                origins[chunk.key] = Origin("corrupt" if was_corrupt else "miss", "computed")
         wanted = {chunk.key: chunk for chunk in layout.chunks if chunk.key not in found}
         if wanted:
             keys = list(wanted)
@@ -230,4 +248,4 @@ class ChunkLibrary:
             for index, cache in encoded:
                 found[keys[index]] = cache
                 self.store.put_soon(keys[index], cache, fingerprint=self.identity.fingerprint)
-        return [found[chunk.key] for chunk in layout.chunks], [status[chunk.key] for chunk in layout.chunks]
+        return [found[chunk.key] for chunk in layout.chunks], [origins[chunk.key] for chunk in layout.chunks]

@@ -134,8 +134,9 @@ class Prefiller:
         """Reuse the chunks' caches and recompute what the strategy chooses."""
         device = self.model.device
         mark = time.perf_counter()
-        caches, statuses = self.library.load(layout, model_lock=self.model_lock)
-        timings.load = stage("load", mark, hits=statuses.count("hit"), chunks=len(statuses))
+        caches, origins = self.library.load(layout, model_lock=self.model_lock)
+        hits = sum(origin.status == "hit" for origin in origins)
+        timings.load = stage("load", mark, hits=hits, chunks=len(origins))
 
         with self.model_lock, torch.no_grad():
             mark = time.perf_counter()
@@ -199,8 +200,8 @@ class Prefiller:
             row_layers=row_layers,
             charged_ratio=(row_layers - unavoidable) / (layout.num_chunk_tokens * num_layers),
             chunks=[
-                ChunkReport(chunk.key, len(chunk.input_ids), status)
-                for chunk, status in zip(layout.chunks, statuses, strict=True)
+                ChunkReport(chunk.key, len(chunk.input_ids), *origin)
+                for chunk, origin in zip(layout.chunks, origins, strict=True)
             ],
             timings_s=timings,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from prophetkv_rag.prompt_view import PromptView
 
 ChunkStatus = Literal["hit", "miss", "corrupt", "unused"]
+ChunkTier = Literal["ram", "disk", "remote", "computed", ""]
 
 
 @dataclass(slots=True)
@@ -17,12 +19,14 @@ class ChunkReport:
 
     `status`: `"hit"` (cache loaded), `"miss"` (none was stored: encoded now, and stored if somebody refers to the
     chunk), `"corrupt"` (a blob failed its checks: encoded again) or `"unused"` (the strategy, such as full prefill,
-    needs no caches).
+    needs no caches). `tier` is where the cache came from: of a hit, the store's tier that had it when the prompt asked
+    (what was read ahead is in `"ram"` by then); else `"computed"`, or "" where none was needed.
     """
 
     key: str
     tokens: int
     status: ChunkStatus
+    tier: ChunkTier = ""
 
 
 @dataclass(slots=True)
@@ -111,6 +115,11 @@ class ReuseReport(_Viewed):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+    @property
+    def tiers(self) -> dict[ChunkTier, int]:
+        """How many chunks came from each tier; those that needed no cache are left out."""
+        return dict(Counter(chunk.tier for chunk in self.chunks if chunk.tier))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers; the shape that `prophetkv-rag ask --json` prints."""

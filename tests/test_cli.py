@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -124,7 +125,7 @@ def test_index_then_ask(run: Run, docs: Path) -> None:
     assert [set(source) for source in answer["sources"]] == [{"id", "text", "score"}] * 4
     assert set(answer["report"]) == REPORT_KEYS
     assert set(answer["report"]["timings_s"]) == TIMINGS
-    assert [set(chunk) for chunk in answer["report"]["chunks"]] == [{"key", "tokens", "status"}] * 4
+    assert [set(chunk) for chunk in answer["report"]["chunks"]] == [{"key", "tokens", "status", "tier"}] * 4
     assert {chunk["status"] for chunk in answer["report"]["chunks"]} == {"hit"}
     counts = answer["report"]
     assert counts["chunk_tokens"] == counts["reused_tokens"] + counts["recomputed_tokens"]
@@ -560,6 +561,56 @@ def test_a_limit_and_a_format_are_remembered(run: Run, docs: Path) -> None:
     assert len(answer["report"]["chunks"]) == 4
 
 
+def test_a_remote_tier_that_is_gone_for_good_is_given_up(run: Run, fails: Run, docs: Path, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/remote"
+    count = index_tiny(run, docs, "--remote", url)["total_chunks"]
+    assert "other_remotes" not in run("cache", "gc", "--json")
+    index_tiny(run, docs, "--remote", "none")
+    run("cache", "clear", "--all")
+    assert run("cache", "gc", "--json")["other_remotes"] == {url: 1}, "all of the model, at once"
+    assert f"--give-up-remote {url} forgets them" in run("cache", "gc")
+    assert f"known: {url}" in fails("cache", "gc", "--give-up-remote", "file:///elsewhere")
+    assert "other_remotes" not in run("cache", "gc", "--give-up-remote", url, "--json")
+    with sqlite3.connect(".prophetkv/prophetkv/catalog.sqlite") as catalog:
+        left = [
+            catalog.execute(f"SELECT count(*) FROM {table}").fetchone()
+            for table in ("remotes", "remote_chunks", "remote_deletes")
+        ]
+    catalog.close()
+    assert left == [(0,)] * 3
+    assert len(list((tmp_path / "remote").rglob("*.safetensors"))) == count, "what is there stays there"
+    assert "there is none" in fails("cache", "gc", "--give-up-remote", url)
+
+
+def test_a_limit_of_each_namespace_is_remembered_and_told(run: Run, docs: Path) -> None:
+    whole = index_tiny(run, docs)
+    limit = whole["caches"]["nbytes"] // 2
+    run("cache", "clear", "--all")
+    index_tiny(run, docs, "--namespace-limit", limit)
+    small = run("cache", "stats", "--json")
+    assert (small["limit"], small["namespace_limit"]) == (None, limit)
+    assert 0 < small["nbytes"] <= limit
+    answer = run("ask", "Who?", "--max-new-tokens", 1, "--json")
+    tiers = [chunk["tier"] for chunk in answer["report"]["chunks"]]
+    assert set(tiers) <= {"disk", "ram", "computed"}
+    stats = run("cache", "stats", "--json")
+    assert sum(stats["hits_by_tier"].values()) == stats["counts"]["hits"] == len(tiers) - tiers.count("computed")
+    (usage,) = stats["usage"]
+    assert usage["missing_tokens"] > 0
+    assert 0 < usage["next_chunk_s"] < usage["missing_s"]
+    printed = run("cache", "stats")
+    assert f"{limit / 1e6:,.1f} MB at most of each namespace" in printed
+    assert "on disk" in printed
+    assert "a chunk costs" in printed
+    assert run("cache", "clear", "--namespace", "other", "--json").keys() == {"deleted", "chunks_left", "nbytes_left"}
+    with sqlite3.connect(".prophetkv/prophetkv/catalog.sqlite") as catalog:
+        catalog.execute("DELETE FROM identities")  # as after a catalog was lost whose blobs do not say it
+    catalog.close()
+    unknown = run("cache", "clear", "--namespace", "other", "--json")
+    assert (unknown["deleted"], unknown["of_unknown_namespace"]) == (0, usage["chunks"])
+    assert "may be of this namespace too" in run("cache", "clear", "--namespace", "other")
+
+
 def test_a_remote_tier_is_remembered_shared_and_cleared(run: Run, docs: Path, tmp_path: Path) -> None:
     url, folder = f"file://{tmp_path}/remote", tmp_path / "remote"
     count = index_tiny(run, docs, "--remote", url, "--remote-limit", "1GB", "--remote-timeout", 5)["total_chunks"]
@@ -645,3 +696,5 @@ def test_mistakes_with_caches_are_said_in_one_line(run: Run, fails: Run, docs: P
     assert "go with --remote URL" in fails("index", docs, "--remote-limit", "1GB")
     assert "has no remote tier" in fails("cache", "push")
     assert "goes with --cache-dir" in fails("serve", "--remote", "s3://bucket/prefix")
+    assert "goes without a database" in fails("serve", "--cache-limit", "1GB", "--port", 0)
+    assert "is no size" in fails("index", docs, "--namespace-limit", "much")

@@ -28,20 +28,31 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 @app.command()
 def stats(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> None:
     """Say what is cached, per collection and model, how much it is used, and what is still to be computed."""
-    from prophetkv_rag.store.statistics import all_counts, usage
+    from prophetkv_rag.store.statistics import all_counts, hits_by_tier, usage
 
     store = open_caches(db, needs_key=False)
     values = asdict(store.stats())
-    rows, limit, counts = usage(store), store.max_bytes, all_counts(store.catalog)
+    rows, limits, counts = usage(store), store.limits, all_counts(store.catalog)
+    hits = hits_by_tier(counts)
     store.close()
     shown = {key: values[key] for key in ("chunks", "tokens", "nbytes", "location")}
     remote = values["remote"]
     if as_json:
-        tiers = {} if remote is None else {"remote": remote}
-        print_json({**shown, "limit": limit, **tiers, "counts": counts, "usage": [asdict(row) for row in rows]})
+        behind = {} if remote is None else {"remote": remote}
+        print_json(
+            {
+                **shown,
+                "limit": limits.all_bytes,
+                "namespace_limit": limits.namespace_bytes,
+                **behind,
+                "counts": counts,
+                "hits_by_tier": hits,
+                "usage": [asdict(row) for row in rows],
+            }
+        )
         return
     mean = shown["nbytes"] / shown["tokens"] if shown["tokens"] else 0
-    of_limit = "" if limit is None else f" of {limit / 1e6:,.1f} MB"
+    of_limit = "" if limits.all_bytes is None else f" of {limits.all_bytes / 1e6:,.1f} MB"
     results().print(
         f"{shown['chunks']} chunks, {shown['tokens']:,} tokens, {shown['nbytes'] / 1e6:,.1f} MB{of_limit} "
         f"({mean / 1e3:.1f} kB a token) in {shown['location']}",
@@ -55,23 +66,28 @@ def stats(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) ->
             f"{remote['waiting']} uploads and deletes waiting",
             markup=False,
         )
+    if limits.namespace_bytes is not None:
+        results().print(f"{limits.namespace_bytes / 1e6:,.1f} MB at most of each namespace", markup=False)
+    found = f"{hits['ram']:,} in RAM, {hits['disk']:,} on disk"
+    found += f", {hits['remote']:,} in the remote tier" if remote is not None or hits["remote"] else ""
     results().print(
-        f"so far {counts['hits']:,} caches were found ({counts['ram_hits']:,} in RAM) and "
+        f"so far {counts['hits']:,} caches were found ({found}) and "
         f"{counts['misses'] + counts['corrupt']:,} computed again ({counts['corrupt']:,} damaged); "
         f"{counts['evictions']:,} evicted, {counts['failed_writes']:,} could not be written",
         markup=False,
     )
     if rows:
-        _print_usage(rows, _collection_names(db))
+        _print_usage(rows, _collection_names(db), has_remote=remote is not None)
 
 
-def _print_usage(rows: list[Usage], names: dict[str, str]) -> None:
+def _print_usage(rows: list[Usage], names: dict[str, str], *, has_remote: bool) -> None:
     from rich.table import Table
 
     table = Table()
     for column in ("collection", "model", "namespace"):
         table.add_column(column)
-    for column in ("chunks", "on disk", "MB", "uses", "still to compute"):
+    remote = ("in remote",) if has_remote else ()
+    for column in ("chunks", "on disk", "MB", *remote, "uses", "still to compute", "a chunk costs"):
         table.add_column(column, justify="right")
     for row in rows:
         cost = "nothing" if not row.missing_tokens else f"{row.missing_tokens:,} tokens"
@@ -84,8 +100,10 @@ def _print_usage(rows: list[Usage], names: dict[str, str]) -> None:
             str(row.chunks),
             str(row.stored),
             f"{row.nbytes / 1e6:,.1f}",
+            *([str(row.in_remote)] if has_remote else []),
             str(row.uses),
             cost,
+            "?" if row.next_chunk_s is None else f"{row.next_chunk_s * 1e3:,.0f} ms",
         )
     results().print(table)
 
@@ -135,6 +153,10 @@ def gc(
     grace: Annotated[
         float, typer.Option(min=0, help="Seconds: what was written less long ago is left alone.")
     ] = 3600.0,
+    give_up_remote: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A remote tier that is gone for good: nothing is noted for it any more."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Delete the caches that no record of the database's collections refers to, and what a crash left.
@@ -142,15 +164,17 @@ def gc(
     May run while others index and ask.
     """
     from prophetkv_rag.chroma_store import live_references
+    from prophetkv_rag.cli.remote import other_remotes
     from prophetkv_rag.store.upkeep import gc as collect
 
     store = open_caches(db, needs_key=False)
+    others = other_remotes(store, give_up_remote)
     with status("looking for caches that belong to nothing"):
         client, _ = open_chroma(db.resolve())
         report = collect(store, partial(live_references, client), grace_s=grace)
     store.close()
     if as_json:
-        print_json(_shown(report, store))
+        print_json(_shown(report, store) | ({"other_remotes": others} if others else {}))
         return
     results().print(
         f"{report.unreferenced} caches and {report.orphans} stray files deleted, {report.freed_bytes / 1e6:,.1f} MB; "
@@ -162,6 +186,12 @@ def gc(
             f"{report.remote_deleted} caches and {report.remote_orphans} half-written files deleted in "
             f"{store.remote.files.name}; {report.remote_waiting} deletes are still waiting for it",
             markup=False,
+        )
+    for url, waiting in others.items():
+        results().print(
+            f"{waiting} deletes wait for {url}, which the database had once; --give-up-remote {url} forgets them",
+            markup=False,
+            soft_wrap=True,
         )
 
 
@@ -176,19 +206,28 @@ def clear(
     if (namespace is None) != everything:
         msg = "say what to delete: either --namespace NAME or --all"
         raise InputError(msg)
+    from prophetkv_rag.store.statistics import nameless
     from prophetkv_rag.store.upkeep import clear as delete
 
     store = open_caches(db, needs_key=False)
     deleted = delete(store, namespace)
-    left = store.stats()
+    left, unknown = store.stats(), nameless(store)
     store.close()
     waiting = {} if left.remote is None else {"remote_waiting": left.remote.waiting}
+    if unknown and namespace:
+        waiting["of_unknown_namespace"] = unknown
     if as_json:
         print_json({"deleted": deleted, "chunks_left": left.chunks, "nbytes_left": left.nbytes, **waiting})
         return
     results().print(f"{deleted} caches deleted; {left.chunks} are left, {left.nbytes / 1e6:,.1f} MB", markup=False)
     if left.remote is not None and left.remote.waiting:
         results().print(f"{left.remote.url} has not answered; `cache gc` deletes them there when it does", markup=False)
+    if unknown and namespace:
+        results().print(
+            f"{unknown} caches may be of this namespace too: an early version wrote them, and the catalog was made "
+            "anew since; open the namespace's own engine here once and clear again, or clear with --all",
+            markup=False,
+        )
 
 
 @app.command("new-key")
@@ -218,7 +257,7 @@ def open_caches(db: Path, *, needs_key: bool = True) -> DiskStore:
     """
     settings = require_settings(db)
     from prophetkv_rag.store.encryption import load_key
-    from prophetkv_rag.store.tiered import open_disk_store
+    from prophetkv_rag.store.opening import open_disk_store
 
     options = settings.store_options()
     try:

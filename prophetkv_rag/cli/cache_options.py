@@ -49,6 +49,7 @@ def with_cache_options(
     policy: str | None,
     remote: RemoteOptions | None = None,
     key_file: str | None = None,
+    namespace_limit: str | None = None,
 ) -> DatabaseSettings:
     """Return the settings with what was asked for, else what the database remembers; `InputError` for bad values."""
     if policy is not None and policy not in _POLICIES:
@@ -62,6 +63,7 @@ def with_cache_options(
     settings = replace(
         settings,
         cache_limit=base.cache_limit if limit is None else parse_size(limit),
+        namespace_limit=base.namespace_limit if namespace_limit is None else parse_size(namespace_limit),
         cache_format=blob_format or base.cache_format,
         cache_policy=policy or base.cache_policy,
         remote=base.remote,

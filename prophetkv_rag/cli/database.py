@@ -44,6 +44,7 @@ class DatabaseSettings:
         behind_prompt: Whether that stands behind the opening of the prompt that `ask` sends
             (`ProphetKVConfig.prompt_template`); databases made by early versions stand behind the chat template's.
         cache_limit: Most bytes of caches on disk, or `None`.
+        namespace_limit: Most bytes of each namespace's caches on disk, or `None`.
         cache_format: How caches are written (`store.formats`).
         cache_policy: `"eager"` or `"on_first_use"` (`DiskStore`).
         remote: URL of the tier behind the disk (`store.tiered`); "" for none.
@@ -65,11 +66,13 @@ class DatabaseSettings:
     remote_limit: int | None = None
     remote_timeout: float | None = None
     key_file: str = ""
+    namespace_limit: int | None = None
 
     def store_options(self) -> dict[str, Any]:
         """Return what `open_disk_store` is called with."""
         options: dict[str, Any] = {
             "max_bytes": self.cache_limit,
+            "namespace_max_bytes": self.namespace_limit,
             "blob_format": self.cache_format,
             "policy": self.cache_policy,
             "encryption_key": self.key_file or None,
@@ -108,6 +111,7 @@ def find_settings(path: Path) -> DatabaseSettings | None:
             remote_limit=None if values.get("remote_limit") is None else int(values["remote_limit"]),
             remote_timeout=None if values.get("remote_timeout") is None else float(values["remote_timeout"]),
             key_file=str(values.get("key_file", "")),
+            namespace_limit=None if values.get("namespace_limit") is None else int(values["namespace_limit"]),
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -204,7 +208,7 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
     from prophetkv_rag.model import load_model
     from prophetkv_rag.store.encryption import load_key
     from prophetkv_rag.store.key_mark import must_be_unlocked
-    from prophetkv_rag.store.tiered import open_disk_store
+    from prophetkv_rag.store.opening import open_disk_store
 
     options: Any = settings.store_options()
     options["encryption_key"] = load_key(options["encryption_key"])  # before a model is loaded

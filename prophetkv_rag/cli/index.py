@@ -49,6 +49,13 @@ def index(
         str | None,
         typer.Option(metavar="SIZE", help="Most disk for KV caches, such as 20GB, or 'none'; what is used most stays."),
     ] = None,
+    namespace_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Most disk for the KV caches of each namespace (docs/store.md), such as 2GB, or 'none'.",
+        ),
+    ] = None,
     cache_format: Annotated[
         str | None, typer.Option(help="How KV caches are written: exact, bf16, fp16, int8, int4, fp8 (docs/store.md).")
     ] = None,
@@ -91,7 +98,9 @@ def index(
         behind_prompt=remembered.behind_prompt if remembered else True,
     )
     tier = RemoteOptions(remote, remote_limit, remote_timeout)
-    settings = with_cache_options(settings, remembered, cache_limit, cache_format, cache_policy, tier, key_file)
+    settings = with_cache_options(
+        settings, remembered, cache_limit, cache_format, cache_policy, tier, key_file, namespace_limit
+    )
     quiet_libraries()
     fetch_embedding()
     from prophetkv_rag.cli.indexing import index_documents

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prophetkv_rag.cli.cache_options import parse_size
 from prophetkv_rag.cli.console import print_json, progress_console, quiet_libraries, status
 from prophetkv_rag.cli.database import DEFAULT_DATABASE, find_settings, open_database, require_settings
 from prophetkv_rag.cli.model_choice import chosen_model
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from prophetkv_rag.engine import ProphetKVEngine
+    from prophetkv_rag.store.base import ChunkStore
 
 KEY_VARIABLE = "PROPHETKV_API_KEY"
 _LOOPBACK = ("localhost", "::1")
@@ -39,6 +41,10 @@ def serve(
     ] = None,
     remote: Annotated[
         str | None, typer.Option(metavar="URL", help="With --cache-dir: a remote tier behind it, as in `index`.")
+    ] = None,
+    cache_limit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Without a database: most KV caches there, or in memory, such as 20GB."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Path or hub name; with a database, all its caches are computed for this one.")
@@ -74,6 +80,7 @@ def serve(
     if remote is not None and cache_dir is None:
         msg = "--remote goes with --cache-dir; a database has the remote tier that `index` gave it"
         raise InputError(msg)
+    max_bytes = None if cache_limit is None else parse_size(cache_limit)
     make_strategy(strategy)
     settings = ServerSettings(
         model_name="model",
@@ -92,7 +99,10 @@ def serve(
             markup=False,
             soft_wrap=True,
         )
-    with _bound_socket(host, port) as listening, _opened(database, cache_dir, remote, model, config) as (engine, name):
+    with (
+        _bound_socket(host, port) as listening,
+        _opened(database, cache_dir, remote, max_bytes, model, config) as (engine, name),
+    ):
         settings = replace(settings, model_name=model_name or name)
         app = create_app(engine, settings)
         address = f"[{host}]" if ":" in host else host
@@ -181,12 +191,20 @@ def _bound_socket(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextmanager
 def _opened(
-    database: Path | None, cache_dir: Path | None, remote: str | None, model: str | None, config: Any
+    database: Path | None,
+    cache_dir: Path | None,
+    remote: str | None,
+    max_bytes: int | None,
+    model: str | None,
+    config: Any,
 ) -> Iterator[tuple[ProphetKVEngine, str]]:
     """Open the engine: a database's, or one on a plain store; yields it with the model's name."""
     if database is None and cache_dir is None and find_settings(DEFAULT_DATABASE) is not None:
         database = DEFAULT_DATABASE
     remembered = require_settings(database) if database is not None else None
+    if remembered is not None and max_bytes is not None:
+        msg = f"--cache-limit goes without a database; the one at {database} has the limit that `index` gave it"
+        raise InputError(msg)
     chosen = chosen_model(model, remembered.model if remembered else None)
     quiet_libraries()
     if database is not None and remembered is not None:
@@ -198,10 +216,13 @@ def _opened(
             opened.close()
         return
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.store.tiered import open_disk_store
+    from prophetkv_rag.store.memory import MemoryStore
+    from prophetkv_rag.store.opening import open_disk_store
 
     with status(f"loading {Path(chosen).name}"):
-        store = open_disk_store(cache_dir, remote=remote) if cache_dir is not None else None
+        store: ChunkStore = MemoryStore(max_bytes)
+        if cache_dir is not None:
+            store = open_disk_store(cache_dir, remote=remote, max_bytes=max_bytes)
         engine = ProphetKVEngine.from_pretrained(chosen, config=config, store=store)
     try:
         yield engine, Path(chosen).name

@@ -126,12 +126,13 @@ def _of_store(stats: StoreStats) -> Iterator[Metric]:
         yield GaugeMetricFamily("prophetkv_cache_limit_bytes", "Limit of the disk tier.", value=stats.max_nbytes)
     lookups = CounterMetricFamily(
         "prophetkv_store_lookups",
-        "Look-ups of caches: found in ram, on disk (or behind it), or computed again: miss (none), corrupt (bad).",
+        "Look-ups of caches: found in ram, on disk, behind it, or computed again: miss (none), corrupt (bad).",
         labels=["result"],
     )
     for result, count in (
         ("ram", stats.ram_hits),
-        ("disk", stats.hits - stats.ram_hits),
+        ("disk", stats.hits - stats.ram_hits - stats.remote_hits),
+        *([("remote", stats.remote_hits)] if stats.remote is not None else []),
         ("miss", stats.misses),
         ("corrupt", stats.corrupt),
     ):

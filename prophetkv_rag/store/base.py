@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Policy = Literal["eager", "on_first_use", "read_only"]
 """When caches are computed and stored: as soon as a chunk is added, when a prompt first has it, or never."""
+Tier = Literal["ram", "disk", "remote"]
+"""Where a cache was when a prompt asked for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,14 @@ class EntryColumns(NamedTuple):
     def pairs(self) -> Iterator[tuple[str, TextEntry]]:
         """Return (key, entry) pairs."""
         return zip(self.keys, map(TextEntry, self.anchors, self.lengths, self.digests), strict=True)
+
+
+class Lookup(NamedTuple):
+    """What a look-up came to: the verified cache or `None`, whether a bad blob was there, and where the cache was."""
+
+    cache: ChunkCache | None = None
+    was_corrupt: bool = False
+    tier: Tier | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +115,8 @@ class StoreStats:
     remote: RemoteStats | None = None
     ram_hits: int = 0
     """Hits that needed no file."""
+    remote_hits: int = 0
+    """Hits that had to be brought from the remote tier; all others but `ram_hits` came from the disk."""
     evictions: int = 0
     """Caches that had to make room for others on disk."""
     failed_writes: int = 0
@@ -113,6 +125,8 @@ class StoreStats:
     """K/V bytes held in RAM in front of the disk."""
     max_nbytes: int | None = None
     """Limit of `nbytes`."""
+    namespace_max_nbytes: int | None = None
+    """Limit of the bytes of each namespace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +167,13 @@ class ChunkStore(ABC):
         """What could not be written since the store was opened; the engine notes here what it had to do without."""
         return Failures()
 
-    @abstractmethod
     def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> tuple[ChunkCache | None, bool]:
-        """Return the verified cache, or `None`, and whether a blob was there but failed its checks.
+        """As `find`, without saying where the cache was."""
+        return self.find(key, fingerprint=fingerprint, input_ids=input_ids)[:2]
+
+    @abstractmethod
+    def find(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> Lookup:
+        """Look a cache up; what is found is verified, and is of exactly these tokens and this fingerprint.
 
         Never raises for a bad blob: it is logged once, counted and dropped, so that the caller computes it again.
         """
@@ -224,9 +242,13 @@ class ChunkStore(ABC):
         """Know a chunk without a cache: its text is found in prompts, and its cache is stored when it is computed."""
         return None
 
-    def accepts_new(self, waiting: int = 0) -> bool:
-        """Whether a chunk that nobody has asked for yet would be kept, after `waiting` others."""
+    def accepts_new(self, waiting: int = 0, *, fingerprint: str | None = None) -> bool:
+        """Whether a chunk that nobody has asked for yet would be kept, after `waiting` others of its fingerprint."""
         return self.policy == "eager"
+
+    def forget_deleted(self) -> None:
+        """Let go, soon, of what this process holds in RAM and another one has deleted; never waits, never raises."""
+        return None
 
     def read_ahead(self, keys: Iterable[str], *, fingerprint: str) -> None:
         """Begin to load caches that a prompt is about to need, without making the caller wait; never raises."""

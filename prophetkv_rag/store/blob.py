@@ -43,6 +43,7 @@ def encode_blob(
     fingerprint: str,
     blob_format: BlobFormat = "exact",
     entry: TextEntry | None = None,
+    namespace: str | None = None,
 ) -> bytes:
     """Serialise a chunk cache.
 
@@ -52,6 +53,7 @@ def encode_blob(
         fingerprint: `CacheIdentity.fingerprint` of the engine that made the cache.
         blob_format: How keys and values are written; `"exact"` is bit for bit.
         entry: How the chunk's text is recognised, so that a lost catalog can be made again.
+        namespace: What the fingerprint is of, if that is known; for the same reason.
     """
     cache = owned(cache)
     tensors = {"input_ids": cache.input_ids}
@@ -64,6 +66,8 @@ def encode_blob(
     }
     if entry is not None:
         metadata["entry"] = json.dumps([entry.anchor, entry.length, entry.digest])
+    if namespace is not None:
+        metadata["namespace"] = namespace
     for layer, pair in enumerate(zip(cache.keys, cache.values, strict=True)):
         for part, tensor in zip(_PARTS, pair, strict=True):
             packed = pack(tensor, part, blob_format)

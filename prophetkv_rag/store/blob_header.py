@@ -94,6 +94,12 @@ class BlobHeader:
         except (KeyError, TypeError, ValueError):
             return None
 
+    @property
+    def namespace(self) -> str | None:
+        """The namespace of its fingerprint, if the blob says so."""
+        found = self.metadata.get("namespace")
+        return found if isinstance(found, str) else None
+
     def check(self, expected: Expected) -> None:
         """Raise `BlobError` unless this is the blob that is meant."""
         for name, wanted in (("key", expected.key), ("fingerprint", expected.fingerprint)):

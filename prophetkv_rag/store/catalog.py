@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store.base import EntryColumns, TextEntry
-from prophetkv_rag.store.catalog_schema import SCHEMA_VERSION, migrate
+from prophetkv_rag.store.catalog_file import BUSY_TIMEOUT_S, connect, connect_read_only, set_aside
+from prophetkv_rag.store.catalog_schema import bring_up_to_date
 
 UNKNOWN_OWNER = ""
 """Owner of chunks that were found without a catalog: whoever drops such a chunk deletes it."""
 
-_BUSY_TIMEOUT_S = 60.0
 _ROWS_AT_ONCE = 500  # few enough objects at a time that the garbage collector does not look through all of them
 
 
@@ -93,11 +94,19 @@ class Catalog:
         with self.transaction(is_write=False) as run:
             return run.execute("SELECT 1 FROM chunks WHERE key = ?", (key,)).fetchone() is not None
 
-    def delete(self, run: sqlite3.Connection, keys: Iterable[str]) -> None:
-        """Drop chunks and all references to them, inside a transaction."""
+    def known(self, keys: Sequence[str]) -> set[str]:
+        """Those of the keys that are chunks here."""
+        with self.transaction(is_write=False) as run:
+            query = "SELECT key FROM chunks WHERE key IN (SELECT value FROM json_each(?))"
+            return {key for (key,) in run.execute(query, (json.dumps(list(keys)),))}
+
+    def delete(self, run: sqlite3.Connection, keys: Iterable[str]) -> int:
+        """Drop chunks and all references to them, inside a transaction; returns how many chunks there were."""
+        count = 0
         for key in keys:
-            run.execute("DELETE FROM chunks WHERE key = ?", (key,))
+            count += run.execute("DELETE FROM chunks WHERE key = ?", (key,)).rowcount
             run.execute("DELETE FROM refs WHERE key = ?", (key,))
+        return count
 
     def add_references(self, owner: str, keys: Iterable[str]) -> None:
         """Note that `owner` refers to these keys."""
@@ -196,6 +205,24 @@ class Catalog:
             found = str(run.execute("PRAGMA integrity_check(1)").fetchone()[0])
             return "" if found == "ok" else found
 
+    def can_write(self) -> bool:
+        """Whether something can be written now; changes nothing."""
+        try:
+            with self.transaction() as run:
+                run.execute("UPDATE state SET value = value WHERE name = 'clock'")
+        except StoreError:
+            return False
+        return True
+
+    def scrub(self) -> None:
+        """Empty the log of writes, which also holds deleted rows, unless others use it for more than a second."""
+        with self._lock, suppress(sqlite3.Error):
+            self._writer.execute("PRAGMA busy_timeout = 1000")
+            try:
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                self._writer.execute(f"PRAGMA busy_timeout = {int(1000 * BUSY_TIMEOUT_S)}")
+
     def close(self) -> None:
         """Close the file."""
         with self._lock, self._read_lock:
@@ -223,53 +250,37 @@ class Catalog:
                     finally:
                         self._writing_thread = None
         except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                self.scrub()  # what the log takes is room for the next try
             raise self._error(error) from error
 
     def _connect(self) -> None:
         uri = self._path.as_uri()
         try:
             if self._read_only:
-                self._writer = self._reader = self._connect_read_only(uri)
+                self._writer = self._reader = connect_read_only(uri)
                 return
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))  # -wal and -shm take over the mode
-            self._writer = _connection(uri)
+            self._writer = connect(uri)
         except (OSError, sqlite3.Error) as error:
             raise self._error(error) from error
         try:
             self._open()
-            self._reader = _connection(uri)
+            self._reader = connect(uri)
         except BaseException:
             self._writer.close()
             raise
-
-    def _connect_read_only(self, uri: str) -> sqlite3.Connection:
-        connection = _connection(uri + "?mode=ro")
-        try:
-            connection.execute("SELECT count(*) FROM chunks WHERE id = 0")
-        except sqlite3.OperationalError:  # a WAL database cannot be opened where its helper files cannot be made
-            connection.close()
-            connection = _connection(uri + "?mode=ro&immutable=1")
-            connection.execute("SELECT count(*) FROM chunks WHERE id = 0")
-        return connection
 
     def _open(self) -> None:
         try:
             if self._writer.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                 self._writer.execute("PRAGMA journal_mode = WAL")
             self._writer.execute("PRAGMA synchronous = FULL")
+            self._writer.execute("PRAGMA secure_delete = ON")  # deleted rows hold hashes of what texts said
         except sqlite3.Error as error:
             raise self._error(error) from error
         with self.transaction() as run:
-            version = run.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
-                msg = (
-                    f"{self._path} was made by a newer version of prophetkv_rag (its schema version is {version}, this "
-                    f"one knows {SCHEMA_VERSION}): upgrade prophetkv_rag, or use another directory"
-                )
-                raise StoreError(msg)
-            self.is_new = version == 0
-            if version < SCHEMA_VERSION:
-                migrate(run, version)
+            self.is_new = bring_up_to_date(run, self._path) == 0
 
     def _close(self) -> None:
         self._reader.close()
@@ -278,14 +289,3 @@ class Catalog:
     def _error(self, error: Exception) -> StoreError:
         is_corrupt = type(error) is sqlite3.DatabaseError  # its subclasses are about the call, not about the file
         return (CorruptCatalogError if is_corrupt else StoreError)(f"cannot use the catalog {self._path}: {error}")
-
-
-def set_aside(path: Path) -> None:
-    """Rename a damaged catalog; its helper files would be taken for the new one's."""
-    path.replace(path.with_name(f"{path.name}.damaged"))
-    for suffix in ("-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
-
-
-def _connection(uri: str) -> sqlite3.Connection:
-    return sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)

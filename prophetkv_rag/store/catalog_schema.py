@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
+from pathlib import Path
 
-SCHEMA_VERSION = 3
+from prophetkv_rag.errors import StoreError
+
+SCHEMA_VERSION = 4
 """Bumped whenever the tables change; kept in the file as SQLite's `user_version`."""
 
 _STEPS: tuple[tuple[str, ...], ...] = (
@@ -51,12 +54,50 @@ _STEPS: tuple[tuple[str, ...], ...] = (
             INSERT OR IGNORE INTO remote_deletes SELECT url, old.fingerprint, old.key FROM remotes;
             DELETE FROM remote_chunks WHERE key = old.key; END""",
     ),
+    # 4: what the blobs of each fingerprint take, since namespaces may have limits of their own; and how many chunks
+    # were ever deleted, so that other processes learn that what they hold in RAM may be gone. (No "INSERT OR IGNORE":
+    # in a trigger, the outer statement's own conflict clause takes its place.)
+    (
+        "CREATE TABLE fingerprint_bytes (fingerprint TEXT PRIMARY KEY, nbytes INTEGER NOT NULL) WITHOUT ROWID",
+        "INSERT INTO fingerprint_bytes SELECT fingerprint, sum(nbytes) FROM chunks GROUP BY fingerprint",
+        "CREATE INDEX chunks_by_fingerprint_and_rank ON chunks (fingerprint, rank, id) WHERE nbytes > 0",
+        "INSERT INTO state VALUES ('deletes', 0)",
+        """CREATE TRIGGER chunk_charged AFTER INSERT ON chunks WHEN new.nbytes != 0 BEGIN
+            INSERT INTO fingerprint_bytes SELECT new.fingerprint, 0
+                WHERE new.fingerprint NOT IN (SELECT fingerprint FROM fingerprint_bytes);
+            UPDATE fingerprint_bytes SET nbytes = nbytes + new.nbytes WHERE fingerprint = new.fingerprint; END""",
+        """CREATE TRIGGER chunk_recharged AFTER UPDATE OF nbytes, fingerprint ON chunks
+            WHEN new.nbytes != old.nbytes OR new.fingerprint != old.fingerprint BEGIN
+            UPDATE fingerprint_bytes SET nbytes = nbytes - old.nbytes WHERE fingerprint = old.fingerprint;
+            INSERT INTO fingerprint_bytes SELECT new.fingerprint, 0
+                WHERE new.fingerprint NOT IN (SELECT fingerprint FROM fingerprint_bytes);
+            UPDATE fingerprint_bytes SET nbytes = nbytes + new.nbytes WHERE fingerprint = new.fingerprint; END""",
+        """CREATE TRIGGER chunk_gone AFTER DELETE ON chunks BEGIN
+            UPDATE fingerprint_bytes SET nbytes = nbytes - old.nbytes WHERE fingerprint = old.fingerprint;
+            UPDATE state SET value = value + 1 WHERE name = 'deletes'; END""",
+    ),
 )
 
 
-def migrate(connection: sqlite3.Connection, version: int) -> None:
-    """Bring the tables from `version` (0: an empty file) to `SCHEMA_VERSION`, inside the caller's transaction."""
-    for step in _STEPS[version:]:
-        for statement in step:
-            connection.execute(statement)
-    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+def bring_up_to_date(run: sqlite3.Connection, path: Path) -> int:
+    """Bring the tables to `SCHEMA_VERSION`, inside the caller's transaction.
+
+    Returns:
+        The version that they had; 0 for an empty file.
+
+    Raises:
+        StoreError: If a newer version made the file at `path`.
+    """
+    version = int(run.execute("PRAGMA user_version").fetchone()[0])
+    if version > SCHEMA_VERSION:
+        msg = (
+            f"{path} was made by a newer version of prophetkv_rag (its schema version is {version}, this one knows "
+            f"{SCHEMA_VERSION}): upgrade prophetkv_rag, or use another directory"
+        )
+        raise StoreError(msg)
+    if version < SCHEMA_VERSION:
+        for step in _STEPS[version:]:
+            for statement in step:
+                run.execute(statement)
+        run.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    return version

@@ -12,20 +12,20 @@ crash leaves at worst a file that nothing knows, which the next opening removes,
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prophetkv_rag.chunk_cache import ChunkCache
-from prophetkv_rag.errors import InputError, StoreError
-from prophetkv_rag.store.base import ChunkStore, EntryColumns, Policy, StoreStats, TextEntry, VerifyReport
-from prophetkv_rag.store.blob import decode_blob, encode_blob
+from prophetkv_rag.errors import StoreError
+from prophetkv_rag.store.base import Lookup, Policy, StoreStats, TextEntry, VerifyReport
 from prophetkv_rag.store.blob_files import BlobFiles
 from prophetkv_rag.store.blob_reader import BlobReader
-from prophetkv_rag.store.catalog import CatalogRow
-from prophetkv_rag.store.disk_parts import Counters, Later, check_settings, open_catalog
+from prophetkv_rag.store.blob_writer import BlobWriter
+from prophetkv_rag.store.cataloged import CatalogedStore
+from prophetkv_rag.store.disk_parts import Counters, Later, check_settings, deletes, open_catalog
 from prophetkv_rag.store.encryption import KeySource, load_key
 from prophetkv_rag.store.files import DirectoryLock, can_write
 from prophetkv_rag.store.formats import BlobFormat, check_format
@@ -34,7 +34,7 @@ from prophetkv_rag.store.leases import Leases
 from prophetkv_rag.store.ram import RamTier, owned
 from prophetkv_rag.store.ranking import Eviction, Ranking
 from prophetkv_rag.store.read_ahead import ReadAhead
-from prophetkv_rag.store.space import Space
+from prophetkv_rag.store.space import Limits, Space
 from prophetkv_rag.store.statistics import add_counts
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class DiskStore(ChunkStore):
+class DiskStore(CatalogedStore):
     """Several stores, also of several processes, may use one directory at the same time.
 
     Blobs are read into private memory, never mapped, so a file that changes later cannot change a cache in use.
@@ -53,6 +53,9 @@ class DiskStore(ChunkStore):
         ram_bytes: Upper bound of the RAM tier in K/V bytes; 0 for none.
         max_bytes: Upper bound of all blobs on disk, kept to at every moment by every store that is given one; `None`
             for none. What does not fit is computed when a prompt needs it, and what is used most wins the space.
+        namespace_max_bytes: The same for the blobs of each namespace (`ProphetKVConfig.namespace`), which evicts its
+            own for it; no other's, as long as `max_bytes` is enough for what all of them may have. `None` for none.
+        namespace_ram_bytes: The same for the RAM tier.
         policy: `"eager"` stores caches as chunks are added, until the disk tier is full; `"on_first_use"` when a prompt
             first has them; `"read_only"` never, and changes nothing at all (the directory need not be writable).
         eviction: What goes first where room is needed: the lowest `"value"` (see `ranking`), or `"lru"`.
@@ -73,51 +76,76 @@ class DiskStore(ChunkStore):
         ram_bytes: int = 1 << 30,
         *,
         max_bytes: int | None = None,
+        namespace_max_bytes: int | None = None,
+        namespace_ram_bytes: int | None = None,
         policy: Policy = "eager",
         eviction: Eviction = "value",
         blob_format: BlobFormat = "exact",
         encryption_key: KeySource = None,
     ) -> None:
-        check_settings(max_bytes=max_bytes, policy=policy, eviction=eviction)
+        check_settings(
+            policy,
+            eviction,
+            max_bytes,
+            namespace_max_bytes=namespace_max_bytes,
+            namespace_ram_bytes=namespace_ram_bytes,
+        )
         self.directory = Path(directory).absolute()  # a relative one would move with the working directory
         self.policy = policy
         self.blob_format = check_format(blob_format)
-        self.max_bytes = max_bytes
+        self.limits = Limits(max_bytes, namespace_max_bytes)
         self.files = BlobFiles(self.directory, load_key(encryption_key))
         self.leases = Leases(self.directory / "leases", is_shared=policy != "read_only")
         self.directory_lock = DirectoryLock(self.directory / "lock")
-        self._ram = RamTier(ram_bytes)
+        self._ram = RamTier(ram_bytes, namespace_ram_bytes)
         self._counters = Counters()
         self._seen: dict[str, int] = {}
         self._later = Later(self._put_referenced, self.failures)
         self.catalog = open_catalog(self.directory, self.files, self.directory_lock, read_only=policy == "read_only")
+        self._deletes = deletes(self.catalog)
         lock = None if policy == "read_only" else self.directory_lock
         self._reader = BlobReader(
-            self.files, self.catalog, lock, self._counters, self.drop_from_memory, blob_format=self.blob_format
+            self.files,
+            self.catalog,
+            lock,
+            self._counters,
+            self._ram.drop,
+            blob_format=self.blob_format,
+            later=self._later.run,
         )
-        self._read_ahead = ReadAhead(self.files, self.catalog, self._ram, self.blob_format)
+        self._read_ahead = ReadAhead(self.files, self._ram, self._hold, self.blob_format)
         self.space = Space(
-            self.catalog, self.files, self.leases, Ranking(eviction), max_bytes, self.directory, self._counters
+            self.catalog, self.files, self.leases, Ranking(eviction), self.limits, self.directory, self._counters
+        )
+        self._writer = BlobWriter(
+            self.files,
+            self.catalog,
+            self.space,
+            self.directory_lock,
+            self._ram,
+            blob_format=self.blob_format,
+            settle=self._reader.settle,
         )
         if policy != "read_only":
             self.space.adopt()
 
-    def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> tuple[ChunkCache | None, bool]:
-        """See `ChunkStore.get`."""
+    def find(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> Lookup:
+        """See `ChunkStore.find`."""
         self.files.path(key)  # a key that is none is an error
         if self.policy != "read_only" and self.space.use(key):
             self._later.run(self._save_counts)
         cache = self._ram.get(key, fingerprint=fingerprint, input_ids=input_ids)
         if cache is None:
             cache = self._later.get(key, fingerprint=fingerprint, input_ids=input_ids)
-        ram_hits = int(cache is not None)
+        if cache is not None:
+            self._counters.add(hits=1, ram_hits=1)
+            return Lookup(cache, tier="ram")
+        cache, was_corrupt = self._reader.read(key, fingerprint=fingerprint, input_ids=input_ids)
         if cache is None:
-            cache, was_corrupt = self._reader.read(key, fingerprint=fingerprint, input_ids=input_ids)
-            if cache is None:
-                return None, was_corrupt
-            self._ram.put(key, cache, fingerprint=fingerprint)
-        self._counters.add(hits=1, ram_hits=ram_hits)
-        return cache, False
+            return Lookup(was_corrupt=was_corrupt)
+        self._hold(key, cache, fingerprint)
+        self._counters.add(hits=1)
+        return Lookup(cache, tier="disk")
 
     def put(
         self,
@@ -139,22 +167,7 @@ class DiskStore(ChunkStore):
             self._ram.put(key, cache, fingerprint=fingerprint)
             return
         try:
-            with self.directory_lock.shared():  # nothing is deleted meanwhile
-                if if_referenced and not self.catalog.has_references(key):
-                    return
-                row = CatalogRow(key, fingerprint, cache.num_tokens, 0)
-                if path.exists():
-                    self.space.note_written(row, entry, path.stat().st_size, is_used=if_referenced)
-                else:
-                    entry = entry or self.catalog.entry_of(key)
-                    plain = encode_blob(
-                        cache, key=key, fingerprint=fingerprint, blob_format=self.blob_format, entry=entry
-                    )
-                    data = self.files.seal(key, plain)
-                    is_kept = self.space.write(row, entry, data, is_used=if_referenced)
-                    if is_kept and self.blob_format != "exact" and self._ram.max_bytes:  # what the disk will give later
-                        cache = decode_blob(plain, key=key, fingerprint=fingerprint, packed=self.files.keeps_packed)
-                self._ram.put(key, cache, fingerprint=fingerprint)
+            self._writer.write(key, cache, fingerprint=fingerprint, entry=entry, if_referenced=if_referenced)
         except (OSError, StoreError) as error:
             self._ram.put(key, cache, fingerprint=fingerprint)  # better than nothing, and gone with the process
             msg = f"cannot write the chunk cache {path}: {error}"
@@ -181,21 +194,15 @@ class DiskStore(ChunkStore):
         self._later.wait()
 
     def __contains__(self, key: str) -> bool:
-        return is_key(key) and self.files.path(key).exists() and key in self.catalog
+        if not is_key(key) or self._reader.is_bad(key):
+            return False
+        return self.files.path(key).exists() and key in self.catalog
 
-    def knows(self, key: str) -> bool:
-        """See `ChunkStore.knows`."""
-        return key in self.catalog
-
-    def note(self, key: str, *, fingerprint: str, num_tokens: int, entry: TextEntry | None) -> None:
-        """See `ChunkStore.note`."""
-        if self.policy != "read_only":
-            with self.directory_lock.shared():
-                self.catalog.upsert(CatalogRow(check_key(key), fingerprint, num_tokens, 0), entry)
-
-    def accepts_new(self, waiting: int = 0) -> bool:
+    def accepts_new(self, waiting: int = 0, *, fingerprint: str | None = None) -> bool:
         """See `ChunkStore.accepts_new`."""
-        if self.policy != "eager" or self.files.locked_by is not None or not self.space.has_room(waiting):
+        if self.policy != "eager" or self.files.locked_by is not None:
+            return False
+        if not self.space.has_room(waiting, fingerprint=fingerprint):
             return False
         return not self.failures.is_failing or can_write(self.files.incoming, self.space.typical)
 
@@ -205,53 +212,14 @@ class DiskStore(ChunkStore):
 
     def describe(self, fingerprint: str, *, model: str, namespace: str, seconds_per_token: float | None) -> None:
         """See `ChunkStore.describe`."""
-        if self.policy != "read_only":
-            self.catalog.describe(fingerprint, model, namespace, seconds_per_token)
-
-    def delete(self, keys: Iterable[str]) -> None:
-        """See `ChunkStore.delete`."""
-        self._must_be_writable("delete caches")
-        keys = [check_key(key) for key in keys]
-        with self.directory_lock.exclusive(), self.catalog.transaction() as run:
-            self.catalog.delete(run, keys)
-            self._forget(keys)
-
-    def add_references(self, owner: str, keys: Iterable[str]) -> None:
-        """See `ChunkStore.add_references`."""
-        keys = [check_key(key) for key in keys]
-        if self.policy != "read_only":
-            self.catalog.add_references(owner, keys)
-
-    def drop_references(self, owner: str, keys: Iterable[str]) -> list[str]:
-        """See `ChunkStore.drop_references`."""
-        self._must_be_writable("delete caches")
-        keys = [check_key(key) for key in keys]
-        with self.directory_lock.exclusive(), self.catalog.transaction() as run:
-            unreferenced = self.catalog.unreferenced_without(run, owner, keys)
-            self.catalog.delete(run, unreferenced)
-            self._forget(unreferenced)
-        return unreferenced
-
-    def references(self, owner: str) -> list[str]:
-        """Keys that `owner` refers to."""
-        return self.catalog.references(owner)
-
-    def entries(self, fingerprint: str) -> Iterator[tuple[str, TextEntry]]:
-        """See `ChunkStore.entries`."""
-        return self._entries_after(fingerprint, 0).pairs()
-
-    def entry_columns(self, fingerprint: str) -> EntryColumns:
-        """See `ChunkStore.entry_columns`."""
-        return self._entries_after(fingerprint, 0)
-
-    def new_entries(self, fingerprint: str) -> Iterator[tuple[str, TextEntry]]:
-        """See `ChunkStore.new_entries`; rows that this store itself added since then are among them."""
-        return self._entries_after(fingerprint, self._seen.get(fingerprint, 0)).pairs()
+        self._ram.name(fingerprint, namespace)
+        super().describe(fingerprint, model=model, namespace=namespace, seconds_per_token=seconds_per_token)
 
     def stats(self) -> StoreStats:
         """See `ChunkStore.stats`; `nbytes` is the size on disk."""
         counts: dict[str, Any] = {"failed_writes": self.failures.caches, "ram_nbytes": self._ram.nbytes}
-        counts |= {**self._counters.values(), "location": str(self.directory), "max_nbytes": self.max_bytes}
+        counts |= {**self._counters.values(), "location": str(self.directory), "max_nbytes": self.limits.all_bytes}
+        counts["namespace_max_nbytes"] = self.limits.namespace_bytes
         return StoreStats(*self.catalog.totals(), **counts)
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
@@ -278,14 +246,30 @@ class DiskStore(ChunkStore):
         self._later.drop(keys)
         self._ram.drop(keys)
 
-    def _forget(self, keys: Sequence[str]) -> None:
-        self.drop_from_memory(keys)
-        self.files.remove(keys)
+    def forget_deleted(self) -> None:
+        """See `ChunkStore.forget_deleted`."""
+        found = deletes(self.catalog)
+        if found != self._deletes:
+            self._deletes = found
+            self._later.run(self._drop_unknown)
 
-    def _must_be_writable(self, action: str) -> None:
-        if self.policy == "read_only":
-            msg = f"cannot {action} in {self.directory}: it was opened with policy='read_only'"
-            raise InputError(msg)
+    def _drop_unknown(self) -> None:
+        held = self._ram.keys()
+        try:
+            known = self.catalog.known(held)
+        except StoreError:
+            self._deletes -= 1  # for the next time
+            return
+        self._ram.drop(key for key in held if key not in known)
+
+    def _hold(self, key: str, cache: ChunkCache, fingerprint: str) -> None:
+        """Hold in RAM what was read, unless it was deleted meanwhile: deleted means everywhere."""
+        self._ram.put(key, cache, fingerprint=fingerprint)
+        try:
+            if key not in self.catalog:
+                self._ram.drop([key])
+        except StoreError:
+            logger.debug("whether %s is still wanted could not be found out", key, exc_info=True)
 
     def _put_referenced(self, key: str, cache: ChunkCache, fingerprint: str) -> None:
         self.put(key, cache, fingerprint=fingerprint, if_referenced=True)
@@ -293,7 +277,3 @@ class DiskStore(ChunkStore):
     def _save_counts(self) -> None:
         self.space.flush_uses()
         self._counters.save(partial(add_counts, self.catalog), failed_writes=self.failures.caches)
-
-    def _entries_after(self, fingerprint: str, row_id: int) -> EntryColumns:
-        found, self._seen[fingerprint] = self.catalog.entries(fingerprint, after_id=row_id)
-        return found

@@ -14,7 +14,8 @@ from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.store.base import Policy
 from prophetkv_rag.store.blob_files import BlobFiles
-from prophetkv_rag.store.catalog import Catalog, CorruptCatalogError, set_aside
+from prophetkv_rag.store.catalog import Catalog, CorruptCatalogError
+from prophetkv_rag.store.catalog_file import set_aside
 from prophetkv_rag.store.failures import Failures
 from prophetkv_rag.store.files import DirectoryLock, make_private_directory
 from prophetkv_rag.store.key_mark import claim
@@ -31,15 +32,16 @@ MAX_WAITING_BYTES = 256 << 20
 """Computed caches that may wait for the disk while queries go on; what comes when they are more is not stored."""
 
 
-def check_settings(*, max_bytes: int | None, policy: str, eviction: str) -> None:
+def check_settings(policy: str, eviction: str, max_bytes: int | None, **limits: int | None) -> None:
     """Raise `InputError` for a setting that is not allowed."""
     for name, value, allowed in (("policy", policy, get_args(Policy)), ("eviction", eviction, get_args(Eviction))):
         if value not in allowed:
             msg = f"{name} is {value!r}; allowed: {', '.join(allowed)}"
             raise InputError(msg)
-    if max_bytes is not None and max_bytes < 0:
-        msg = f"max_bytes is {max_bytes}; give 0 or more bytes, or None for no limit"
-        raise InputError(msg)
+    for name, limit in {"max_bytes": max_bytes, **limits}.items():
+        if limit is not None and limit < 0:
+            msg = f"{name} is {limit}; give 0 or more bytes, or None for no limit"
+            raise InputError(msg)
 
 
 def open_catalog(directory: Path, files: BlobFiles, lock: DirectoryLock, *, read_only: bool) -> Catalog:
@@ -81,6 +83,16 @@ def _open_catalog(directory: Path, files: BlobFiles, lock: DirectoryLock, *, rea
             rebuild(catalog, files)
         sweep(catalog, files)
     return catalog
+
+
+def deletes(catalog: Catalog) -> int:
+    """Return how many chunks any process has ever deleted; 0 if that cannot be read, as in an older catalog."""
+    try:
+        with catalog.transaction(is_write=False) as run:
+            found = run.execute("SELECT value FROM state WHERE name = 'deletes'").fetchone()
+    except StoreError:
+        return 0
+    return int(found[0]) if found else 0
 
 
 class Counters:

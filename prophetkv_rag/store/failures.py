@@ -40,6 +40,19 @@ class Failures:
         else:
             logger.debug("chunk caches cannot be stored: %s", error)
 
+    def note_elsewhere(self, error: Exception, place: str) -> None:
+        """Note a write to the disk that failed while the cache is kept in another place; the first is logged."""
+        with self._lock:
+            is_first = not self.reason
+            self.reason = self.reason or str(error) or type(error).__name__
+        logger.log(
+            logging.WARNING if is_first else logging.DEBUG,
+            "chunk caches cannot be stored on the disk: they go to %s alone, as long as that takes them, which changes "
+            "no answer. Make room, or make the directory writable. The first error was: %s",
+            place,
+            error,
+        )
+
     def count(self, caches: int) -> None:
         """Count caches that were not even tried because of an earlier failure."""
         with self._lock:

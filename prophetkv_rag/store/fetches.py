@@ -49,9 +49,9 @@ class Fetch:
 
     key: str
     fingerprint: str
-    is_look: bool = False
-    is_used: bool = True
-    begun: float = field(default_factory=time.monotonic)
+    is_look: bool
+    is_used: bool
+    begun: float
     started: float | None = None
     is_taken: bool = False
     future: Future[Found] = field(default_factory=Future)
@@ -77,9 +77,31 @@ class Fetches:
         self._queue: queue.SimpleQueue[Fetch | None] = queue.SimpleQueue()
         self._num_threads = 0
         self._is_closed = False
+        self._prompt = threading.local()
+
+    def expect(self, keys: Iterable[str], fingerprint: str) -> None:
+        """Begin to read what this thread's prompt is about to ask for; all of it together has one time-out.
+
+        Those that only find room later get what is left of it then (`expected`).
+        """
+        keys = list(keys)
+        begun = time.monotonic()
+        fetches = self.begin(keys, fingerprint, begun=begun)
+        self._prompt.expected = {key: (begun, key in fetches) for key in keys}
+
+    def expected(self, key: str) -> tuple[float | None, bool]:
+        """When this thread's prompt began to wait for a key, and whether it is being read since then; told once."""
+        expected: dict[str, tuple[float | None, bool]] = getattr(self._prompt, "expected", {})
+        return expected.pop(key, (None, False))
 
     def begin(
-        self, keys: Iterable[str], fingerprint: str, *, is_look: bool = False, is_used: bool = True
+        self,
+        keys: Iterable[str],
+        fingerprint: str,
+        *,
+        is_look: bool = False,
+        is_used: bool = True,
+        begun: float | None = None,
     ) -> dict[str, Fetch]:
         """Begin to read those keys that it makes sense to ask for now; returns the reads on their way.
 
@@ -88,14 +110,16 @@ class Fetches:
             fingerprint: Their fingerprint.
             is_look: Only find out whether they are there.
             is_used: Whether a prompt is about to have them.
+            begun: When the prompt began to wait, by the monotonic clock; `None` for now.
         """
         fetches = {}
+        is_late = begun is not None and time.monotonic() - begun >= self._tier.timeout_s
         for key in keys:
             with self._lock:
                 fetch = self._in_flight.get(key) or self._fresh(key)
                 is_full = len(self._in_flight) >= MAX_IN_FLIGHT or self._is_closed
-            if fetch is None and not is_full and self._may_ask(fingerprint, key):
-                new = Fetch(key, fingerprint, is_look, is_used)
+            if fetch is None and not (is_full or is_late) and self._may_ask(fingerprint, key):
+                new = Fetch(key, fingerprint, is_look, is_used, time.monotonic() if begun is None else begun)
                 with self._lock:
                     fetch = self._in_flight.setdefault(key, new)
                 if fetch is new:
@@ -123,6 +147,8 @@ class Fetches:
         with self._lock:
             for key in keys:
                 self._forget(key)
+                if key in self._in_flight:
+                    self._in_flight[key].is_taken = True  # so that it is not kept for anybody when it comes
 
     def flush(self) -> None:
         """Wait until what was begun has been kept, as long as a query would wait."""

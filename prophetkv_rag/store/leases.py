@@ -18,6 +18,9 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
+_UNNAMED = ".making"
+_TRIES = 5
+
 
 def writing(owner: str) -> str:
     """What a collection leases while it is written to: its references are older than the records that bear them out."""
@@ -58,24 +61,35 @@ class Leases:
         """Return the keys that anybody holds now; leases of processes that are gone are swept away."""
         with self._lock:
             keys = set(self._held)
-        for path in self._directory.glob("*.lease") if self._is_shared else ():
+        for path in self._directory.glob("*") if self._is_shared else ():
             keys |= self._read(path)
+        keys.discard("")  # one that is just being made
         return keys
 
     def _write(self, keys: set[str]) -> tuple[int, Path] | None:
-        path = self._directory / f"{secrets.token_hex(8)}.lease"
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        except OSError:
-            return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(descriptor, "\n".join(sorted(keys)).encode())
-        except OSError:  # met by a sweep just now, or the disk is full: this store's own leases still hold
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
-            return None
-        return descriptor, path
+        """Make a lease file; `None` if that is not possible: this store's own leases hold all the same."""
+        data = memoryview("\n".join(sorted(keys)).encode())
+        for _ in range(_TRIES):
+            path = self._directory / f"{secrets.token_hex(8)}.lease"
+            unnamed = path.with_suffix(_UNNAMED)  # a lease is what has this name's other form: locked, and complete
+            try:
+                descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            except OSError:
+                return None
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left = data
+                while left:
+                    left = left[os.write(descriptor, left) :]
+                unnamed.rename(path)
+            except OSError as error:
+                unnamed.unlink(missing_ok=True)
+                os.close(descriptor)
+                if not isinstance(error, (FileNotFoundError, BlockingIOError)):  # as the disk being full
+                    return None
+            else:
+                return descriptor, path  # else a sweep met it before it was locked
+        return None
 
     @staticmethod
     def _read(path: Path) -> set[str]:

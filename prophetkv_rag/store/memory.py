@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from prophetkv_rag.chunk_cache import ChunkCache
-from prophetkv_rag.store.base import ChunkStore, StoreStats, TextEntry, VerifyReport
+from prophetkv_rag.errors import InputError
+from prophetkv_rag.store.base import ChunkStore, Lookup, StoreStats, TextEntry, VerifyReport
 from prophetkv_rag.store.keys import check_key
 from prophetkv_rag.store.ram import has_ids, owned
 
@@ -17,35 +19,51 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Chunk:
-    cache: ChunkCache
+    cache: ChunkCache | None
     fingerprint: str
     entry: TextEntry | None
 
 
 class MemoryStore(ChunkStore):
-    """Keeps every cache until it is deleted; nothing is bounded and nothing survives the process."""
+    """Nothing survives the process.
 
-    def __init__(self) -> None:
+    Args:
+        max_bytes: Most K/V bytes held; the least recently used caches go first, and their chunks stay known: they are
+            found in prompts and computed again. `None` keeps every cache until it is deleted.
+
+    Raises:
+        InputError: If `max_bytes` is negative.
+    """
+
+    def __init__(self, max_bytes: int | None = None) -> None:
+        if max_bytes is not None and max_bytes < 0:
+            msg = f"max_bytes is {max_bytes}; give 0 or more bytes, or None for no limit"
+            raise InputError(msg)
+        self.max_bytes = max_bytes
         self._lock = threading.RLock()
         self._chunks: dict[str, _Chunk] = {}
         self._owners: dict[str, set[str]] = {}
-        self._hits = self._misses = self._corrupt = 0
+        self._recent: OrderedDict[str, int] = OrderedDict()  # keys of held caches and their bytes, the last used last
+        self._nbytes = self._typical = 0
+        self._hits = self._misses = self._corrupt = self._evictions = 0
 
-    def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> tuple[ChunkCache | None, bool]:
-        """See `ChunkStore.get`."""
+    def find(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> Lookup:
+        """See `ChunkStore.find`."""
         check_key(key)
         with self._lock:
             chunk = self._chunks.get(key)
-            if chunk is None:
+            if chunk is None or chunk.cache is None:
                 self._misses += 1
-                return None, False
+                return Lookup()
             if chunk.fingerprint == fingerprint and has_ids(chunk.cache, input_ids):
                 self._hits += 1
-                return chunk.cache, False
+                self._recent.move_to_end(key)
+                return Lookup(chunk.cache, tier="ram")
             logger.warning("dropped the chunk cache %s: it is another model's or another text's", key)
+            self._drop(key)
             del self._chunks[key]
             self._corrupt += 1
-            return None, True
+            return Lookup(was_corrupt=True)
 
     def put(
         self,
@@ -61,20 +79,47 @@ class MemoryStore(ChunkStore):
         with self._lock:
             if if_referenced and not self._owners.get(key):
                 return
-            known = self._chunks.get(key)
-            if known is None:
-                self._chunks[key] = _Chunk(owned(cache), fingerprint, entry)
-            elif entry is not None:
-                known.entry = entry
+            chunk = self._chunks.setdefault(key, _Chunk(None, fingerprint, entry))
+            chunk.entry = entry or chunk.entry
+            self._typical = cache.nbytes
+            if chunk.cache is not None or (self.max_bytes is not None and cache.nbytes > self.max_bytes):
+                return
+            chunk.cache, chunk.fingerprint = owned(cache), fingerprint
+            self._recent[key] = cache.nbytes
+            self._nbytes += cache.nbytes
+            while self.max_bytes is not None and self._nbytes > self.max_bytes:
+                self._drop(next(iter(self._recent)))
+                self._evictions += 1
 
     def __contains__(self, key: str) -> bool:
+        chunk = self._chunks.get(key)
+        return chunk is not None and chunk.cache is not None
+
+    def knows(self, key: str) -> bool:
+        """See `ChunkStore.knows`."""
         return key in self._chunks
+
+    def note(self, key: str, *, fingerprint: str, num_tokens: int, entry: TextEntry | None) -> None:
+        """See `ChunkStore.note`."""
+        with self._lock:
+            chunk = self._chunks.setdefault(check_key(key), _Chunk(None, fingerprint, entry))
+            chunk.entry = entry or chunk.entry
+
+    def accepts_new(self, waiting: int = 0, *, fingerprint: str | None = None) -> bool:
+        """See `ChunkStore.accepts_new`."""
+        return self.max_bytes is None or self._nbytes + self._typical * (1 + waiting) <= self.max_bytes
+
+    def _drop(self, key: str) -> None:
+        self._nbytes -= self._recent.pop(key, 0)
+        self._chunks[key].cache = None
 
     def delete(self, keys: Iterable[str]) -> None:
         """See `ChunkStore.delete`."""
         with self._lock:
             for key in keys:
-                self._chunks.pop(key, None)
+                if key in self._chunks:
+                    self._drop(key)
+                    del self._chunks[key]
                 self._owners.pop(key, None)
 
     def add_references(self, owner: str, keys: Iterable[str]) -> None:
@@ -116,16 +161,18 @@ class MemoryStore(ChunkStore):
     def stats(self) -> StoreStats:
         """See `ChunkStore.stats`."""
         with self._lock:
-            caches = [chunk.cache for chunk in self._chunks.values()]
+            caches = [chunk.cache for chunk in self._chunks.values() if chunk.cache is not None]
             return StoreStats(
                 chunks=len(caches),
                 tokens=sum(cache.num_tokens for cache in caches),
-                nbytes=sum(cache.nbytes for cache in caches),
+                nbytes=self._nbytes,
                 hits=self._hits,
                 misses=self._misses,
                 corrupt=self._corrupt,
                 ram_hits=self._hits,
-                ram_nbytes=sum(cache.nbytes for cache in caches),
+                ram_nbytes=self._nbytes,
+                evictions=self._evictions,
+                max_nbytes=self.max_bytes,
                 failed_writes=self.failures.caches,
             )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -32,18 +32,23 @@ class RamTier:
 
     Args:
         max_bytes: Upper bound of the K/V bytes held; 0 keeps nothing. A cache larger than that is not kept.
+        namespace_max_bytes: The same for each namespace, which makes room among its own; `None` for none.
 
     Attributes:
+        namespaces: Fingerprint -> namespace, as engines say; a fingerprint that is not there is one by itself.
         pins: Whether caches are copied to page-locked memory, from which a GPU copies while the CPU goes on. Where that
             is not to be had, they are held as they are.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, namespace_max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
+        self.namespace_max_bytes = max_bytes if namespace_max_bytes is None else min(max_bytes, namespace_max_bytes)
+        self.namespaces: dict[str, str] = {}
         self.pins = False
         self._lock = threading.Lock()
         self._caches: OrderedDict[str, tuple[str, ChunkCache]] = OrderedDict()
         self._nbytes = 0
+        self._of_namespace: Counter[tuple[bool, str]] = Counter()
 
     @property
     def nbytes(self) -> int:
@@ -54,6 +59,11 @@ class RamTier:
         """Whether something is held under `key`."""
         with self._lock:
             return key in self._caches
+
+    def keys(self) -> list[str]:
+        """What is held."""
+        with self._lock:
+            return list(self._caches)
 
     def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> ChunkCache | None:
         """Return the cache if it is held and is the one that is meant."""
@@ -68,25 +78,46 @@ class RamTier:
     def put(self, key: str, cache: ChunkCache, *, fingerprint: str) -> None:
         """Hold a cache, and drop the least recently used ones that no longer fit."""
         self.drop([key])
-        if cache.nbytes > self.max_bytes:
+        if cache.nbytes > self.namespace_max_bytes:
             return
         cache = self._pinned(cache)
         with self._lock:
             if key in self._caches:  # another thread was faster
                 return
             self._caches[key] = (fingerprint, cache)
+            whose = self._whose(fingerprint)
             self._nbytes += cache.nbytes
+            self._of_namespace[whose] += cache.nbytes
+            while self._of_namespace[whose] > self.namespace_max_bytes:
+                self._drop(next(key for key, (other, _) in self._caches.items() if self._whose(other) == whose))
             while self._nbytes > self.max_bytes:
-                _, (_, oldest) = self._caches.popitem(last=False)
-                self._nbytes -= oldest.nbytes
+                self._drop(next(iter(self._caches)))
 
     def drop(self, keys: Iterable[str]) -> None:
         """Forget these caches, where they are held."""
         with self._lock:
             for key in keys:
-                found = self._caches.pop(key, None)
-                if found is not None:
-                    self._nbytes -= found[1].nbytes
+                if key in self._caches:
+                    self._drop(key)
+
+    def name(self, fingerprint: str, namespace: str) -> None:
+        """Say whose a fingerprint's caches are, those that are held included."""
+        with self._lock:
+            if self.namespaces.get(fingerprint) == namespace:
+                return
+            self.namespaces[fingerprint] = namespace
+            self._of_namespace.clear()
+            for other, cache in self._caches.values():
+                self._of_namespace[self._whose(other)] += cache.nbytes
+
+    def _whose(self, fingerprint: str) -> tuple[bool, str]:
+        namespace = self.namespaces.get(fingerprint)
+        return (True, fingerprint) if namespace is None else (False, namespace)
+
+    def _drop(self, key: str) -> None:
+        fingerprint, cache = self._caches.pop(key)
+        self._nbytes -= cache.nbytes
+        self._of_namespace[self._whose(fingerprint)] -= cache.nbytes
 
     def _pinned(self, cache: ChunkCache) -> ChunkCache:
         if not self.pins:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from prophetkv_rag.store.namespaces import marks
 
 Eviction = Literal["value", "lru"]
 
@@ -64,7 +66,13 @@ class Ranking:
         self._rank(run, [key])
 
     def victims(
-        self, run: sqlite3.Connection, *, needed: int, rank: float, spared: Collection[str]
+        self,
+        run: sqlite3.Connection,
+        *,
+        needed: int,
+        rank: float,
+        spared: Collection[str],
+        among: Sequence[str] | None = None,
     ) -> list[str] | None:
         """Return the keys to evict so that `needed` bytes become free, or `None` if that would cost more than it gains.
 
@@ -73,13 +81,14 @@ class Ranking:
             needed: Bytes; nothing is to be evicted if that is 0 or less.
             rank: Rank of what wants in: only what ranks lower may be evicted for it.
             spared: Keys that are in use.
+            among: Fingerprints whose chunks may be evicted; `None` for any.
         """
         chosen: list[str] = []
         if needed <= 0:
             return chosen
-        for key, nbytes in run.execute(
-            "SELECT key, nbytes FROM chunks WHERE nbytes > 0 AND rank < ? ORDER BY rank, id", (rank,)
-        ):
+        whose = "" if among is None else f"AND fingerprint IN ({marks(among)})"
+        query = f"SELECT key, nbytes FROM chunks WHERE nbytes > 0 AND rank < ? {whose} ORDER BY rank, id"
+        for key, nbytes in run.execute(query, (rank, *(among or ()))):
             if key not in spared:
                 chosen.append(key)
                 needed -= nbytes

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import BlobError
 from prophetkv_rag.store.blob_files import BlobFiles
-from prophetkv_rag.store.catalog import Catalog
 from prophetkv_rag.store.formats import BlobFormat
 from prophetkv_rag.store.ram import RamTier
 
@@ -15,17 +15,30 @@ logger = logging.getLogger(__name__)
 
 
 class ReadAhead:
-    """What it cannot read is left to the query itself, which says what is wrong; nothing is counted here."""
+    """What it cannot read is left to the query itself, which says what is wrong; nothing is counted here.
 
-    def __init__(self, files: BlobFiles, catalog: Catalog, ram: RamTier, blob_format: BlobFormat) -> None:
+    Args:
+        files: The blobs.
+        ram: Where they go.
+        hold: Puts them there, called with key, cache and fingerprint.
+        blob_format: Blobs of another lossy format are left alone.
+    """
+
+    def __init__(
+        self,
+        files: BlobFiles,
+        ram: RamTier,
+        hold: Callable[[str, ChunkCache, str], None],
+        blob_format: BlobFormat,
+    ) -> None:
         self._files = files
-        self._catalog = catalog
         self._ram = ram
+        self._hold = hold
         self._blob_format = blob_format
 
     def __call__(self, keys: Iterable[str], fingerprint: str) -> None:
         """Read what the RAM tier lacks, in order, as far as all of it fits in there."""
-        room = self._ram.max_bytes
+        room = self._ram.namespace_max_bytes
         for key in keys:
             if self._ram.holds(key):
                 continue
@@ -38,6 +51,4 @@ class ReadAhead:
             if room < 0:
                 return
             if header.blob_format in ("exact", self._blob_format):
-                self._ram.put(key, cache, fingerprint=fingerprint)
-                if key not in self._catalog:  # deleted meanwhile, and deleted means everywhere
-                    self._ram.drop([key])
+                self._hold(key, cache, fingerprint)

@@ -7,6 +7,7 @@ import logging
 from prophetkv_rag.errors import BlobError
 from prophetkv_rag.store.blob_files import BlobFiles
 from prophetkv_rag.store.catalog import UNKNOWN_OWNER, Catalog, CatalogRow
+from prophetkv_rag.store.namespaces import learn
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ def rebuild(catalog: Catalog, files: BlobFiles) -> int:
     A blob says how its chunk's text is recognised, but not who refers to the chunk: the first owner to drop it deletes
     it. Blobs that cannot be read stay, as orphans. The caller holds the directory's lock alone.
     """
-    found = []
+    found, namespaces = [], {}
     for path in files.all_files():
         key = files.key_of(path)
         if key is None:
@@ -30,10 +31,13 @@ def rebuild(catalog: Catalog, files: BlobFiles) -> int:
         except (BlobError, OSError, KeyError):
             continue
         found.append((row, header.entry))
+        namespaces[row.fingerprint] = header.namespace
     if found:
         with catalog.transaction():
             for row, entry in found:
                 catalog.upsert(row, entry)
+            for fingerprint, namespace in namespaces.items():
+                learn(catalog, fingerprint, namespace)
             catalog.add_references(UNKNOWN_OWNER, [row.key for row, _ in found])
         logger.warning("the catalog of %d chunk caches was made again from their files", len(found))
     return len(found)

@@ -168,6 +168,23 @@ class RemoteRecords:
         return chosen if freed >= needed else None
 
 
+def others(catalog: Catalog, url: str | None) -> dict[str, int]:
+    """Return the remotes that a catalog knows besides `url`, and how many deletes each is still to be told.
+
+    A store that is given another remote, or none, goes on noting what is deleted for the old one, should it come back.
+    """
+    with catalog.transaction(is_write=False) as run:
+        query = "SELECT r.url, count(d.key) FROM remotes r LEFT JOIN remote_deletes d ON d.url = r.url GROUP BY r.url"
+        return {other: waiting for other, waiting in run.execute(query) if other != url}
+
+
+def give_up(catalog: Catalog, url: str) -> None:
+    """Forget a remote: what is there stays there, and nothing is noted for it any more."""
+    with catalog.transaction() as run:
+        for table in ("remotes", "remote_chunks", "remote_deletes"):
+            run.execute(f"DELETE FROM {table} WHERE url = ?", (url,))
+
+
 def doom_all(run: sqlite3.Connection) -> None:
     """Note, inside a transaction, that what every remote has of the catalog's chunks is to be deleted there.
 

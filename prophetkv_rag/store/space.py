@@ -1,12 +1,16 @@
-"""The byte limit of the disk tier: room is made before a blob is written, by evicting what is worth less."""
+"""The byte limits of the disk tier: room is made before a blob is written, by evicting what is worth less.
+
+A namespace that has a limit of its own makes room among its own blobs first. Only where the whole disk's limit is less
+than what all namespaces may have together is a namespace's blob ever evicted for another's.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prophetkv_rag.errors import StoreError
@@ -16,9 +20,21 @@ from prophetkv_rag.store.catalog import Catalog, CatalogRow
 from prophetkv_rag.store.disk_parts import Counters
 from prophetkv_rag.store.files import DirectoryLock
 from prophetkv_rag.store.leases import Leases
+from prophetkv_rag.store.namespaces import above, bytes_of, fingerprints_with
 from prophetkv_rag.store.ranking import Ranking
 
 _USES_PER_FLUSH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Most bytes of blobs on disk, all together and of each namespace; `None` for no limit."""
+
+    all_bytes: int | None = None
+    namespace_bytes: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.all_bytes is not None or self.namespace_bytes is not None
 
 
 class Space:
@@ -34,7 +50,7 @@ class Space:
         files: BlobFiles,
         leases: Leases,
         ranking: Ranking,
-        max_bytes: int | None,
+        limits: Limits,
         directory: Path,
         counters: Counters,
     ) -> None:
@@ -42,7 +58,7 @@ class Space:
         self._files = files
         self._leases = leases
         self._ranking = ranking
-        self._max_bytes = max_bytes
+        self._limits = limits
         self._space_lock = DirectoryLock(directory / "space.lock")
         self._counters = counters
         self._lock = threading.Lock()
@@ -51,14 +67,29 @@ class Space:
         """Size in bytes of the blob written last."""
         self.on_write: Callable[[CatalogRow, bytes, bool], None] | None = None
         """Told about every blob that was to be written, and whether it was; called while no space lock is held."""
+        self.on_failure: Callable[[CatalogRow, TextEntry | None, bytes, Exception], bool] | None = None
+        """Told about a blob that could not be written; says whether it is kept elsewhere, or the error is raised."""
 
     def adopt(self) -> None:
-        """Rank the catalog by this store's rule, and evict what is above its limit (which may be a new one)."""
+        """Rank the catalog by this store's rule, and evict what is above its limits (which may be new ones)."""
         with self._catalog.transaction() as run:
             self._ranking.adopt(run)
-        if self._max_bytes is not None and self._catalog.nbytes() > self._max_bytes:
-            with self._space_lock.exclusive():
-                self._evict(self._catalog.nbytes() - self._max_bytes, rank=math.inf, spared=self._leases.held())
+        if not self._limits:
+            return
+        with self._space_lock.exclusive():
+            leased = self._leases.held()
+            with self._catalog.transaction() as run:
+                doomed: list[str] = []
+                each = self._limits.namespace_bytes
+                for fingerprints, needed in [] if each is None else above(run, each):
+                    doomed += (
+                        self._ranking.victims(run, needed=needed, rank=math.inf, spared=leased, among=fingerprints)
+                        or ()
+                    )
+                self._drop(doomed)
+                if self._limits.all_bytes is not None:
+                    needed = self._catalog.nbytes() - self._limits.all_bytes
+                    self._drop(self._ranking.victims(run, needed=needed, rank=math.inf, spared=leased) or ())
 
     def use(self, key: str) -> bool:
         """Count a use of a chunk; returns whether it is time for `flush_uses`, which the caller does elsewhere."""
@@ -74,11 +105,15 @@ class Space:
             with self._catalog.transaction() as run:
                 self._ranking.record_uses(run, uses)
 
-    def has_room(self, waiting: int = 0) -> bool:
+    def has_room(self, waiting: int = 0, *, fingerprint: str | None = None) -> bool:
         """Whether one more blob, and `waiting` others, all like the one written last, fit without evicting anything."""
-        if self._max_bytes is None:
+        coming, limits = self.typical * (1 + waiting), self._limits
+        if limits.all_bytes is not None and self._catalog.nbytes() + coming > limits.all_bytes:
+            return False
+        if limits.namespace_bytes is None or fingerprint is None:
             return True
-        return self._catalog.nbytes() + self.typical * (1 + waiting) <= self._max_bytes
+        with self._catalog.transaction(is_write=False) as run:
+            return bytes_of(run, fingerprints_with(run, fingerprint)) + coming <= limits.namespace_bytes
 
     def write(self, row: CatalogRow, entry: TextEntry | None, data: bytes, *, is_used: bool) -> bool:
         """Write a blob if there is room, or can be made; returns whether. Either way the catalog knows the chunk.
@@ -88,8 +123,16 @@ class Space:
             entry: How its text is recognised.
             data: The blob.
             is_used: Whether a prompt has it now; otherwise it is only stored ahead of use.
+
+        Raises:
+            StoreError, OSError: If it cannot be written, and is not kept elsewhere (`on_failure`).
         """
-        is_kept = self._write(row, entry, data, is_used=is_used)
+        try:
+            is_kept = self._write(row, entry, data, is_used=is_used)
+        except (OSError, StoreError) as error:
+            if self.on_failure is None or not self.on_failure(row, entry, data, error):
+                raise
+            return False
         if self.on_write is not None:
             self.on_write(row, data, is_kept)
         return is_kept
@@ -97,10 +140,10 @@ class Space:
     def _write(self, row: CatalogRow, entry: TextEntry | None, data: bytes, *, is_used: bool) -> bool:
         self.typical = len(data)
         limited: AbstractContextManager[None] = nullcontext()
-        if self._max_bytes is not None:
+        if self._limits:
             limited = self._space_lock.exclusive()
         with limited:  # until the catalog counts the blob, nobody else may think that there is room
-            if self._max_bytes is not None and not self._make_room(row, entry, len(data), self._max_bytes):
+            if self._limits and not self._make_room(row, entry, len(data)):
                 return False
             mark = self._files.mark(row.key)
             try:
@@ -120,27 +163,41 @@ class Space:
             self._catalog.upsert(replace(row, nbytes=nbytes), entry)
             self._ranking.put_in(run, row.key, is_used=is_used)
 
-    def _make_room(self, row: CatalogRow, entry: TextEntry | None, nbytes: int, max_bytes: int) -> bool:
+    def _make_room(self, row: CatalogRow, entry: TextEntry | None, nbytes: int) -> bool:
         with self._catalog.transaction():
             self._catalog.upsert(replace(row, nbytes=0), entry)
             if not self._files.path(row.key).exists():  # a blob that somebody has removed takes no room
                 self._catalog.mark_lost([row.key])
-        if nbytes > max_bytes:
+        limits = self._limits
+        if any(limit is not None and nbytes > limit for limit in (limits.all_bytes, limits.namespace_bytes)):
             return False
-        self.flush_uses()
-        needed = self._catalog.nbytes() + nbytes - max_bytes
-        if needed <= 0:
-            return True
         with self._catalog.transaction(is_write=False) as run:
-            rank = self._ranking.rank_of(run, row.key, nbytes=nbytes)
-        return self._evict(needed, rank=rank, spared=self._leases.held() | {row.key})
+            own = fingerprints_with(run, row.fingerprint)
+            own_needed = 0 if limits.namespace_bytes is None else bytes_of(run, own) + nbytes - limits.namespace_bytes
+        needed = 0 if limits.all_bytes is None else self._catalog.nbytes() + nbytes - limits.all_bytes
+        if own_needed <= 0 and needed <= 0:
+            return True
+        self.flush_uses()
+        return self._evict(row.key, nbytes, needed=needed, own=own, own_needed=own_needed)
 
-    def _evict(self, needed: int, *, rank: float, spared: set[str]) -> bool:
+    def _evict(self, key: str, nbytes: int, *, needed: int, own: list[str], own_needed: int) -> bool:
+        """Evict for a chunk what ranks lower: of its own namespace what that lacks, and of all the rest; or nothing."""
+        spared = self._leases.held() | {key}
         with self._catalog.transaction() as run:
-            victims = self._ranking.victims(run, needed=needed, rank=rank, spared=spared)
+            rank = self._ranking.rank_of(run, key, nbytes=nbytes)
+            victims = self._ranking.victims(run, needed=own_needed, rank=rank, spared=spared, among=own)
             if victims is None:
                 return False
-            self._files.remove(victims)
-            self._catalog.mark_lost(victims)
-        self._counters.add(evictions=len(victims))
+            freed = sum(self._catalog.nbytes_of(victim) for victim in victims)
+            others = self._ranking.victims(run, needed=needed - freed, rank=rank, spared=spared.union(victims))
+            if others is None:
+                return False
+            self._drop([*victims, *others])
         return True
+
+    def _drop(self, victims: Iterable[str]) -> None:
+        """Evict these, inside a transaction."""
+        victims = list(victims)
+        self._files.remove(victims)
+        self._catalog.mark_lost(victims)
+        self._counters.add(evictions=len(victims))

@@ -8,7 +8,7 @@ queries give it `remote_timeout_s`, and one that is slow, down or wrong costs on
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,11 +16,12 @@ from typing import Any
 
 from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import InputError, StoreError
-from prophetkv_rag.store.base import StoreStats, TextEntry
+from prophetkv_rag.store.base import Lookup, StoreStats, TextEntry
 from prophetkv_rag.store.catalog import CatalogRow
 from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.store.elsewhere import Elsewhere
 from prophetkv_rag.store.fetches import Fetch, Fetches, Found
-from prophetkv_rag.store.files import DirectoryLock
+from prophetkv_rag.store.files import DirectoryLock, can_write
 from prophetkv_rag.store.keys import is_key
 from prophetkv_rag.store.ram import has_ids
 from prophetkv_rag.store.ranking import Ranking
@@ -33,27 +34,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 2.0
 _BATCH = 8  # chunks that are asked for together while indexing
-
-
-def open_disk_store(directory: str | Path, *, remote: str | None = None, **settings: Any) -> DiskStore:
-    """Open a store on disk, with a remote tier behind it where one is named.
-
-    Args:
-        directory: Where the disk tier is.
-        remote: URL that fsspec knows, such as `s3://bucket/prefix`; `None` for none.
-        **settings: See `DiskStore`, and with a remote `TieredStore`.
-
-    Raises:
-        InputError: If a setting is not allowed.
-        StoreError: If the directory cannot be used.
-    """
-    if remote is not None:
-        return TieredStore(directory, remote=remote, **settings)
-    given = [name for name, value in settings.items() if name.startswith("remote_") and value is not None]
-    if given:
-        msg = f"{', '.join(given)}: there is no remote tier; name one with remote=..."
-        raise InputError(msg)
-    return DiskStore(directory, **{name: value for name, value in settings.items() if not name.startswith("remote_")})
 
 
 class TieredStore(DiskStore):
@@ -78,6 +58,7 @@ class TieredStore(DiskStore):
     """
 
     remote: RemoteTier
+    _elsewhere: Elsewhere | None = None
 
     def __init__(
         self,
@@ -109,30 +90,36 @@ class TieredStore(DiskStore):
                 self.remote, self.catalog, self.files.path, ranking, self.space.flush_uses, lock
             )
             self.space.on_write = self._offer
+            self._elsewhere = Elsewhere(self.catalog, self.remote, self.remote.uploads, self.failures)
+            self.space.on_failure = self._elsewhere.keep
             records.register()
             if records.num_to_delete():
                 self._settle()
 
-    def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> tuple[ChunkCache | None, bool]:
-        """See `ChunkStore.get`: from RAM, from disk, else from the remote, if it answers in time."""
-        cache, was_corrupt = super().get(key, fingerprint=fingerprint, input_ids=input_ids)
-        if cache is not None:
+    def find(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> Lookup:
+        """See `ChunkStore.find`: from RAM, from disk, else from the remote, if it answers in time."""
+        begun, is_on_its_way = self._fetches.expected(key)
+        here = super().find(key, fingerprint=fingerprint, input_ids=input_ids)
+        if here.cache is not None:
             if self.remote.uploads is not None:
                 self.remote.uploads.offer_once(key, fingerprint)
-            return cache, was_corrupt
+            if is_on_its_way:  # it has come already, and was put there
+                self._counters.add(remote_hits=1, ram_hits=-(here.tier == "ram"))
+                here = here._replace(tier="remote")
+            return here
         if self.files.locked_by is not None:
-            return None, was_corrupt
+            return here
         try:
-            fetch = self._fetches.begin([key], fingerprint).get(key)
+            fetch = self._fetches.begin([key], fingerprint, begun=begun).get(key)
         except StoreError:
             fetch = None
         if fetch is None:
-            return None, was_corrupt
+            return here
         found = self._fetches.wait(fetch)
         if found.cache is None or not has_ids(found.cache, input_ids):
-            return None, was_corrupt or found.was_bad
-        self._counters.add(hits=1, misses=0 if was_corrupt else -1)
-        return found.cache, False
+            return Lookup(was_corrupt=here.was_corrupt or found.was_bad)
+        self._counters.add(hits=1, remote_hits=1, misses=0 if here.was_corrupt else -1)
+        return Lookup(found.cache, tier="remote")
 
     def put(
         self,
@@ -146,17 +133,28 @@ class TieredStore(DiskStore):
         """See `DiskStore.put`; it is uploaded afterwards, also if it has no place on the disk."""
         if self.remote.uploads is not None and not if_referenced:
             self.remote.uploads.wait_for_room()
-        super().put(key, cache, fingerprint=fingerprint, entry=entry, if_referenced=if_referenced)
+        try:
+            super().put(key, cache, fingerprint=fingerprint, entry=entry, if_referenced=if_referenced)
+        except StoreError as error:
+            if self._elsewhere is None or not self._elsewhere.why_not:
+                raise
+            msg = f"{error}; nor is it uploaded to {self.remote.files.name}: {self._elsewhere.why_not}"
+            raise StoreError(msg) from error
         if self.remote.uploads is not None:
             self.remote.uploads.offer(key, fingerprint)
 
-    def accepts_new(self, waiting: int = 0) -> bool:
+    def accepts_new(self, waiting: int = 0, *, fingerprint: str | None = None) -> bool:
         """See `ChunkStore.accepts_new`: on the disk, or behind it."""
-        if super().accepts_new(waiting):
+        is_disk_failing = (
+            self._elsewhere is not None
+            and self._elsewhere.is_needed
+            and not can_write(self.files.incoming, self.space.typical)
+        )
+        if not is_disk_failing and super().accepts_new(waiting, fingerprint=fingerprint):
             return True
         if self.policy != "eager" or self.remote.uploads is None or self.remote.writes.is_open:
             return False
-        if self.files.locked_by is not None or self.failures.is_failing:
+        if self.files.locked_by is not None or (self.failures.is_failing and not self.catalog.can_write()):
             return False
         if self.remote.max_bytes is None:
             return True
@@ -166,19 +164,13 @@ class TieredStore(DiskStore):
 
     def expect(self, keys: Iterable[str], *, fingerprint: str) -> None:
         """See `ChunkStore.expect`: what is neither in RAM nor on disk is read, all of it at once."""
-        if self.files.locked_by is not None:
-            return
-        try:
-            lacking = [key for key in keys if not (self._ram.holds(key) or self.files.path(key).exists())]
-            self._fetches.begin(lacking, fingerprint)
-        except (StoreError, OSError, ValueError) as error:
-            logger.debug("nothing was read ahead from the remote tier: %s", error)
+        self._begin(self._fetches.expect, keys, fingerprint)
 
     def read_ahead(self, keys: Iterable[str], *, fingerprint: str) -> None:
         """See `ChunkStore.read_ahead`."""
         keys = [key for key in keys if is_key(key)]
         super().read_ahead(keys, fingerprint=fingerprint)
-        self.expect(keys, fingerprint=fingerprint)
+        self._begin(self._fetches.begin, keys, fingerprint)
 
     def bring(self, chunks: Mapping[str, tuple[Sequence[int], TextEntry | None]], *, fingerprint: str) -> set[str]:
         """See `ChunkStore.bring`; what has no room on the disk is only looked for."""
@@ -191,7 +183,7 @@ class TieredStore(DiskStore):
                 with self.catalog.transaction():
                     for key, (input_ids, entry) in part.items():
                         self.catalog.upsert(CatalogRow(key, fingerprint, len(input_ids), 0), entry)
-                is_look = not self.space.has_room(len(part))
+                is_look = not self.space.has_room(len(part), fingerprint=fingerprint)
                 fetches = self._fetches.begin(part, fingerprint, is_look=is_look, is_used=False)
             except StoreError as error:
                 logger.debug("nothing was brought from the remote tier: %s", error)
@@ -258,6 +250,15 @@ class TieredStore(DiskStore):
                 logger.debug("the hits in the remote tier were not noted", exc_info=True)
         super().close()
 
+    def _begin(self, begin: Callable[[Iterable[str], str], object], keys: Iterable[str], fingerprint: str) -> None:
+        """Begin to read what is neither in RAM nor on disk."""
+        if self.files.locked_by is not None:
+            return
+        try:
+            begin([key for key in keys if not (self._ram.holds(key) or self.files.path(key).exists())], fingerprint)
+        except (StoreError, OSError, ValueError) as error:
+            logger.debug("nothing was read ahead from the remote tier: %s", error)
+
     def _check_blob(self, data: bytes, key: str, fingerprint: str) -> ChunkCache | None:
         """Return the cache that a blob of the remote holds, or `None` for another format; `BlobError` if it is bad."""
         header, cache = self.files.decode(key, data, fingerprint=fingerprint)
@@ -271,6 +272,7 @@ class TieredStore(DiskStore):
         if self.policy == "read_only":
             self._ram.put(key, cache, fingerprint=fingerprint)
             return self._ram.holds(key)
+        self._reader.settle(key)  # a bad blob on the disk would keep this one out
         with self.directory_lock.shared():  # nothing is deleted meanwhile
             if key not in self.catalog:
                 return False
@@ -284,6 +286,8 @@ class TieredStore(DiskStore):
     def _offer(self, row: CatalogRow, data: bytes, is_kept: bool) -> None:
         if self.remote.uploads is not None:
             self.remote.uploads.offer(row.key, row.fingerprint, None if is_kept else data)
+        if is_kept and self._elsewhere is not None:
+            self._elsewhere.is_needed = False
 
     def _settle(self) -> None:
         if self.remote.uploads is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from prophetkv_rag.store.catalog import UNKNOWN_OWNER, CatalogRow
 from prophetkv_rag.store.encryption import EncryptionKey
 from prophetkv_rag.store.key_mark import must_be_unlocked
 from prophetkv_rag.store.keys import is_key
+from prophetkv_rag.store.namespaces import learn
 from prophetkv_rag.store.sealing import unseal
 
 if TYPE_CHECKING:
@@ -47,7 +49,9 @@ def export_caches(store: DiskStore, path: Path, progress: Callable[[int], None] 
         raise InputError(msg)
     temporary, count = path.with_name(f"{path.name}.part"), 0
     try:
-        with tarfile.open(temporary, "w") as archive:
+        temporary.unlink(missing_ok=True)  # what an export that was killed left
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # private from the first byte on
+        with open(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w") as archive:
             for row in store.catalog.rows():
                 blob = store.files.path(row.key)
                 if row.nbytes and blob.exists():
@@ -58,7 +62,6 @@ def export_caches(store: DiskStore, path: Path, progress: Callable[[int], None] 
                     count += 1
                 if progress is not None:
                     progress(1)
-        temporary.chmod(0o600)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -93,7 +96,9 @@ def import_caches(
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 key = member.name.removesuffix(_SUFFIX)
-                file = archive.extractfile(member) if member.isfile() and is_key(key) else None
+                # A sparse member may claim any size; what `export_caches` writes is none, and no longer than the file.
+                is_blob = member.isfile() and not member.issparse() and is_key(key)
+                file = archive.extractfile(member) if is_blob else None
                 data = b"" if file is None else file.read()
                 try:
                     header, _ = decode_file(data, key=key, encryption_key=expected)
@@ -107,6 +112,7 @@ def import_caches(
                 if expected != store.files.encryption_key:
                     data = store.files.seal(key, data if expected is None else unseal(data, expected, key=key))
                 row = CatalogRow(key, str(header.metadata["fingerprint"]), header.num_tokens, 0)
+                learn(store.catalog, row.fingerprint, header.namespace)
                 with store.directory_lock.shared():
                     is_kept = store.space.write(row, header.entry, data, is_used=False)
                     store.catalog.add_references(UNKNOWN_OWNER, [key])

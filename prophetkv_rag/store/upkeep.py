@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from prophetkv_rag.errors import BlobError
 from prophetkv_rag.store.base import VerifyReport
 from prophetkv_rag.store.catalog import CatalogRow
+from prophetkv_rag.store.catalog_file import damaged
 from prophetkv_rag.store.key_mark import must_be_unlocked, write_mark
 from prophetkv_rag.store.leases import writing
 from prophetkv_rag.store.rebuild import rebuild, sweep
@@ -78,8 +79,10 @@ def verify(store: DiskStore, *, repair: bool = False) -> VerifyReport:
     rows = store.catalog.rows()
     faults = [(row, fault) for row in rows if (fault := _fault(store, row)) is not None]
     with store.directory_lock.exclusive():  # nothing is being written now
-        faults = [(row, fault) for row, _ in faults if (fault := _fault(store, row)) is not None]
-        known = {row.key for row in store.catalog.rows()}
+        now = {row.key: row for row in store.catalog.rows()}  # what was evicted or deleted meanwhile is not missing
+        suspects = [now[row.key] for row, _ in faults if row.key in now]
+        faults = [(row, fault) for row in suspects if (fault := _fault(store, row)) is not None]
+        known = set(now)
         orphans = [path for path in store.files.all_files() if store.files.key_of(path) not in known]
         if repair:
             lost = [row.key for row, _ in faults]
@@ -141,9 +144,9 @@ def gc(store: DiskStore, live: Live | None = None, *, grace_s: float = GRACE_S) 
                 path = store.files.path(key)
                 freed += path.stat().st_size if path.exists() else 0
             store.files.remove(doomed)
-            store.drop_from_memory(doomed)
             store.catalog.delete(run, doomed)
             unreferenced += len(doomed)
+        store.drop_from_memory(doomed)  # when no query sees the chunks any more
     remote = RemoteCollection() if store.remote is None else collect_remote(store.remote, grace_s)
     return GcReport(
         orphans, unreferenced, dropped, freed, remote.deleted, remote.waiting, remote_orphans=remote.orphans
@@ -172,12 +175,14 @@ def clear(store: DiskStore, namespace: str | None = None) -> int:
             # What no engine of this version has described yet has no namespace.
             if fingerprint not in others and (not namespace or fingerprint in named)
         ]
-        store.drop_from_memory(keys)
         store.files.remove(keys)
         store.catalog.delete(run, keys)
         doom_whole(run, named.difference(others))
         if namespace is None:
             write_mark(store.directory, None)  # any key may follow
+            damaged(store.directory / "catalog.sqlite").unlink(missing_ok=True)
+    store.drop_from_memory(keys)  # when no query sees the chunks any more
+    store.catalog.scrub()
     if store.remote is not None:
         settle_remote(store.remote)
     return len(keys)

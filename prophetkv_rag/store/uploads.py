@@ -65,18 +65,24 @@ class Uploads:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def offer(self, key: str, fingerprint: str, data: bytes | None = None) -> None:
-        """Upload a blob some time soon, if it is not there yet; without `data` it is read from the disk then."""
+    def offer(self, key: str, fingerprint: str, data: bytes | None = None) -> bool:
+        """Upload a blob some time soon, if it is not there yet; without `data` it is read from the disk then.
+
+        Returns:
+            Whether it waits now; not if too much does already.
+        """
         with self._changed:
             self._seen.add(key)
-            if self._is_closed or key in self._waiting:
-                return
+            waiting = self._waiting.get(key)
+            if self._is_closed or (waiting is not None and (data is None or waiting[1] is not None)):
+                return not self._is_closed
             if data is not None:
                 if self._nbytes + len(data) > MAX_WAITING_BYTES:
-                    return
+                    return False
                 self._nbytes += len(data)
             self._waiting[key] = (fingerprint, data)
             self._wake()
+            return True
 
     def offer_once(self, key: str, fingerprint: str) -> None:
         """As `offer`, unless this process has offered it before: for what is met on the way of a query."""

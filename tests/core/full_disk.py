@@ -12,6 +12,7 @@ import torch
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.store.tiered import TieredStore
 from tests.tiny import save_tiny, save_tiny_encoder, text_of, tiny_llama, tiny_tokenizer
 
 torch.set_num_threads(1)  # the machine may be busy
@@ -88,6 +89,75 @@ def index(mounted: str) -> None:
     print("one warning, same answers:", warnings.messages[0][-60:])
 
 
+def with_remote(mounted: str) -> None:
+    """A remote tier behind the full disk: new caches go there alone, as long as the catalog can note them."""
+    directory, remote, warnings = Path(mounted), Path(mounted).parent / "remote", Warnings()
+    config = ProphetKVConfig(recompute_ratio=0.0, index_batch_tokens=64)
+    clean = ProphetKVEngine(tiny_llama(), tiny_tokenizer(), config=config)
+    texts = [text_of(100, seed=seed) for seed in range(10)]
+    keys = clean.add_chunks(texts)
+
+    def there() -> set[str]:
+        return {path.stem for path in remote.rglob("*.safetensors")}
+
+    def tiers(texts: list[str]) -> list[str]:
+        found = []
+        for text in texts:
+            result = engine.prefill("Read: " + text + " So?")
+            found += [chunk.tier for chunk in result.report.chunks]
+            wanted = clean.prefill(Prompt("Read: ", [text], " So?"))
+            torch.testing.assert_close(result.logits, wanted.logits, atol=1e-4, rtol=1e-4)
+            engine.store.flush()
+        assert len(found) == len(texts), "every text is found in its prompt, stored or not"
+        return found
+
+    store = TieredStore(directory / "store", 0, remote=f"file://{remote}", remote_timeout_s=60.0)
+    engine = ProphetKVEngine(clean.model, clean.tokenizer, config=config, store=store)
+    engine.add_chunks(texts[:2], owner="a")
+    store.flush()
+    store.catalog.scrub()  # as in a store that was opened before
+    ballast = fill(directory)
+    size = store.files.path(keys[0]).stat().st_size
+    with ballast.open("r+b") as file:  # no blob has room, and the catalog has
+        file.truncate(ballast.stat().st_size - int(0.9 * size))
+    computed: list[int] = []
+    assert engine.add_chunks(texts[:9], owner="a", progress=lambda done, total: computed.append(done)) == keys[:9]
+    store.flush()
+    assert len(computed) == 7, "and none of it is for nothing"
+    assert there() == set(keys[:9])
+    assert len(list((directory / "store" / "blobs").rglob("*.safetensors"))) == 2
+    assert tiers(texts[:9]) == ["disk"] * 2 + ["remote"] * 7
+    assert (store.stats().failed_writes, store.failures.is_failing) == (0, False)
+    assert len(warnings.messages) == 1, warnings.messages
+    assert "go to file://" in warnings.messages[0], warnings.messages
+    store.catalog.scrub()  # its log has used up the little that was left
+    assert engine.remove_chunks(keys[5:7], owner="a") == keys[5:7]
+    store.flush()
+    assert there() == set(keys[:9]) - set(keys[5:7]), "what was never on the disk is deleted there too"
+
+    store.catalog.scrub()  # or its log would have room of its own
+    rest = fill(directory / "store")  # not even the catalog has room now
+    engine.add_chunks(texts[5:], owner="a")
+    store.flush()
+    new = there() - set(keys[:9])
+    assert new == set(), (
+        "what the catalog cannot note is not uploaded: nobody would know that it is to be deleted there"
+    )
+    assert tiers(texts) == ["disk"] * 2 + ["remote"] * 3 + ["computed"] * 2 + ["remote"] * 2 + ["computed"]
+    assert store.stats().failed_writes > 0
+    assert len(warnings.messages) == 1, warnings.messages
+
+    for path in (rest, ballast):
+        path.unlink()
+    engine.add_chunks(texts, owner="a")
+    store.flush()
+    assert tiers(texts) == ["disk"] * 10
+    assert there() == set(keys)
+    assert store.verify().num_faults == 0
+    store.close()
+    print("uploaded all the same:", warnings.messages[0][:60])
+
+
 def command_line(mounted: str) -> None:
     """`index`, `ask` and `cache warm` of a database whose caches lie on a small disk of their own."""
     from prophetkv_rag.cli.app import main
@@ -140,4 +210,4 @@ def command_line(mounted: str) -> None:
 
 
 if __name__ == "__main__":
-    {"index": index, "command_line": command_line}[sys.argv[1]](sys.argv[2])
+    {"index": index, "with_remote": with_remote, "command_line": command_line}[sys.argv[1]](sys.argv[2])

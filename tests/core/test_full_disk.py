@@ -27,7 +27,11 @@ def namespace() -> list[str]:
 
 @pytest.mark.parametrize(
     ("what", "size", "printed"),
-    [("index", "2m", "one warning, same answers"), ("command_line", "1m", "caches not kept")],
+    [
+        ("index", "2m", "one warning, same answers"),
+        ("with_remote", "3m", "uploaded all the same"),
+        ("command_line", "1m", "caches not kept"),
+    ],
 )
 def test_a_full_disk_while_indexing(tmp_path: Path, what: str, size: str, printed: str) -> None:
     mounted = tmp_path / "prophetkv"

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import chromadb
@@ -18,11 +20,12 @@ from prophetkv_rag.store.base import RemoteStats
 from prophetkv_rag.store.blob import encode_blob
 from prophetkv_rag.store.breaker import Breaker
 from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.store.opening import open_disk_store
 from prophetkv_rag.store.remote_files import RemoteFiles
-from prophetkv_rag.store.tiered import TieredStore, open_disk_store
+from prophetkv_rag.store.tiered import TieredStore
 from prophetkv_rag.store.upkeep import clear, gc, verify
 from tests.core.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
-from tests.core.faulty_files import FaultyFileSystem, raising
+from tests.core.faulty_files import FaultyFileSystem, hanging, raising
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +115,42 @@ def test_a_chunk_of_ours_comes_to_the_disk_and_is_read_from_there_the_next_time(
     again = opened(tmp_path / "other")
     assert remote_of(again).all_hits == 2, "hits are remembered"
     again.close()
+
+
+def test_a_bad_blob_on_the_disk_is_replaced_by_the_remote_s(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    put(store, 1, 2)
+    for seed in (1, 2):
+        store.files.path(key_of(seed)).write_bytes(b"nonsense")
+        gate = threading.Event()  # the thread that drops it has other things to do
+        store._later.run(gate.wait, 60)
+        found = store.find(key_of(seed), fingerprint=FINGERPRINT, input_ids=ids_of(seed))
+        assert (found.was_corrupt, found.tier) == (False, "remote")
+        assert_same(found.cache, make_cache(seed))
+        store._fetches.flush()
+        gate.set()
+        store.flush()
+        found = store.find(key_of(seed), fingerprint=FINGERPRINT, input_ids=ids_of(seed))
+        assert (found.was_corrupt, found.tier) == (False, "disk")
+    assert store.verify().num_faults == 0
+    store.close()
+
+
+def test_what_waits_to_be_read_from_a_disk_that_has_lost_it_is_uploaded_from_memory(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    with hanging("pipe_file"):
+        store.put(key_of(1), make_cache(1), fingerprint=FINGERPRINT)  # keeps the thread busy
+        while FaultyFileSystem.calls["pipe_file"] == 0:
+            time.sleep(0.01)
+        store.put(key_of(2), make_cache(2), fingerprint=FINGERPRINT)
+        data = store.files.path(key_of(2)).read_bytes()
+        store.files.remove([key_of(2)])
+        uploads = store.remote.uploads
+        assert uploads is not None
+        assert uploads.offer(key_of(2), FINGERPRINT, data)
+    store.flush()
+    assert there(1, 2) == [True, True]
+    store.close()
 
 
 def test_a_corpus_larger_than_the_disk_is_in_the_remote(tmp_path: Path) -> None:
@@ -450,6 +489,8 @@ def test_metrics_tell_the_tiers_apart(tmp_path: Path) -> None:
     store = opened(tmp_path)
     put(store, 1, 2)
     got(store, 3)
+    store.files.remove([key_of(2)])
+    got(store, 1, 2)
     text = prometheus_client.generate_latest(ServerMetrics(store.stats, ()).registry).decode()
     for line in (
         "prophetkv_remote_up 1.0",
@@ -458,6 +499,8 @@ def test_metrics_tell_the_tiers_apart(tmp_path: Path) -> None:
         "prophetkv_remote_waiting 0.0",
         'prophetkv_remote_calls_total{outcome="uploads"} 2.0',
         'prophetkv_remote_calls_total{outcome="misses"} 1.0',
+        'prophetkv_store_lookups_total{result="remote"} 1.0',
+        'prophetkv_store_lookups_total{result="disk"} 1.0',
     ):
         assert line in text.splitlines()
     store.close()

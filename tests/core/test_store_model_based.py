@@ -27,6 +27,7 @@ CLEAN = ProphetKVEngine(MODEL, TOKENIZER, config=CONFIG)
 KEYS = CLEAN.add_chunks(TEXTS)
 NAMES = ("machine-first", "machine-second")
 BLOB_BYTES = 25_000  # about one of these texts' blobs
+limits, rams = st.sampled_from([0, 2 * BLOB_BYTES, 4 * BLOB_BYTES]), st.sampled_from([0, 3 * BLOB_BYTES])
 
 names, texts, ids = st.sampled_from(NAMES), st.integers(0, len(TEXTS) - 1), st.sampled_from(["a", "b", "c", "d"])
 
@@ -41,18 +42,18 @@ class StoreMachine(RuleBasedStateMachine):
         self.held: dict[str, dict[str, int]] = {name: {} for name in NAMES}
         self.limit = 3 * BLOB_BYTES
 
-    @initialize(
-        limit=st.sampled_from([0, 2 * BLOB_BYTES, 4 * BLOB_BYTES]), policy=st.sampled_from(["eager", "on_first_use"])
-    )
-    def start(self, limit: int, policy: Any) -> None:
-        self.limit, self.policy = limit, policy
+    @initialize(limit=limits, each=limits, ram=rams, policy=st.sampled_from(["eager", "on_first_use"]))
+    def start(self, limit: int, each: int, ram: int, policy: Any) -> None:
+        self.limit, self.each, self.ram, self.policy = limit, each, ram, policy
         for name in NAMES:
             if name in [collection.name for collection in self.client.list_collections()]:
                 self.client.delete_collection(name)
         self.open()
 
     def open(self) -> None:
-        self.store = DiskStore(self.directory, 0, max_bytes=self.limit, policy=self.policy)
+        self.store = DiskStore(
+            self.directory, self.ram, max_bytes=self.limit, namespace_max_bytes=self.each, policy=self.policy
+        )
         self.engine = ProphetKVEngine(MODEL, TOKENIZER, config=CONFIG, store=self.store)
         self.collections = {
             name: KVCachingCollection(self.client.get_or_create_collection(name, embedding_function=None), self.engine)
@@ -99,23 +100,25 @@ class StoreMachine(RuleBasedStateMachine):
         report = gc(self.store, live_references(self.client), grace_s=-1)
         assert (report.orphans, report.unreferenced, report.stale_references) == (0, 0, 0), "nothing was left over"
 
-    @rule(limit=st.sampled_from([0, 2 * BLOB_BYTES, 4 * BLOB_BYTES]))
-    def restart(self, limit: int) -> None:
+    @rule(limit=limits, each=limits, ram=rams)
+    def restart(self, limit: int, each: int, ram: int) -> None:
         self.store.close()
-        self.limit = limit
+        self.limit, self.each, self.ram = limit, each, ram
         self.open()
 
     @invariant()
     def it_is_as_the_dictionary_says(self) -> None:
         if not hasattr(self, "store"):
             return
-        assert self.on_disk() <= self.limit
+        assert self.on_disk() <= min(self.limit, self.each)
         for name, records in self.held.items():
             wanted = {KEYS[text] for text in records.values()}
             assert set(self.store.references(self.collections[name].owner)) == wanted
         known = {KEYS[text] for records in self.held.values() for text in records.values()}
         assert {key for key in KEYS if self.store.knows(key)} == known
         assert {path.stem for path in (self.directory / "blobs").rglob("*.safetensors")} <= known
+        assert set(self.store._ram.keys()) <= known
+        assert self.store._ram.nbytes <= self.ram
 
     def on_disk(self) -> int:
         self.store.flush()

@@ -1,0 +1,112 @@
+"""What a store on disk knows of its chunks without looking at blobs: the half of `DiskStore` that is the catalog's."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from prophetkv_rag.errors import InputError
+from prophetkv_rag.store.base import ChunkStore, EntryColumns, Policy, TextEntry
+from prophetkv_rag.store.blob_files import BlobFiles
+from prophetkv_rag.store.catalog import Catalog, CatalogRow
+from prophetkv_rag.store.files import DirectoryLock
+from prophetkv_rag.store.keys import check_key
+
+
+class CatalogedStore(ChunkStore):
+    """Chunks, the texts they are recognised by, and who refers to them.
+
+    Attributes:
+        directory: Where all of it is.
+        policy: See `DiskStore`.
+        files: The blobs.
+        catalog: The list.
+        directory_lock: Held while something is written, alone while something is deleted.
+    """
+
+    directory: Path
+    policy: Policy
+    files: BlobFiles
+    catalog: Catalog
+    directory_lock: DirectoryLock
+    _seen: dict[str, int]
+    _deletes: int
+
+    @abstractmethod
+    def drop_from_memory(self, keys: Iterable[str]) -> None:
+        """Forget caches that this process holds in RAM or is about to write."""
+
+    def knows(self, key: str) -> bool:
+        """See `ChunkStore.knows`."""
+        return key in self.catalog
+
+    def note(self, key: str, *, fingerprint: str, num_tokens: int, entry: TextEntry | None) -> None:
+        """See `ChunkStore.note`."""
+        if self.policy != "read_only":
+            with self.directory_lock.shared():
+                self.catalog.upsert(CatalogRow(check_key(key), fingerprint, num_tokens, 0), entry)
+
+    def describe(self, fingerprint: str, *, model: str, namespace: str, seconds_per_token: float | None) -> None:
+        """See `ChunkStore.describe`."""
+        if self.policy != "read_only":
+            self.catalog.describe(fingerprint, model, namespace, seconds_per_token)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """See `ChunkStore.delete`."""
+        self._must_be_writable("delete caches")
+        keys = [check_key(key) for key in keys]
+        with self.directory_lock.exclusive(), self.catalog.transaction() as run:
+            count = self.catalog.delete(run, keys)
+            self._forget(keys)
+        self._deleted(keys, count)
+
+    def add_references(self, owner: str, keys: Iterable[str]) -> None:
+        """See `ChunkStore.add_references`."""
+        keys = [check_key(key) for key in keys]
+        if self.policy != "read_only":
+            self.catalog.add_references(owner, keys)
+
+    def drop_references(self, owner: str, keys: Iterable[str]) -> list[str]:
+        """See `ChunkStore.drop_references`."""
+        self._must_be_writable("delete caches")
+        keys = [check_key(key) for key in keys]
+        with self.directory_lock.exclusive(), self.catalog.transaction() as run:
+            unreferenced = self.catalog.unreferenced_without(run, owner, keys)
+            count = self.catalog.delete(run, unreferenced)
+            self._forget(unreferenced)
+        self._deleted(unreferenced, count)
+        return unreferenced
+
+    def references(self, owner: str) -> list[str]:
+        """Keys that `owner` refers to."""
+        return self.catalog.references(owner)
+
+    def entries(self, fingerprint: str) -> Iterator[tuple[str, TextEntry]]:
+        """See `ChunkStore.entries`."""
+        return self._entries_after(fingerprint, 0).pairs()
+
+    def entry_columns(self, fingerprint: str) -> EntryColumns:
+        """See `ChunkStore.entry_columns`."""
+        return self._entries_after(fingerprint, 0)
+
+    def new_entries(self, fingerprint: str) -> Iterator[tuple[str, TextEntry]]:
+        """See `ChunkStore.new_entries`; rows that this store itself added since then are among them."""
+        return self._entries_after(fingerprint, self._seen.get(fingerprint, 0)).pairs()
+
+    def _forget(self, keys: Sequence[str]) -> None:
+        self.drop_from_memory(keys)
+        self.files.remove(keys)
+
+    def _deleted(self, keys: Sequence[str], count: int) -> None:
+        self._deletes += count  # only those of others are looked for
+        self.drop_from_memory(keys)  # also what a query was just reading, as it saw the chunk until now
+
+    def _must_be_writable(self, action: str) -> None:
+        if self.policy == "read_only":
+            msg = f"cannot {action} in {self.directory}: it was opened with policy='read_only'"
+            raise InputError(msg)
+
+    def _entries_after(self, fingerprint: str, row_id: int) -> EntryColumns:
+        found, self._seen[fingerprint] = self.catalog.entries(fingerprint, after_id=row_id)
+        return found
