@@ -164,7 +164,7 @@ def gc(
     May run while others index and ask.
     """
     from prophetkv_rag.chroma_store import live_references
-    from prophetkv_rag.cli.remote import other_remotes
+    from prophetkv_rag.cli.other_remotes import other_remotes
     from prophetkv_rag.store.upkeep import gc as collect
 
     store = open_caches(db, needs_key=False)
