@@ -160,7 +160,7 @@ def plot_streams(results: list[StreamResult], path: Path) -> None:
     axes[2].axhline(results[0].limit / 1e6, color="black", linestyle="--", linewidth=1, label="limit")
     axes[0].set(xlabel="queries", ylabel="chunks found, %", ylim=(0, 100))
     axes[1].set(xlabel="queries", ylabel="median time to first token, ms", ylim=(0, None))
-    axes[2].set(xlabel="queries", ylabel="MB on disk", ylim=(0, None))
+    axes[2].set(xlabel="queries", ylabel="MB on disk", ylim=(0, 1.2 * results[0].limit / 1e6))
     for axis in axes:
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -303,8 +303,8 @@ QUESTION = {
 
 
 def test_own_data(tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.jsonl", QUESTION, {**QUESTION, "id": "8"}, {**QUESTION, "id": "9", "passages": []})
-    first, _, bare = load_questions(path)
+    path = write(tmp_path / "mine.jsonl", QUESTION, {**QUESTION, "id": "8"})
+    first, _ = load_questions(path)
     assert first.context == ("House\nAnn lives {here}.\n\n", "Bo left.\n\n", "End.")
     assert prompt(first) == (
         "Context information is below.\n---------------------\nHouse\nAnn lives {here}.\n\nBo left.\n\nEnd.\n"
@@ -315,7 +315,6 @@ def test_own_data(tmp_path: Path) -> None:
     assert (first.references, first.metric, first.max_new_tokens) == (("Ann", "Bo"), "qa_f1", 32)
     assert first.chat
     assert first.answer_prefix == ""
-    assert bare.context == ()
     assert score(first, "It is Ann.") == pytest.approx(0.5)
     assert len(load_questions(path, limit=1)) == 1
 
@@ -333,5 +332,8 @@ def test_own_data_errors(tmp_path: Path) -> None:
     missing = {name: value for name, value in QUESTION.items() if name != "answers"}
     with pytest.raises(InputError, match=r"mine\.jsonl, line 2: answers is missing"):
         load_questions(write(tmp_path / "mine.jsonl", QUESTION, missing))
+    for name, empty in (("passages", []), ("passages", [{"title": "", "text": " "}]), ("answers", [])):
+        with pytest.raises(InputError, match=f"{name} of the question '7' is empty"):
+            load_questions(write(tmp_path / "mine.jsonl", {**QUESTION, name: empty}))
     with pytest.raises(InputError, match="id '7' is there twice"):
         load_questions(write(tmp_path / "mine.jsonl", QUESTION, QUESTION))
