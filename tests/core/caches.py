@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from prophetkv_rag.chunk_cache import CacheIdentity, ChunkCache
+from prophetkv_rag.store.base import ChunkStore
 
 IDENTITY = CacheIdentity(model="m", tokenizer="t", prefix_ids=(1, 2), dtype="float32")
 FINGERPRINT = IDENTITY.fingerprint
@@ -42,3 +43,15 @@ def assert_same(cache: ChunkCache | None, expected: ChunkCache) -> None:
         assert one.dtype == other.dtype
         assert one.shape == other.shape
         assert one.contiguous().view(torch.uint8).equal(other.contiguous().view(torch.uint8))
+
+
+def found_in(store: ChunkStore, *seeds: int) -> list[bool]:
+    """Which of them a store can give; what it gives is compared."""
+    hits = []
+    for seed in seeds:
+        cache, was_corrupt = store.get(key_of(seed), fingerprint=FINGERPRINT, input_ids=ids_of(seed))
+        assert not was_corrupt
+        if cache is not None:
+            assert_same(cache, make_cache(seed))
+        hits.append(cache is not None)
+    return hits

@@ -24,7 +24,7 @@ from prophetkv_rag.store.opening import open_disk_store
 from prophetkv_rag.store.remote_files import RemoteFiles
 from prophetkv_rag.store.tiered import TieredStore
 from prophetkv_rag.store.upkeep import clear, gc, verify
-from tests.core.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
+from tests.core.caches import FINGERPRINT, assert_same, found_in, ids_of, key_of, make_cache
 from tests.core.faulty_files import FaultyFileSystem, hanging, raising
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
@@ -54,14 +54,8 @@ def put(store: DiskStore, *seeds: int, owner: str | None = None) -> None:
 
 
 def got(store: DiskStore, *seeds: int) -> list[bool]:
-    """Which of them the store can give; what it gives is compared."""
-    found = []
-    for seed in seeds:
-        cache, was_corrupt = store.get(key_of(seed), fingerprint=FINGERPRINT, input_ids=ids_of(seed))
-        assert not was_corrupt
-        if cache is not None:
-            assert_same(cache, make_cache(seed))
-        found.append(cache is not None)
+    """Which of them the store can give, which then has done what it puts off."""
+    found = found_in(store, *seeds)
     store.flush()
     return found
 

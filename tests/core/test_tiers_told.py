@@ -19,7 +19,7 @@ from prophetkv_rag.store.disk import DiskStore
 from prophetkv_rag.store.memory import MemoryStore
 from prophetkv_rag.store.statistics import Usage, all_counts, hits_by_tier, usage
 from prophetkv_rag.store.tiered import TieredStore
-from tests.core.caches import FINGERPRINT, IDENTITY, assert_same, ids_of, key_of, make_cache
+from tests.core.caches import FINGERPRINT, IDENTITY, found_in, ids_of, key_of, make_cache
 from tests.core.faulty_files import FaultyFileSystem
 from tests.tiny import save_tiny, text_of, tiny_llama, tiny_tokenizer
 
@@ -128,31 +128,20 @@ def put(store: MemoryStore, *seeds: int) -> None:
         store.put(key_of(seed), make_cache(seed), fingerprint=FINGERPRINT, entry=text_entry(f"the text of {seed}"))
 
 
-def found(store: MemoryStore, *seeds: int) -> list[bool]:
-    hits = []
-    for seed in seeds:
-        cache, was_corrupt = store.get(key_of(seed), fingerprint=FINGERPRINT, input_ids=ids_of(seed))
-        assert not was_corrupt
-        if cache is not None:
-            assert_same(cache, make_cache(seed))
-        hits.append(cache is not None)
-    return hits
-
-
 def test_a_store_in_memory_keeps_to_its_limit_and_knows_what_had_to_go() -> None:
     store = MemoryStore(3 * SIZE)
     put(store, 1, 2, 3)
     assert not store.accepts_new()
-    assert found(store, 1) == [True]
+    assert found_in(store, 1) == [True]
     put(store, 4)
-    assert found(store, 1, 2, 3, 4) == [True, False, True, True], "the least recently used one"
+    assert found_in(store, 1, 2, 3, 4) == [True, False, True, True], "the least recently used one"
     assert (store.stats().nbytes, store.stats().chunks, store.stats().evictions) == (3 * SIZE, 3, 1)
     assert store.stats().max_nbytes == 3 * SIZE
     assert key_of(2) not in store
     assert store.knows(key_of(2))
     assert len(list(store.entries(FINGERPRINT))) == 4, "its text is still found in prompts"
     put(store, 2)
-    assert found(store, 2, 1) == [True, False]
+    assert found_in(store, 2, 1) == [True, False]
     store.delete([key_of(2), key_of(1)])
     assert (store.stats().nbytes, store.knows(key_of(1)), store.accepts_new()) == (2 * SIZE, False, True)
     store.put(key_of(5, 99), make_cache(5, 99), fingerprint=FINGERPRINT)
