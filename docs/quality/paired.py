@@ -58,6 +58,14 @@ for file in sorted(Path(__file__).parent.glob("*.jsonl.gz")):
             by_task: dict[str, list[float]] = defaultdict(list)
             for task, difference in zip(tasks_of(kl, both), differences, strict=True):
                 by_task[task].append(difference)
+            if name == "all" and ours[0] == OURS:
+                for task, of_task in by_task.items():
+                    spread = bootstrap_mean(of_task)
+                    below = sum(arms[base] for arms, of in zip(both, tasks_of(kl, both), strict=True) if of == task)
+                    sys.stdout.write(
+                        f"  {'':58} {task}: {sum(of_task) / below:+.0%}  {spread.mean:+.3f} ({spread.low:+.3f} to "
+                        f"{spread.high:+.3f}), lower on {sum(one < 0 for one in of_task)} of {len(of_task)}\n"
+                    )
             if name == "all" and len(by_task) > 2:  # prompts of one task are alike, those of RULER share a haystack
                 means = np.array([np.mean(found) for found in by_task.values()])
                 one_out = [float(np.delete(means, left).mean()) for left in range(len(means))]
