@@ -35,6 +35,15 @@ def tasks_of(kl: dict[tuple[str, str], Arms], examples: list[Arms]) -> list[str]
     return [task_of[id(arms)] for arms in examples]
 
 
+def compared(pairs: list[tuple[float, float]]) -> str:
+    """Return how much lower the first of each pair is."""
+    differences = [one - other for one, other in pairs]
+    found = bootstrap_mean(differences)
+    change = sum(differences) / sum(other for _, other in pairs)
+    lower = sum(difference < 0 for difference in differences)
+    return f"{change:+.0%}  {found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f}), lower on {lower} of {len(pairs)}"
+
+
 for file in sorted(Path(__file__).parent.glob("*.jsonl.gz")):
     kl: dict[tuple[str, str], Arms] = defaultdict(dict)
     for line in gzip.decompress(file.read_bytes()).decode().splitlines()[1:]:
@@ -43,31 +52,23 @@ for file in sorted(Path(__file__).parent.glob("*.jsonl.gz")):
     sets = {name: [arms for (task, _), arms in kl.items() if task not in left_out] for name, left_out in SETS.items()}
     sets["question files"] = [arms for (task, _), arms in kl.items() if not task.startswith("ruler_")]
     for name, examples in sets.items():
+        if name != "all" and len(examples) in (0, len(kl)):
+            continue  # said already
         sys.stdout.write(f"{file.stem.partition('.')[0]}, {name}: {len(examples)} prompts\n")
         for ours, base in PAIRS:
             both = [arms for arms in examples if ours in arms and base in arms]  # not all prompts have all arms
             if not both:
                 continue
-            differences = [arms[ours] - arms[base] for arms in both]
-            found = bootstrap_mean(differences)
-            change = sum(differences) / sum(arms[base] for arms in both)
-            lower = sum(difference < 0 for difference in differences)
             label = f"{ours[0]} {ours[1]:.0%} against {base[0]} {base[1]:.0%}"
-            interval = f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
-            sys.stdout.write(f"  {label:58} {change:+.0%}  {interval}, lower on {lower} of {len(both)}\n")
-            by_task: dict[str, list[float]] = defaultdict(list)
-            for task, difference in zip(tasks_of(kl, both), differences, strict=True):
-                by_task[task].append(difference)
-            if name == "all" and ours[0] == OURS:
+            sys.stdout.write(f"  {label:58} {compared([(arms[ours], arms[base]) for arms in both])}\n")
+            by_task: dict[str, list[tuple[float, float]]] = defaultdict(list)
+            for task, arms in zip(tasks_of(kl, both), both, strict=True):
+                by_task[task].append((arms[ours], arms[base]))
+            if name == "all" and ours[0] == OURS and len(by_task) > 1:
                 for task, of_task in by_task.items():
-                    spread = bootstrap_mean(of_task)
-                    below = sum(arms[base] for arms, of in zip(both, tasks_of(kl, both), strict=True) if of == task)
-                    sys.stdout.write(
-                        f"  {'':58} {task}: {sum(of_task) / below:+.0%}  {spread.mean:+.3f} ({spread.low:+.3f} to "
-                        f"{spread.high:+.3f}), lower on {sum(one < 0 for one in of_task)} of {len(of_task)}\n"
-                    )
+                    sys.stdout.write(f"  {'':58} {task}: {compared(of_task)}\n")
             if name == "all" and len(by_task) > 2:  # prompts of one task are alike, those of RULER share a haystack
-                means = np.array([np.mean(found) for found in by_task.values()])
+                means = np.array([np.mean([one - other for one, other in of_task]) for of_task in by_task.values()])
                 one_out = [float(np.delete(means, left).mean()) for left in range(len(means))]
                 spread = bootstrap_mean(means.tolist())
                 sys.stdout.write(
