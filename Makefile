@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED)
 
 model: $(INSTALLED)
-	$(BIN)/python -P -m prophetkv_rag.default_model
+	$(BIN)/python -P -m prophetkv_rag.defaults
 
 demo: model
 	$(BIN)/prophetkv-rag demo

@@ -13,7 +13,7 @@ from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
 from llama_index.core.storage.docstore import SimpleDocumentStore
 
 from prophetkv_rag.chroma import open_store
-from prophetkv_rag.default_model import fetch_default_model
+from prophetkv_rag.defaults import fetch_default_model
 from prophetkv_rag.integrations.llama_index import (
     MiniLMEmbedding,
     ProphetKVChromaVectorStore,

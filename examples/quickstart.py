@@ -3,7 +3,7 @@
 import chromadb
 from llama_index.core import Document, StorageContext, VectorStoreIndex
 
-from prophetkv_rag.default_model import fetch_default_model
+from prophetkv_rag.defaults import fetch_default_model
 from prophetkv_rag.integrations.llama_index import MiniLMEmbedding, ProphetKVChromaVectorStore, ProphetKVLLM
 
 texts = [

@@ -1,7 +1,7 @@
 """No framework: cache chunks once, fill a KV cache from them, and let transformers generate."""
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.default_model import fetch_default_model
+from prophetkv_rag.defaults import fetch_default_model
 
 chunks = [
     "The lighthouse on the island was built in 1862 and still guides ships into the harbour.",

@@ -21,25 +21,25 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from prophetkv_rag.generation import GenerationResult, StreamChunk
-    from prophetkv_rag.prefill import PrefillResult
     from prophetkv_rag.prompt import Prompt
     from prophetkv_rag.report import ReuseReport
+    from prophetkv_rag.reuse import PrefillResult
 
 __version__ = "0.1.0"
 
 _HOME = {
     "ContextWindowError": "prophetkv_rag.errors",
     "DeadlineError": "prophetkv_rag.errors",
-    "GenerationResult": "prophetkv_rag.generation",
+    "GenerationResult": "prophetkv_rag.generation.decode",
     "InputError": "prophetkv_rag.errors",
-    "PrefillResult": "prophetkv_rag.prefill",
-    "Prompt": "prophetkv_rag.prompt",
+    "PrefillResult": "prophetkv_rag.reuse.prefill",
+    "Prompt": "prophetkv_rag.prompt.prompt",
     "ProphetKVConfig": "prophetkv_rag.config",
     "ProphetKVEngine": "prophetkv_rag.engine",
     "ProphetKVError": "prophetkv_rag.errors",
-    "ReuseReport": "prophetkv_rag.report",
+    "ReuseReport": "prophetkv_rag.report.report",
     "StoreError": "prophetkv_rag.errors",
-    "StreamChunk": "prophetkv_rag.generation",
+    "StreamChunk": "prophetkv_rag.generation.decode",
     "UnknownModelError": "prophetkv_rag.errors",
     "UnsupportedModelError": "prophetkv_rag.errors",
 }

@@ -13,34 +13,34 @@ from typing import Any, NoReturn
 
 import torch
 
-from prophetkv_rag.attention import RowsLayer, complete_cache, model_lock
-from prophetkv_rag.chunk_cache import CacheIdentity
-from prophetkv_rag.chunk_index import ChunkIndex
+from prophetkv_rag.chunks import ChunkLibrary, encode_prefix
 from prophetkv_rag.config import LEAD_IN_TOKENS, ProphetKVConfig
-from prophetkv_rag.encode import encode_prefix
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.generation import (
     GenerationResult,
+    Interrupted,
+    InterruptibleLock,
     SamplingSettings,
     StreamChunk,
-    decode,
+    decode_tokens,
     end_token_ids,
     stopped_before_prefill,
 )
-from prophetkv_rag.interrupt import Interrupted, InterruptibleLock
 from prophetkv_rag.kernels import ops
-from prophetkv_rag.layout import Message, PromptLayout, PromptReader
-from prophetkv_rag.library import ChunkLibrary
-from prophetkv_rag.model import load_model, model_fingerprint, tokenizer_fingerprint
-from prophetkv_rag.prefill import Prefiller, PrefillResult
-from prophetkv_rag.probe import probe_model
+from prophetkv_rag.model import (
+    RowsLayer,
+    complete_cache,
+    load_model,
+    model_fingerprint,
+    model_lock,
+    probe_model,
+    tokenizer_fingerprint,
+)
 from prophetkv_rag.profile import Profile, load_profile
-from prophetkv_rag.prompt import Prompt
-from prophetkv_rag.selection import QueryContext, Strategy, make_strategy
-from prophetkv_rag.store.base import ChunkStore
-from prophetkv_rag.store.memory import MemoryStore
-from prophetkv_rag.tokens import Tokens
-from prophetkv_rag.tracing import generation
+from prophetkv_rag.prompt import ChunkIndex, Message, Prompt, PromptLayout, PromptReader, Tokens
+from prophetkv_rag.report import trace_generation
+from prophetkv_rag.reuse import Prefiller, PrefillResult, QueryContext, Strategy, make_strategy
+from prophetkv_rag.store import CacheIdentity, ChunkStore, MemoryStore
 
 AnyPrompt = str | Sequence[Message] | Prompt
 
@@ -276,7 +276,7 @@ class ProphetKVEngine:
             yield stopped_before_prefill(interrupted)
             return
         room = self.context_window - result.report.prompt_tokens
-        pieces = decode(
+        pieces = decode_tokens(
             self.model,
             complete_cache(result.past_key_values),
             result.input_ids,
@@ -288,7 +288,7 @@ class ProphetKVEngine:
             report=result.report,
         )
         del result  # decoding replaces the cache's tensors; the prompt's must not be kept beside them
-        yield from generation(pieces)
+        yield from trace_generation(pieces)
 
     def generate(self, prompt: AnyPrompt, **settings: Any) -> GenerationResult:
         """Answer a prompt at once; takes the arguments of `stream`."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.store.files import write_file
+from prophetkv_rag.store import write_file
 
 VERSION = 1
 

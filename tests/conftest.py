@@ -13,7 +13,7 @@ import pytest
 from prophetkv_rag.chroma import KVCachingCollection
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.store.memory import MemoryStore
-from tests.core.chroma_clients import chroma_server
+from tests.chroma.clients import chroma_server
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 

@@ -22,8 +22,8 @@ from prophetkv_rag import (
     StoreError,
     UnknownModelError,
 )
-from prophetkv_rag.attention import complete_cache
-from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.model.cache_layers import complete_cache
+from prophetkv_rag.store.disk.store import DiskStore
 from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
 
 CHUNKS = list(CORPUS[:3])

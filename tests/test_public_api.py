@@ -35,7 +35,7 @@ PUBLIC = {
         "configure",
         "prompt_template_of",
     ],
-    "prophetkv_rag.selection": [
+    "prophetkv_rag.reuse.selection": [
         "QueryContext",
         "Selection",
         "Strategy",

@@ -7,10 +7,10 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from prophetkv_rag import Prompt, ProphetKVEngine
-from prophetkv_rag.default_model import fetch_default_model
-from prophetkv_rag.model import load_model
-from tests.naive.prompt_reference import context_positions
-from tests.naive.transformers_oracle import reuse_as_one_pass
+from prophetkv_rag.defaults.default_model import fetch_default_model
+from prophetkv_rag.model.loading import load_model
+from tests.reuse.naive.prompt_reference import context_positions
+from tests.reuse.naive.transformers_oracle import reuse_as_one_pass
 
 pytestmark = pytest.mark.model
 

@@ -17,9 +17,9 @@ from functools import partial
 
 import torch
 
-from prophetkv_rag.chunk_cache import ChunkCache
-from prophetkv_rag.rope import RopeTables, Rotation
-from prophetkv_rag.store.blob import decode_blob, encode_blob
+from prophetkv_rag.model import RopeTables, Rotation
+from prophetkv_rag.store import ChunkCache
+from prophetkv_rag.store.blobs import decode_blob, encode_blob
 
 LAYERS, KV_HEADS, HEAD_DIM, CHUNKS, CHUNK_TOKENS, ROUNDS = 30, 3, 64, 8, 256, 8
 KEY, FINGERPRINT = "0" * 64, "f"

@@ -29,9 +29,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import prophetkv_rag
-from prophetkv_rag.default_model import fetch_default_model
+from prophetkv_rag.defaults import fetch_default_model
 from prophetkv_rag.engine import ProphetKVEngine
-from prophetkv_rag.evaluation.ttft import corpus_prompt
+from prophetkv_rag.evaluation.speed import corpus_prompt
 from prophetkv_rag.model import load_model
 
 KINDS = {

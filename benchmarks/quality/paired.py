@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prophetkv_rag.evaluation.intervals import bootstrap_mean
+from prophetkv_rag.evaluation.quality import bootstrap_mean
 
 Arms = dict[tuple[str, float], float]
 """KL by strategy and ratio."""

@@ -8,11 +8,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from prophetkv_rag.attention import AttentionCall, cache_of, run_pass
-from prophetkv_rag.passes import RowsPass
-from prophetkv_rag.recompute import LayerView, recompute
-from prophetkv_rag.selection import QueryContext, Selection, Strategy
-from prophetkv_rag.selection.base import top_positions
+from prophetkv_rag.model import AttentionCall, RowsPass, cache_of, run_pass
+from prophetkv_rag.reuse import LayerView, QueryContext, Selection, Strategy, recompute_rows, top_positions
 
 
 class Asking(RowsPass):
@@ -118,7 +115,7 @@ class FirstLayersFull(Strategy):
         everything = context.is_chunk.nonzero()[:, 0]
         count = self.tokens_left(context.budget, everything.shape[0], len(context.layers), self.num_full)
         # The first layers run here for stage I, and a second time below: charged once, as states would be kept.
-        recompute(
+        recompute_rows(
             context.model,
             context.support,
             context.layers,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from prophetkv_rag.evaluation.intervals import bootstrap_mean
+from prophetkv_rag.evaluation.quality import bootstrap_mean
 
 RATIOS = (0.1, 0.2)
 BASE = "prophetkv"

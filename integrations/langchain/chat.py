@@ -18,13 +18,12 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import PrivateAttr
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.integrations.async_stream import iterate_in_thread
-from prophetkv_rag.integrations.chat_template import fit_template
 from prophetkv_rag.integrations.langchain.messages import holds_document_repr, to_template_messages
 from prophetkv_rag.integrations.langchain.responses import metadata, usage
 from prophetkv_rag.integrations.langchain.settings import EngineModel, cancel_on_leave
 from prophetkv_rag.integrations.langchain.tool_format import find_tool_format
 from prophetkv_rag.integrations.langchain.tool_run import ToolRun, check_choice
+from prophetkv_rag.integrations.shared import fit_template, iterate_in_thread
 
 if TYPE_CHECKING:
     from langchain_core.language_models.model_profile import ModelProfile

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from langchain_core.embeddings import Embeddings
 
-from prophetkv_rag.embedding import MiniLMEmbedder
+from prophetkv_rag.defaults import MiniLMEmbedder
 
 
 class MiniLMEmbeddings(Embeddings):

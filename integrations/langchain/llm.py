@@ -10,9 +10,9 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
-from prophetkv_rag.integrations.async_stream import iterate_in_thread, last_item
 from prophetkv_rag.integrations.langchain.responses import metadata, usage
 from prophetkv_rag.integrations.langchain.settings import EngineModel, cancel_on_leave
+from prophetkv_rag.integrations.shared import iterate_in_thread, last_item
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import AnyPrompt

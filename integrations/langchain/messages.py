@@ -11,7 +11,7 @@ from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, Functio
 from prophetkv_rag.errors import InputError
 
 if TYPE_CHECKING:
-    from prophetkv_rag.chunk_index import ChunkIndex
+    from prophetkv_rag.prompt import ChunkIndex
 
 ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
 """LangChain's message types and the roles that chat templates know."""

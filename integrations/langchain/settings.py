@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from prophetkv_rag.engine import AnyPrompt, ProphetKVEngine
     from prophetkv_rag.generation import StreamChunk
     from prophetkv_rag.report import ReuseReport
-    from prophetkv_rag.store.base import ChunkStore
+    from prophetkv_rag.store import ChunkStore
 
 ENGINE_NAMES = {
     "max_tokens": "max_new_tokens",

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.integrations.chat_template import fit_template
 from prophetkv_rag.integrations.langchain.tool_calls import Answer, is_complete, read_answer, shown_part
 from prophetkv_rag.integrations.langchain.tool_format import find_tool_format
+from prophetkv_rag.integrations.shared import fit_template
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine
@@ -31,7 +31,7 @@ class ToolRun:
     def __init__(
         self, engine: ProphetKVEngine, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], choice: Any
     ) -> None:
-        from prophetkv_rag.layout import question_of
+        from prophetkv_rag.prompt import question_of
 
         self.format = find_tool_format(engine.tokenizer)
         self.names = [tool["function"]["name"] for tool in tools]

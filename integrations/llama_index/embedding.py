@@ -9,7 +9,7 @@ from typing import Any
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import PrivateAttr
 
-from prophetkv_rag.embedding import MiniLMEmbedder
+from prophetkv_rag.defaults import MiniLMEmbedder
 
 
 class MiniLMEmbedding(BaseEmbedding):

@@ -25,12 +25,12 @@ from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.integrations.async_stream import iterate_in_thread, last_item
 from prophetkv_rag.integrations.llama_index.events import ReportAnnouncer
 from prophetkv_rag.integrations.llama_index.messages import Message, message_text, to_template_messages
 from prophetkv_rag.integrations.llama_index.predict import QueryAwareLLM
 from prophetkv_rag.integrations.llama_index.refusal import refusing
 from prophetkv_rag.integrations.llama_index.responses import responses, to_chat_response, to_completion
+from prophetkv_rag.integrations.shared import iterate_in_thread, last_item
 from prophetkv_rag.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.generation import GenerationResult, StreamChunk
     from prophetkv_rag.report import ReuseReport
-    from prophetkv_rag.store.base import ChunkStore
+    from prophetkv_rag.store import ChunkStore
 
 AnyPrompt = str | list[Message] | Prompt
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.integrations.chat_template import alternate_roles, fit_template
+from prophetkv_rag.integrations.shared import alternate_roles, fit_template
 
 __all__ = ["Message", "alternate_roles", "message_text", "to_template_messages"]
 

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from prophetkv_rag.chroma_records import (
+from prophetkv_rag.chroma.records import (
     PROPHETKV_ID,
     StoredRecord,
     as_list,
@@ -25,10 +25,10 @@ from prophetkv_rag.chroma_records import (
     stripped,
     with_key,
 )
-from prophetkv_rag.chroma_store import default_blob_directory, open_store
+from prophetkv_rag.chroma.store import default_blob_directory, open_store
 from prophetkv_rag.errors import InputError, StoreError
-from prophetkv_rag.store.keys import is_key
-from prophetkv_rag.store.leases import writing
+from prophetkv_rag.store import is_key
+from prophetkv_rag.store.disk import writing
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine

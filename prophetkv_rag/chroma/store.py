@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prophetkv_rag.chroma_records import batches, cache_keys
+from prophetkv_rag.chroma.records import batches, cache_keys
 from prophetkv_rag.errors import InputError
 
 if TYPE_CHECKING:
-    from prophetkv_rag.store.base import ChunkStore
+    from prophetkv_rag.store import ChunkStore
 
 _DEFAULTS = {"policy": "eager", "eviction": "value", "blob_format": "exact"}
 _PAGE = 1000  # ids in one read; SQLite, behind Chroma, takes at most 32,766 variables
@@ -58,10 +58,10 @@ def open_store(client: Any, directory: str | Path | None = None, **settings: Any
                 "with directory=..., or leave that out"
             )
             raise InputError(msg)
-        from prophetkv_rag.store.memory import MemoryStore
+        from prophetkv_rag.store import MemoryStore
 
         return MemoryStore(min((limit for limit in limits if limit is not None), default=None))
-    from prophetkv_rag.store.opening import open_disk_store
+    from prophetkv_rag.store.disk import open_disk_store
 
     return open_disk_store(directory, **settings)
 

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from prophetkv_rag.attention import cache_of, model_lock, run_pass
-from prophetkv_rag.chunk_cache import ChunkCache
-from prophetkv_rag.model_support import ModelSupport
-from prophetkv_rag.passes import EncodePass
+from prophetkv_rag.model import EncodePass, ModelSupport, cache_of, model_lock, run_pass
+from prophetkv_rag.store import ChunkCache
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prophetkv_rag.chunk_cache import CacheIdentity, ChunkCache
-from prophetkv_rag.chunk_index import ChunkIndex, text_entry
-from prophetkv_rag.chunk_writer import ChunkWriter, Wanted
-from prophetkv_rag.encode import EncodingPrefix, encode_chunks
+from prophetkv_rag.chunks.encode import EncodingPrefix, encode_chunks
+from prophetkv_rag.chunks.writer import ChunkWriter, Wanted
 from prophetkv_rag.errors import ContextWindowError, InputError, StoreError
-from prophetkv_rag.layout import PromptLayout
-from prophetkv_rag.model_support import ModelSupport
+from prophetkv_rag.model import ModelSupport
+from prophetkv_rag.prompt import ChunkIndex, PromptLayout, Tokens, text_entry
 from prophetkv_rag.report import ChunkStatus, ChunkTier
-from prophetkv_rag.store.base import ChunkStore, TextEntry
-from prophetkv_rag.tokens import Tokens
+from prophetkv_rag.store import CacheIdentity, ChunkCache, ChunkStore, TextEntry
 
 logger = logging.getLogger(__name__)
 

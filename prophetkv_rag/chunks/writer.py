@@ -10,9 +10,8 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeVar
 
-from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import StoreError
-from prophetkv_rag.store.base import ChunkStore, TextEntry
+from prophetkv_rag.store import ChunkCache, ChunkStore, TextEntry
 
 MAX_PENDING_WRITES = 16
 """Computed caches that may wait for the disk; bounds memory when it is slower than the model."""

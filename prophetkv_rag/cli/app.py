@@ -9,24 +9,7 @@ from typing import Annotated
 
 import typer
 
-from prophetkv_rag.cli import (
-    ask,
-    bench,
-    bench_formats,
-    bench_kernels,
-    bench_load,
-    bench_quality,
-    bench_store,
-    bench_ttft,
-    cache,
-    cache_move,
-    calibrate,
-    demo,
-    doctor,
-    index,
-    remote,
-    serve,
-)
+from prophetkv_rag.cli import ask, bench, cache, calibrate, demo, doctor, index, serve
 from prophetkv_rag.cli.console import PROGRAM, print_error
 from prophetkv_rag.errors import ProphetKVError
 
@@ -45,27 +28,16 @@ app.command()(ask.ask)
 app.command()(demo.demo)
 app.command()(doctor.doctor)
 app.command()(serve.serve)
-bench.app.command()(bench_ttft.ttft)
-bench.app.command()(bench_quality.quality)
-bench.app.command()(bench_kernels.kernels)
-bench.app.command()(bench_formats.formats)
-bench.app.command()(bench_store.store)
-bench.app.command()(bench_load.load)
 app.command()(calibrate.calibrate)
 app.add_typer(bench.app, name="bench")
-cache.app.command()(cache_move.warm)
-cache.app.command()(remote.push)
-cache.app.command()(cache_move.rekey)
-cache.app.command("export")(cache_move.export_)
-cache.app.command("import")(cache_move.import_)
 app.add_typer(cache.app, name="cache")
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from prophetkv_rag import __version__
+        from importlib.metadata import version
 
-        typer.echo(f"{PROGRAM} {__version__}")
+        typer.echo(f"{PROGRAM} {version('prophetkv-rag')}")
         raise typer.Exit
 
 

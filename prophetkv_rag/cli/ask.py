@@ -44,7 +44,7 @@ def ask(
         check_file(html)
     settings = require_settings(db)
     settings = replace(settings, model=chosen_model(model, settings.model))
-    from prophetkv_rag.selection import make_strategy
+    from prophetkv_rag.reuse import make_strategy
 
     make_strategy(strategy)  # before a model is loaded
     quiet_libraries()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prophetkv_rag.cli.bench import conditions_of
+from prophetkv_rag.cli.bench.conditions import conditions_of
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
 from prophetkv_rag.cli.measuring import check_length, check_writable
 from prophetkv_rag.cli.model_choice import chosen_model
@@ -50,11 +50,9 @@ def calibrate(
     from dataclasses import asdict
 
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.evaluation.calibration import calibrate as profile_of
-    from prophetkv_rag.evaluation.fidelity import arms_of
-    from prophetkv_rag.evaluation.quality import Engines, run_grid
-    from prophetkv_rag.evaluation.results import FULL, ResultsFile
-    from prophetkv_rag.evaluation.tasks.loading import check_names, load_examples
+    from prophetkv_rag.evaluation.quality import FULL, Engines, ResultsFile, arms_of, run_grid
+    from prophetkv_rag.evaluation.quality import calibrate as profile_of
+    from prophetkv_rag.evaluation.tasks import check_names, load_examples
 
     check_names([], data)
     arms = arms_of(strategy, sorted(set(recompute_ratio or RATIOS)))

@@ -206,9 +206,8 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
     from prophetkv_rag.chroma import KVCachingCollection
     from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.model import load_model
+    from prophetkv_rag.store.disk import must_be_unlocked, open_disk_store
     from prophetkv_rag.store.encryption import load_key
-    from prophetkv_rag.store.key_mark import must_be_unlocked
-    from prophetkv_rag.store.opening import open_disk_store
 
     options: Any = settings.store_options()
     options["encryption_key"] = load_key(options["encryption_key"])  # before a model is loaded
@@ -268,8 +267,11 @@ def _import_frameworks() -> _Frameworks:
     try:
         from llama_index.core import VectorStoreIndex, set_global_tokenizer
 
-        from prophetkv_rag.integrations.llama_index import ProphetKVChromaVectorStore, prompt_template_of
-        from prophetkv_rag.integrations.llama_index.embedding import MiniLMEmbedding
+        from prophetkv_rag.integrations.llama_index import (
+            MiniLMEmbedding,
+            ProphetKVChromaVectorStore,
+            prompt_template_of,
+        )
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("llama_index"):
             raise

@@ -42,7 +42,8 @@ def demo(
     name = chosen_model(model)
     quiet_libraries()
     fetch_embedding()
-    from prophetkv_rag.cli.demo_run import conditions, read_questions, run_questions, speeches_directory
+    from prophetkv_rag.cli.demo_run import conditions, run_questions
+    from prophetkv_rag.defaults import read_questions, speeches_directory
 
     path = _database_path(name)
     with speeches_directory() as speeches:
@@ -71,7 +72,7 @@ def demo(
 
 
 def _database_path(model: str) -> Path:
-    from prophetkv_rag.wheel_fetch import cache_directory
+    from prophetkv_rag.defaults import cache_directory
 
     return cache_directory() / "demo" / Path(model).name
 

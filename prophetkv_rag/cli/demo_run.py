@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prophetkv_rag.cli.answering import Answer, answer_question
+from prophetkv_rag.defaults import DemoQuestion
 
 if TYPE_CHECKING:
     from prophetkv_rag.cli.database import Database
 
 VERSIONS = ("prophetkv-rag", "torch", "transformers", "llama-index-core", "chromadb")
-
-
-@dataclass(frozen=True, slots=True)
-class DemoQuestion:
-    """A question about the speeches; an answer is right if it holds one of the `expected` texts."""
-
-    question: str
-    expected: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +50,6 @@ class DemoRun:
         }
 
 
-def speeches_directory() -> AbstractContextManager[Path]:
-    """The shipped speeches as a directory, also from a zipped installation."""
-    return resources.as_file(resources.files("prophetkv_rag") / "demo_corpus" / "state-of-the-union")
-
-
-def read_questions() -> list[DemoQuestion]:
-    """The shipped questions."""
-    file = resources.files("prophetkv_rag") / "demo_corpus" / "questions.json"
-    entries = json.loads(file.read_text(encoding="utf-8"))
-    return [DemoQuestion(entry["question"], tuple(entry["expected"])) for entry in entries]
-
-
 def run_questions(
     database: Database, questions: Sequence[DemoQuestion], *, top_k: int, max_new_tokens: int
 ) -> list[DemoRun]:
@@ -89,7 +68,7 @@ def conditions(database: Database, indexing: dict[str, Any]) -> dict[str, str]:
     """What the numbers depend on, in words."""
     import torch
 
-    from prophetkv_rag.wheel_fetch import read_source
+    from prophetkv_rag.defaults import read_source
 
     engine = database.engine
     model = database.settings.model

@@ -21,8 +21,7 @@ def doctor(
     """
     quiet_libraries()
     from prophetkv_rag.kernels import ops
-    from prophetkv_rag.model import load_model
-    from prophetkv_rag.probe import probe_model
+    from prophetkv_rag.model import load_model, probe_model
 
     name = chosen_model(model)  # shows a status of its own, and a terminal has room for one
     with status(f"loading {model}") as tell:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from prophetkv_rag.cli.cache_options import RemoteOptions, with_cache_options
+from prophetkv_rag.cli.cache.options import RemoteOptions, with_cache_options
+from prophetkv_rag.cli.cache.remote import finish_uploads
 from prophetkv_rag.cli.console import print_json, quiet_libraries, results
 from prophetkv_rag.cli.database import (
     DEFAULT_CHUNK_SIZE,
@@ -23,7 +24,6 @@ from prophetkv_rag.cli.database import (
 )
 from prophetkv_rag.cli.documents import read_documents
 from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
-from prophetkv_rag.cli.remote import finish_uploads
 from prophetkv_rag.errors import InputError
 
 

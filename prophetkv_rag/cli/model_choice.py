@@ -18,7 +18,7 @@ def chosen_model(named: str | None, remembered: str | None = None) -> str:
         FetchError: If the default model cannot be fetched.
     """
     if named is None and remembered is None:
-        from prophetkv_rag.default_model import fetch_default_model
+        from prophetkv_rag.defaults import fetch_default_model
 
         with status("looking for the default model") as tell:
             return str(fetch_default_model(tell))
@@ -55,7 +55,7 @@ def _on_the_hub(name: str) -> str:
 
 def fetch_embedding() -> None:
     """Make sure the embedding model is there, telling what is done."""
-    from prophetkv_rag.embedding import fetch_embedding_model
+    from prophetkv_rag.defaults import fetch_embedding_model
 
     with status("looking for the embedding model") as tell:
         fetch_embedding_model(tell)

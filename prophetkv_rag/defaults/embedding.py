@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prophetkv_rag.wheel_fetch import (
+from prophetkv_rag.defaults.wheel_fetch import (
     PinnedWheel,
     Progress,
     cache_directory,

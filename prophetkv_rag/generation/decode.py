@@ -14,7 +14,7 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from prophetkv_rag.errors import DeadlineError, InputError
-from prophetkv_rag.interrupt import Interrupted, InterruptibleLock
+from prophetkv_rag.generation.interrupt import Interrupted, InterruptibleLock
 from prophetkv_rag.report import ReuseReport
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
@@ -129,7 +129,7 @@ class _TextBuffer:
 
 
 @torch.no_grad()
-def decode(
+def decode_tokens(
     model: Any,
     cache: Any,
     input_ids: torch.Tensor,

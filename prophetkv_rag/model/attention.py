@@ -13,18 +13,15 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-from prophetkv_rag.kernels import ops
 
 ATTENTION_NAME = "prophetkv"
 """Of passes on models that were loaded with SDPA, which other threads' calls can be given as well."""
@@ -160,138 +157,3 @@ AttentionInterface.register(ATTENTION_NAME, _prophetkv_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, _mask)
 AttentionInterface.register(EXCLUSIVE_NAME, _exclusive_attention)
 AttentionMaskInterface.register(EXCLUSIVE_NAME, _exclusive_mask)
-
-
-class RowsLayer(DynamicLayer):
-    """A cache layer with room for the whole prompt, into which a pass writes its rows in place.
-
-    `keys` `[1, Hkv, n, D]` and `values` `[1, Hkv, n, Dv]` are filled with stale rows before the pass. `rows` is the
-    position of each computed row; the rows of the last `update` are also kept for strategies that look at deviations.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
-        self.dtype, self.device = keys.dtype, keys.device
-        self.keys, self.values = keys, values
-        self.is_initialized = True
-        self.rows: torch.Tensor | None = None
-        self.keep_stale = False
-        self.stale: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.fresh: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the rows and return all keys and values."""
-        if self.rows is None:
-            return super().update(key_states, value_states, *args, **kwargs)
-        if self.keep_stale:
-            self.stale = (self.keys[:, :, self.rows], self.values[:, :, self.rows])
-            self.fresh = (key_states, value_states)
-        ops.rope_scatter(key_states, value_states, self.rows, self.keys, self.values)
-        return self.keys, self.values
-
-
-class ResumableLayer(DynamicLayer):
-    """A filled layer that `model.generate` continues from.
-
-    It holds a row for each of the prompt's N tokens, but reports N - 1: generate runs every token that the cache does
-    not cover and needs the last one's logits, so it computes that row again, over the one held.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
-        self.dtype, self.device = keys.dtype, keys.device
-        self.keys, self.values = keys, values
-        self.is_initialized = True
-        self.is_provisional = True
-
-    def get_seq_length(self) -> int:
-        """Return the rows that are final."""
-        return int(self.keys.shape[-2]) - int(self.is_provisional)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append rows; the first time they begin with the last prompt token's."""
-        if self.is_provisional:
-            self.keys, self.values = self.keys[:, :, :-1], self.values[:, :, :-1]
-            self.is_provisional = False
-        return super().update(key_states, value_states, *args, **kwargs)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove rows from the end; the provisional one counts as removed already."""
-        if self.is_provisional and tokens_to_remove < 0:
-            self.keys, self.values = self.keys[:, :, :-1], self.values[:, :, :-1]
-            self.is_provisional = False
-        super().crop(tokens_to_remove)
-
-
-def resumable_cache(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> DynamicCache:
-    """Return a transformers cache of `ResumableLayer`s over per-layer `[1, Hkv, N, D]` tensors, not copied."""
-    cache = DynamicCache()
-    cache.layers.extend(ResumableLayer(*pair) for pair in zip(keys, values, strict=True))
-    return cache
-
-
-def complete_cache(cache: Cache) -> DynamicCache:
-    """Return a plain cache of all N rows of a `resumable_cache`, to feed the next token to; nothing is copied."""
-    complete = DynamicCache()
-    for filled in cache.layers:
-        layer = DynamicLayer()
-        layer.dtype, layer.device = filled.keys.dtype, filled.keys.device
-        layer.keys, layer.values = filled.keys, filled.values
-        layer.is_initialized = True
-        complete.layers.append(layer)
-    return complete
-
-
-def cache_of(layers: Sequence[CacheLayerMixin]) -> Cache:
-    """Return a transformers cache made of our own layers."""
-    return Cache(layers=list(layers))
-
-
-def backbone(model: Any) -> Any:
-    """Return the model without its language-model head (Llama 4 names itself as its own base model)."""
-    return model.base_model if model.base_model is not model else model.model
-
-
-@torch.no_grad()
-def run_pass(
-    model: Any,
-    attention_pass: AttentionPass,
-    *,
-    input_ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    cache: Cache,
-    logits: bool = False,
-) -> torch.Tensor | None:
-    """Run the model's own forward over the given rows with our attention.
-
-    Args:
-        model: A transformers causal language model.
-        attention_pass: Gets every layer's attention call.
-        input_ids: `[b, m]` tokens of the rows.
-        position_ids: `[b, m]` positions that the model rotates by.
-        cache: Its layers receive the rows' keys and values.
-        logits: Whether to run the language-model head on the last row.
-
-    Returns:
-        `[b, vocab]` logits of the last row in fp32, or `None`.
-    """
-    # A ready 4-D mask makes transformers skip building one; the pass masks by position itself.
-    no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-    arguments = {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        "past_key_values": cache,
-        "attention_mask": no_mask,
-        "use_cache": True,
-    }
-    with attention_implementation(model, attention_pass):
-        if not logits:
-            backbone(model)(**arguments)
-            return None
-        output = model(**arguments, logits_to_keep=1)
-    last: torch.Tensor = output.logits[:, -1].float()
-    return last

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from prophetkv_rag.attention import AttentionCall, AttentionPass
 from prophetkv_rag.kernels import ops
-from prophetkv_rag.model_support import LayerSupport
-from prophetkv_rag.rope import RopeTables
+from prophetkv_rag.model.attention import AttentionCall, AttentionPass
+from prophetkv_rag.model.rope import RopeTables
+from prophetkv_rag.model.support import LayerSupport
 
 
 class EncodePass(AttentionPass):

@@ -20,19 +20,14 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from prophetkv_rag.attention import (
-    AttentionCall,
-    RowsLayer,
-    backbone,
-    cache_of,
-    model_lock,
-    run_pass,
-)
 from prophetkv_rag.errors import UnsupportedModelError
-from prophetkv_rag.model_support import LayerSupport, ModelSupport
-from prophetkv_rag.passes import EncodePass, RowsPass
-from prophetkv_rag.probe_calls import MaskRecorder, run_single_tokens
-from prophetkv_rag.rope import RopeTables, Rotation
+from prophetkv_rag.model.attention import AttentionCall, model_lock
+from prophetkv_rag.model.cache_layers import RowsLayer, cache_of
+from prophetkv_rag.model.forward import backbone, run_pass
+from prophetkv_rag.model.passes import EncodePass, RowsPass
+from prophetkv_rag.model.probe_calls import MaskRecorder, run_single_tokens
+from prophetkv_rag.model.rope import RopeTables, Rotation
+from prophetkv_rag.model.support import LayerSupport, ModelSupport
 
 NUM_TOKENS = 24
 MAX_MASK_POSITIONS = 1 << 20

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from prophetkv_rag.attention import AttentionCall, AttentionPass, attention_implementation, backbone, cache_of
 from prophetkv_rag.errors import UnsupportedModelError
+from prophetkv_rag.model.attention import AttentionCall, AttentionPass, attention_implementation
+from prophetkv_rag.model.cache_layers import cache_of
+from prophetkv_rag.model.forward import backbone
 
 
 class CallRecorder(AttentionPass):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from prophetkv_rag.rope import Rotation
+from prophetkv_rag.model.rope import Rotation
 
 
 @dataclass(frozen=True, slots=True)

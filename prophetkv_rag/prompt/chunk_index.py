@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prophetkv_rag.store.base import EntryColumns, TextEntry
+from prophetkv_rag.store import EntryColumns, TextEntry
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from prophetkv_rag.chunk_cache import CacheIdentity
-from prophetkv_rag.chunk_index import ChunkIndex
 from prophetkv_rag.errors import ContextWindowError, InputError
-from prophetkv_rag.prompt import Prompt, TextOrIds
-from prophetkv_rag.tokens import Tokens
+from prophetkv_rag.prompt.chunk_index import ChunkIndex
+from prophetkv_rag.prompt.prompt import Prompt, TextOrIds
+from prophetkv_rag.prompt.tokens import Tokens
+from prophetkv_rag.store import CacheIdentity
 
 Message = Mapping[str, Any]
 

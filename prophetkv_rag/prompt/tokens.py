@@ -10,7 +10,7 @@ from typing import Any
 
 from prophetkv_rag.config import PLACEHOLDER, ProphetKVConfig
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.prompt import TextOrIds
+from prophetkv_rag.prompt.prompt import TextOrIds
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from html import escape
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from prophetkv_rag.prompt_view import PromptView, SegmentView, TokenView
-    from prophetkv_rag.report import ReuseReport
+from prophetkv_rag.report.parts import ChunkReport, Timings
+from prophetkv_rag.report.view import PromptView, SegmentView, TokenView
+
+
+class Drawable(Protocol):
+    """What is drawn of a prefill; `ReuseReport`, which draws itself with this module, is one."""
+
+    strategy: str
+    recompute_ratio: float
+    prompt_tokens: int
+    reused_tokens: int
+    recomputed_tokens: int
+    fresh_tokens: int
+    chunks: list[ChunkReport]
+    timings_s: Timings
+
+    @property
+    def view(self) -> PromptView | None:
+        """The prompt token by token."""
+
 
 STAGES = {
     "match": "finding the chunks",
@@ -64,7 +81,7 @@ STYLE = """
 )
 
 
-def page(report: ReuseReport, *, title: str, answer: str | None) -> str:
+def page(report: Drawable, *, title: str, answer: str | None) -> str:
     """Return the report as a whole page; see `ReuseReport.to_html`."""
     head = f"<h1>{escape(title)}</h1>" + (f'<p class="answer">{escape(answer)}</p>' if answer else "")
     return (
@@ -77,7 +94,7 @@ def page(report: ReuseReport, *, title: str, answer: str | None) -> str:
     )
 
 
-def fragment(report: ReuseReport, *, head: str = "") -> str:
+def fragment(report: Drawable, *, head: str = "") -> str:
     """Return the report as one element with its own style; `head` is HTML that is put in front."""
     parts = [f'<div class="pkv"><style>{STYLE}</style>', head, _summary(report), _timings(report)]
     if report.view is None:
@@ -87,7 +104,7 @@ def fragment(report: ReuseReport, *, head: str = "") -> str:
     return "".join([*parts, "</div>"])
 
 
-def _summary(report: ReuseReport) -> str:
+def _summary(report: Drawable) -> str:
     hits = sum(chunk.status == "hit" for chunk in report.chunks)
     return (
         f'<p class="sum"><b>{escape(report.strategy)}</b> at {report.recompute_ratio:.0%}: '
@@ -97,7 +114,7 @@ def _summary(report: ReuseReport) -> str:
     )
 
 
-def _timings(report: ReuseReport) -> str:
+def _timings(report: Drawable) -> str:
     found = [(name, getattr(report.timings_s, name)) for name in STAGES]
     found = [(name, seconds) for name, seconds in found if seconds > 0]
     total = sum(seconds for _, seconds in found)

@@ -4,46 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-if TYPE_CHECKING:
-    from prophetkv_rag.prompt_view import PromptView
-
-ChunkStatus = Literal["hit", "miss", "corrupt", "unused"]
-ChunkTier = Literal["ram", "disk", "remote", "computed", ""]
-
-
-@dataclass(slots=True)
-class ChunkReport:
-    """One chunk of the prompt.
-
-    `status`: `"hit"` (cache loaded), `"miss"` (none was stored: encoded now, and stored if somebody refers to the
-    chunk), `"corrupt"` (a blob failed its checks: encoded again) or `"unused"` (the strategy, such as full prefill,
-    needs no caches). `tier` is where the cache came from: of a hit, the store's tier that had it when the prompt asked
-    (what was read ahead is in `"ram"` by then); else `"computed"`, or "" where none was needed.
-    """
-
-    key: str
-    tokens: int
-    status: ChunkStatus
-    tier: ChunkTier = ""
-
-
-@dataclass(slots=True)
-class Timings:
-    """Seconds on the wall clock, by stage. `ttft` is the whole prefill: from the prompt to the first token's logits.
-
-    `suffix` is the pass over the fresh tokens where it runs on its own (nothing is selected); when tokens are
-    recomputed, the fresh tokens ride in the same pass and their time is in `recompute`.
-    """
-
-    match: float = 0.0
-    load: float = 0.0
-    assemble: float = 0.0
-    score: float = 0.0
-    recompute: float = 0.0
-    suffix: float = 0.0
-    ttft: float = 0.0
+from prophetkv_rag.report.html import fragment, page
+from prophetkv_rag.report.parts import ChunkReport, ChunkTier, Timings
+from prophetkv_rag.report.view import PromptView
 
 
 class _Viewed:
@@ -100,13 +65,9 @@ class ReuseReport(_Viewed):
             title: The page's heading, such as the question.
             answer: Shown under the heading.
         """
-        from prophetkv_rag.report_html import page
-
         return page(self, title=title, answer=answer)
 
     def _repr_html_(self) -> str:
-        from prophetkv_rag.report_html import fragment
-
         return fragment(self)
 
     def __getstate__(self) -> dict[str, Any]:

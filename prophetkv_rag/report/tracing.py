@@ -7,12 +7,22 @@ current where the engine is called. Without an SDK set up by the application the
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from prophetkv_rag.generation import StreamChunk
+
+class _Piece(Protocol):
+    """What a span tells of a piece of an answer."""
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def finish_reason(self) -> str | None: ...
+
+
+P = TypeVar("P", bound=_Piece)
 
 
 @cache
@@ -25,7 +35,7 @@ def _api() -> tuple[Any, Any] | None:
     return trace, trace.get_tracer("prophetkv_rag")
 
 
-def stage(name: str, started: float, **attributes: int | float | str) -> float:
+def end_stage(name: str, started: float, **attributes: int | float | str) -> float:
     """End a stage: record its span and return how long it took.
 
     Args:
@@ -47,7 +57,7 @@ def stage(name: str, started: float, **attributes: int | float | str) -> float:
     return seconds
 
 
-def generation(pieces: Generator[StreamChunk, None, None]) -> Generator[StreamChunk, None, None]:
+def trace_generation(pieces: Generator[P, None, None]) -> Generator[P, None, None]:
     """Pass the pieces of an answer on, recording one span from the first step to the last, whoever ends it.
 
     The span is not made current: between two pieces the caller's own code runs, perhaps in another thread.
@@ -58,7 +68,7 @@ def generation(pieces: Generator[StreamChunk, None, None]) -> Generator[StreamCh
         return
     trace, tracer = found
     span = tracer.start_span("prophetkv.generate")
-    last: StreamChunk | None = None
+    last: P | None = None
     try:
         for last in pieces:
             yield last

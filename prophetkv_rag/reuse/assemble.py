@@ -6,13 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from prophetkv_rag.attention import RowsLayer
-from prophetkv_rag.chunk_cache import ChunkCache
-from prophetkv_rag.model_support import ModelSupport
-from prophetkv_rag.rope import RopeTables
+from prophetkv_rag.model import ModelSupport, RopeTables, RowsLayer
+from prophetkv_rag.store import ChunkCache
 
 
-def assemble(
+def assemble_caches(
     support: ModelSupport,
     caches: Sequence[ChunkCache],
     starts: Sequence[int],

@@ -11,20 +11,16 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from prophetkv_rag.assemble import assemble
-from prophetkv_rag.attention import RowsLayer, resumable_cache
+from prophetkv_rag.chunks import ChunkLibrary
 from prophetkv_rag.config import ProphetKVConfig, check_recompute_ratio
-from prophetkv_rag.interrupt import InterruptibleLock
-from prophetkv_rag.layout import Message, PromptLayout, PromptReader
-from prophetkv_rag.library import ChunkLibrary
-from prophetkv_rag.model_support import ModelSupport
-from prophetkv_rag.prompt import Prompt
-from prophetkv_rag.prompt_view import PromptView, ViewedChunk
-from prophetkv_rag.recompute import recompute
-from prophetkv_rag.report import ChunkReport, ReuseReport, Timings
-from prophetkv_rag.selection import QueryContext, Strategy, make_strategy
-from prophetkv_rag.selection.base import token_budget
-from prophetkv_rag.tracing import stage
+from prophetkv_rag.generation import InterruptibleLock
+from prophetkv_rag.model import ModelSupport, RowsLayer, resumable_cache
+from prophetkv_rag.prompt import Message, Prompt, PromptLayout, PromptReader
+from prophetkv_rag.report import ChunkReport, PromptView, ReuseReport, Timings, ViewedChunk, end_stage
+from prophetkv_rag.reuse.assemble import assemble_caches
+from prophetkv_rag.reuse.recompute import recompute_rows
+from prophetkv_rag.reuse.selection import QueryContext, Strategy, make_strategy
+from prophetkv_rag.reuse.selection.base import token_budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +89,7 @@ class Prefiller:
         layout = self.reader.read(prompt, query=query)
         is_reuse = bool(layout.chunks) and chosen.uses_caches
         layout.check_fits(self.context_window, is_reuse=is_reuse, is_answered=answer_lock is not None)
-        timings = Timings(match=stage("match", started, prompt_tokens=layout.num_tokens, chunks=len(layout.chunks)))
+        timings = Timings(match=end_stage("match", started, prompt_tokens=layout.num_tokens, chunks=len(layout.chunks)))
         runner = self if answer_lock is None else replace(self, model_lock=answer_lock)
         if is_reuse:
             return runner.reuse(layout, chosen, ratio, timings, started)
@@ -108,7 +104,7 @@ class Prefiller:
             cache = DynamicCache()
             output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits = _settled(output.logits[:, -1].float())
-        timings.recompute = stage("recompute", running, strategy=strategy.name, rows=layout.num_tokens)
+        timings.recompute = end_stage("recompute", running, strategy=strategy.name, rows=layout.num_tokens)
         timings.ttft = time.perf_counter() - started
         report = ReuseReport(
             strategy=strategy.name,
@@ -136,11 +132,11 @@ class Prefiller:
         mark = time.perf_counter()
         caches, origins = self.library.load(layout, model_lock=self.model_lock)
         hits = sum(origin.status == "hit" for origin in origins)
-        timings.load = stage("load", mark, hits=hits, chunks=len(origins))
+        timings.load = end_stage("load", mark, hits=hits, chunks=len(origins))
 
         with self.model_lock, torch.no_grad():
             mark = time.perf_counter()
-            layers = assemble(
+            layers = assemble_caches(
                 self.support,
                 caches,
                 [chunk.start for chunk in layout.chunks],
@@ -156,7 +152,7 @@ class Prefiller:
             context = self.query_context(layout, layers, ratio)
             context.exact_rows = layout.known_prefix
             selection = strategy.select(context)
-            timings.score = stage("score", mark, strategy=strategy.name, row_layers=context.row_layers)
+            timings.score = end_stage("score", mark, strategy=strategy.name, row_layers=context.row_layers)
 
             mark = time.perf_counter()
             wanted = ~context.is_chunk
@@ -166,7 +162,7 @@ class Prefiller:
             for layer in layers:
                 layer.keys = layer.keys[:, :, : layout.num_tokens]
                 layer.values = layer.values[:, :, : layout.num_tokens]
-            done = recompute(
+            done = recompute_rows(
                 self.model,
                 self.support,
                 layers,
@@ -177,7 +173,7 @@ class Prefiller:
                 watched=dict.fromkeys(selection.watched_layers, context.is_chunk),
             )
             _settled(done.logits)
-            seconds = stage("recompute", mark, strategy=strategy.name, rows=done.rows.shape[0])
+            seconds = end_stage("recompute", mark, strategy=strategy.name, rows=done.rows.shape[0])
         if selection.positions.shape[0]:
             timings.recompute = seconds
         else:

@@ -14,10 +14,7 @@ from typing import Any
 
 import torch
 
-from prophetkv_rag.attention import RowsLayer, cache_of, run_pass
-from prophetkv_rag.model import decoder_layers
-from prophetkv_rag.model_support import ModelSupport
-from prophetkv_rag.passes import RowsPass
+from prophetkv_rag.model import ModelSupport, RowsLayer, RowsPass, cache_of, decoder_layers, run_pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +54,7 @@ Pruner = Callable[[LayerView], "torch.Tensor | None"]
 """Returns the positions (ascending) that go on after this layer, or `None` for all; fresh tokens always go on."""
 
 
-def recompute(
+def recompute_rows(
     model: Any,
     support: ModelSupport,
     layers: Sequence[RowsLayer],

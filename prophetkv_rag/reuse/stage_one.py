@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 
-from prophetkv_rag.attention import RowsLayer, cache_of, run_pass
 from prophetkv_rag.config import ProphetKVConfig
-from prophetkv_rag.layout import PromptLayout
-from prophetkv_rag.model_support import ModelSupport
-from prophetkv_rag.passes import ScoringPass
+from prophetkv_rag.model import ModelSupport, RowsLayer, ScoringPass, cache_of, run_pass
+from prophetkv_rag.prompt import PromptLayout
 
 
 @dataclass

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from prophetkv_rag.errors import StoreError
 from prophetkv_rag.server.work_queue import WorkQueue
-from prophetkv_rag.store.base import RemoteStats, StoreStats
+from prophetkv_rag.store import RemoteStats, StoreStats
 
 if TYPE_CHECKING:
     from prophetkv_rag.report import ReuseReport

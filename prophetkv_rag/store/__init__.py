@@ -1,1 +1,61 @@
-"""Where chunk caches are kept: in RAM (`memory`), or on disk with a RAM tier in front (`disk`)."""
+"""Where chunk caches are kept: the contract, a cache and its key, and the store in RAM.
+
+In comes a `ChunkCache` under a key that names the model and every token; the same comes out again, or nothing: a store
+never hands out what it cannot prove. Begin reading with `base.py` (the contract) and `chunk_cache.py`. The rooms behind
+build the store on disk, each on those before it: `encryption/`, `blobs/` (a cache as one file), `catalog/` (the list of
+them), `remote/` (the tier behind the disk) and `disk/`, which is opened by `open_disk_store`.
+"""
+
+from prophetkv_rag.store.base import (
+    ChunkStore,
+    EntryColumns,
+    Lookup,
+    Policy,
+    RemoteStats,
+    StoreStats,
+    TextEntry,
+    VerifyReport,
+)
+from prophetkv_rag.store.chunk_cache import LAYOUT_VERSION, CacheIdentity, ChunkCache
+from prophetkv_rag.store.failures import Failures
+from prophetkv_rag.store.files import (
+    TEMPORARY_SUFFIX,
+    DirectoryLock,
+    can_write,
+    make_private_directory,
+    read_fully,
+    read_into_fresh,
+    touch_private,
+    write_file,
+)
+from prophetkv_rag.store.keys import check_key, is_key
+from prophetkv_rag.store.memory import MemoryStore
+from prophetkv_rag.store.packed_cache import PackedCache, PackedRows
+
+__all__ = [
+    "LAYOUT_VERSION",
+    "TEMPORARY_SUFFIX",
+    "CacheIdentity",
+    "ChunkCache",
+    "ChunkStore",
+    "DirectoryLock",
+    "EntryColumns",
+    "Failures",
+    "Lookup",
+    "MemoryStore",
+    "PackedCache",
+    "PackedRows",
+    "Policy",
+    "RemoteStats",
+    "StoreStats",
+    "TextEntry",
+    "VerifyReport",
+    "can_write",
+    "check_key",
+    "is_key",
+    "make_private_directory",
+    "read_fully",
+    "read_into_fresh",
+    "touch_private",
+    "write_file",
+]

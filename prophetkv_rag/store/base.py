@@ -13,7 +13,7 @@ from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store.failures import Failures
 
 if TYPE_CHECKING:
-    from prophetkv_rag.chunk_cache import ChunkCache
+    from prophetkv_rag.store.chunk_cache import ChunkCache
 
 Policy = Literal["eager", "on_first_use", "read_only"]
 """When caches are computed and stored: as soon as a chunk is added, when a prompt first has it, or never."""

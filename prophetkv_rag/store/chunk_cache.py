@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from prophetkv_rag.kernels.row_source import RowSource
+from prophetkv_rag.kernels import ops
 
 LAYOUT_VERSION = 1
 """Bumped whenever the meaning of a stored tensor changes; part of every key, so old blobs are simply not found."""
@@ -40,9 +40,9 @@ class ChunkCache:
         """Bytes of all keys and values."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def source(self, layer: int) -> RowSource:
+    def source(self, layer: int) -> ops.RowSource:
         """Return one layer as `ops.rope_gather` takes it, packed if it is held packed."""
-        return RowSource(self.keys[layer], self.values[layer])
+        return ops.RowSource(self.keys[layer], self.values[layer])
 
     def ahead(self, device: torch.device) -> ChunkCache:
         """Return the cache with what all layers need in one copy on the device already; layers go one by one."""
@@ -52,6 +52,22 @@ class ChunkCache:
         """Return the cache with every tensor that it holds replaced by what `function` makes of it."""
         keys, values = (tuple(map(function, part)) for part in (self.keys, self.values))
         return ChunkCache(function(self.input_ids), keys, values)
+
+    def owned(self) -> ChunkCache:
+        """Return the cache in contiguous CPU tensors that own their memory, copied where they do not yet.
+
+        The engine cuts chunks out of whole batches; keeping such a view would keep the whole padded batch alive.
+        """
+        return self.mapped(_owned)
+
+    def has_ids(self, input_ids: Sequence[int]) -> bool:
+        """Whether the cache is of exactly these tokens."""
+        return bool(self.input_ids.tolist() == list(input_ids))
+
+
+def _owned(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach().to("cpu").contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.store.base import ChunkStore, Lookup, StoreStats, TextEntry, VerifyReport
+from prophetkv_rag.store.chunk_cache import ChunkCache
 from prophetkv_rag.store.keys import check_key
-from prophetkv_rag.store.ram import has_ids, owned
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ class MemoryStore(ChunkStore):
             if chunk is None or chunk.cache is None:
                 self._misses += 1
                 return Lookup()
-            if chunk.fingerprint == fingerprint and has_ids(chunk.cache, input_ids):
+            if chunk.fingerprint == fingerprint and chunk.cache.has_ids(input_ids):
                 self._hits += 1
                 self._recent.move_to_end(key)
                 return Lookup(chunk.cache, tier="ram")
@@ -84,7 +83,7 @@ class MemoryStore(ChunkStore):
             self._typical = cache.nbytes
             if chunk.cache is not None or (self.max_bytes is not None and cache.nbytes > self.max_bytes):
                 return
-            chunk.cache, chunk.fingerprint = owned(cache), fingerprint
+            chunk.cache, chunk.fingerprint = cache.owned(), fingerprint
             self._recent[key] = cache.nbytes
             self._nbytes += cache.nbytes
             while self.max_bytes is not None and self._nbytes > self.max_bytes:

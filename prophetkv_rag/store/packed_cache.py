@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from prophetkv_rag.chunk_cache import ChunkCache
-from prophetkv_rag.kernels.row_source import RowSource
+from prophetkv_rag.kernels import ops
+from prophetkv_rag.store.chunk_cache import ChunkCache
 
 
 class PackedRows(NamedTuple):
-    """One layer's keys or values: `stored` times `scale` plus `low`, as in `RowSource`, rounded to `dtype`."""
+    """One layer's keys or values: `stored` times `scale` plus `low`, as in `ops.RowSource`, rounded to `dtype`."""
 
     stored: torch.Tensor
     scale: torch.Tensor | None
@@ -101,10 +101,10 @@ class PackedCache(ChunkCache):
         """Bytes of what is stored, scales and lows included."""
         return self._scales.nbytes + sum(part.stored.nbytes for parts in self._parts for part in parts)
 
-    def source(self, layer: int) -> RowSource:
+    def source(self, layer: int) -> ops.RowSource:
         """See `ChunkCache.source`."""
         keys, values = (self._rows(parts[layer]) for parts in self._parts)
-        return RowSource(keys.stored, values.stored, keys.scale, values.scale, keys.low, values.low)
+        return ops.RowSource(keys.stored, values.stored, keys.scale, values.scale, keys.low, values.low)
 
     def ahead(self, device: torch.device) -> PackedCache:
         """See `ChunkCache.ahead`: scales and lows."""

@@ -12,7 +12,7 @@ import pytest
 
 from prophetkv_rag.chroma import PROPHETKV_ID, KVCachingCollection
 from prophetkv_rag.engine import ProphetKVEngine
-from tests.core.chroma_clients import TOO_LONG, A, B, C, D, add, assert_caches_are, embed, key_of
+from tests.chroma.clients import TOO_LONG, A, B, C, D, add, assert_caches_are, embed, key_of
 
 
 def test_writes_add_the_key_and_every_read_strips_it(collection: KVCachingCollection) -> None:

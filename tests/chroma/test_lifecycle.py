@@ -18,9 +18,9 @@ from prophetkv_rag import chroma
 from prophetkv_rag.chroma import PROPHETKV_ID, KVCachingCollection, default_blob_directory, open_store
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.store.disk.store import DiskStore
 from prophetkv_rag.store.memory import MemoryStore
-from tests.core.chroma_clients import TOO_LONG, A, B, C, D, add, assert_caches_are, embed, key_of
+from tests.chroma.clients import TOO_LONG, A, B, C, D, add, assert_caches_are, embed, key_of
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 IDS = ["1", "2", "3", "4"]

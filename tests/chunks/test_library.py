@@ -14,7 +14,7 @@ import torch
 
 from prophetkv_rag import ContextWindowError, Prompt, ProphetKVConfig, ProphetKVEngine, StoreError
 from prophetkv_rag.store.base import ChunkStore
-from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.store.disk.store import DiskStore
 from prophetkv_rag.store.memory import MemoryStore
 from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
 

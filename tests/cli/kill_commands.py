@@ -27,12 +27,12 @@ import chromadb  # noqa: F401  # so that no fork has to import it
 import llama_index.core  # noqa: F401
 import torch
 
-import prophetkv_rag.default_model
-import prophetkv_rag.embedding
+import prophetkv_rag.defaults.default_model
+import prophetkv_rag.defaults.embedding
 from prophetkv_rag import ProphetKVEngine
-from prophetkv_rag.chroma_store import live_references
+from prophetkv_rag.chroma.store import live_references
 from prophetkv_rag.cli.app import main
-from prophetkv_rag.cli.cache import open_caches
+from prophetkv_rag.cli.cache.look_after import open_caches
 from prophetkv_rag.cli.database import open_database, require_settings
 from tests.tiny import save_tiny, save_tiny_encoder, text_of
 
@@ -190,8 +190,8 @@ def run(trials: int, seed: int) -> Counter[str]:
         root = Path(folder)
         os.environ["PROPHETKV_CACHE_DIR"] = str(root / "cache")
         model, encoder = save_tiny(root / "model"), save_tiny_encoder(root / "encoder")
-        prophetkv_rag.default_model.fetch_default_model = lambda progress: model  # type: ignore[assignment]
-        prophetkv_rag.embedding.fetch_embedding_model = lambda progress=None: encoder  # type: ignore[assignment]
+        prophetkv_rag.defaults.default_model.fetch_default_model = lambda progress: model  # type: ignore[assignment]
+        prophetkv_rag.defaults.embedding.fetch_embedding_model = lambda progress=None: encoder  # type: ignore[assignment]
         for number in range(trials):
             docs, database = root / f"docs{number}", root / f"db{number}"
             docs.mkdir()

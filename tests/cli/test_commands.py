@@ -19,9 +19,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from prophetkv_rag import __version__
 from prophetkv_rag.cli.app import main
 from prophetkv_rag.cli.database import Database
-from prophetkv_rag.cli.demo_run import speeches_directory
 from prophetkv_rag.cli.indexing import IndexSummary, index_documents
-from prophetkv_rag.model import load_model
+from prophetkv_rag.defaults import speeches_directory
+from prophetkv_rag.model.loading import load_model
 from tests.tiny import save_tiny, save_tiny_encoder, text_of, tiny_tokenizer
 
 REPORT_KEYS = {
@@ -61,8 +61,8 @@ def no_hub(self: object, repo_id: str, **options: object) -> None:
 @pytest.fixture(autouse=True)
 def _offline(tiny_model: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default models are the tiny ones, the hub does not answer, and the working directory is empty."""
-    monkeypatch.setattr("prophetkv_rag.default_model.fetch_default_model", lambda progress: tiny_model)
-    monkeypatch.setattr("prophetkv_rag.embedding.fetch_embedding_model", lambda progress=None: tiny_encoder)
+    monkeypatch.setattr("prophetkv_rag.defaults.default_model.fetch_default_model", lambda progress: tiny_model)
+    monkeypatch.setattr("prophetkv_rag.defaults.embedding.fetch_embedding_model", lambda progress=None: tiny_encoder)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_hub)
     monkeypatch.setenv("PROPHETKV_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "work").mkdir()
@@ -368,7 +368,8 @@ def test_a_terminal_shows_one_status_at_a_time(run: Run, monkeypatch: pytest.Mon
     monkeypatch.setattr("prophetkv_rag.cli.model_choice.status", one_status)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: None)
     monkeypatch.setattr(
-        "prophetkv_rag.model.load_model", lambda name, load=load_model: load(tiny_model) if name == "a/name" else None
+        "prophetkv_rag.model.loading.load_model",
+        lambda name, load=load_model: load(tiny_model) if name == "a/name" else None,
     )
     assert run("doctor", "a/name", "--json")["supported"] is True
 
@@ -421,7 +422,7 @@ def test_demo(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     elsewhere = tmp_path / "elsewhere"
     with speeches_directory() as speeches:
         shutil.copytree(speeches, elsewhere)
-    monkeypatch.setattr("prophetkv_rag.cli.demo_run.speeches_directory", lambda: nullcontext(elsewhere))
+    monkeypatch.setattr("prophetkv_rag.defaults.speeches_directory", lambda: nullcontext(elsewhere))
     again = run("demo", "--json")["indexing"]
     assert (again["total_chunks"], again["computed_chunks"]) == (first["indexing"]["total_chunks"], 0)
 

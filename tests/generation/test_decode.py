@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from prophetkv_rag.generation import SamplingSettings, StreamChunk, decode
-from prophetkv_rag.interrupt import InterruptibleLock
+from prophetkv_rag.generation.decode import SamplingSettings, StreamChunk, decode_tokens
+from prophetkv_rag.generation.interrupt import InterruptibleLock
 
 END = 0
 
@@ -38,7 +38,7 @@ def pieces(data: bytes, *, stop: tuple[str, ...] = (), max_new_tokens: int = 100
         past_key_values.append(1)
         return SimpleNamespace(logits=logits_at(len(past_key_values))[:, None])
 
-    stream = decode(
+    stream = decode_tokens(
         model,
         [],
         torch.tensor([[5]]),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prophetkv_rag import DeadlineError, InputError, Prompt, ProphetKVEngine
-from prophetkv_rag.interrupt import Interrupted, InterruptibleLock
+from prophetkv_rag.generation.interrupt import Interrupted, InterruptibleLock
 from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
 
 PROMPT = [{"role": "user", "content": f"Context:\n{CORPUS[0]}\n\n{CORPUS[1]}\n\nQuestion: Who watches?"}]

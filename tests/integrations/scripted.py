@@ -10,7 +10,7 @@ from typing import Any
 from llama_index.core.bridge.pydantic import PrivateAttr
 
 from prophetkv_rag.integrations.llama_index import ProphetKVLLM
-from prophetkv_rag.prompt import Prompt
+from prophetkv_rag.prompt.prompt import Prompt
 
 ANSWER = "The museum opens at ten."
 USE_TOOL = 'Thought: I need to look this up.\nAction: town\nAction Input: {"input": "When does the museum open?"}'

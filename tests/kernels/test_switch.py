@@ -10,7 +10,7 @@ import torch
 
 from prophetkv_rag import InputError, ProphetKVEngine
 from prophetkv_rag.cli.app import main
-from prophetkv_rag.evaluation import kernel_bench
+from prophetkv_rag.evaluation.speed import kernel_bench
 from prophetkv_rag.kernels import ops, reference, reference_rows, reference_scores
 from tests.tiny import tiny_llama
 

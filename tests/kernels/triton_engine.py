@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.evaluation.kernel_bench import count_lines, measure_kernels
-from prophetkv_rag.evaluation.kernel_works import Shape
+from prophetkv_rag.evaluation.speed.kernel_bench import count_lines, measure_kernels
+from prophetkv_rag.evaluation.speed.kernel_works import Shape
 from prophetkv_rag.kernels import ops, triton_ops
-from prophetkv_rag.packed_cache import PackedRows
-from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.packed_cache import PackedRows
 from tests import families
 from tests.kernels.triton_cases import DEVICE, IS_INTERPRETED
 

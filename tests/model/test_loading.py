@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from prophetkv_rag import UnknownModelError
-from prophetkv_rag.model import load_model, model_fingerprint
+from prophetkv_rag.model.fingerprint import model_fingerprint
+from prophetkv_rag.model.loading import load_model
 from tests.tiny import save_tiny, tiny_llama
 
 

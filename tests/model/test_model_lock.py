@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.attention import AttentionPass, attention_implementation, model_lock
 from prophetkv_rag.errors import UnsupportedModelError
-from prophetkv_rag.probe import probe_model
+from prophetkv_rag.model.attention import AttentionPass, attention_implementation, model_lock
+from prophetkv_rag.model.probe import probe_model
 from tests import families
 from tests.tiny import tiny_llama
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prophetkv_rag import UnsupportedModelError
-from prophetkv_rag.probe import probe_model
+from prophetkv_rag.model.probe import probe_model
 from tests import families
 from tests.tiny import tiny_llama
 

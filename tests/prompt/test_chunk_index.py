@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prophetkv_rag import chunk_index as module
-from prophetkv_rag.chunk_index import ChunkIndex, Match, text_entry
+from prophetkv_rag.prompt import chunk_index as module
+from prophetkv_rag.prompt.chunk_index import ChunkIndex, Match, text_entry
 from prophetkv_rag.store.base import EntryColumns
 
 

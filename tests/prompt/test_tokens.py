@@ -8,7 +8,7 @@ from datetime import datetime
 import pytest
 
 from prophetkv_rag import InputError, ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.tokens import Tokens
+from prophetkv_rag.prompt.tokens import Tokens
 from tests.tiny import SYSTEM, tiny_llama, tiny_tokenizer
 
 

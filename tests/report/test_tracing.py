@@ -15,7 +15,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from prophetkv_rag import Prompt, ProphetKVEngine, tracing
+from prophetkv_rag import Prompt, ProphetKVEngine
+from prophetkv_rag.report import tracing
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 CHUNKS = [text_of(40, seed=1), text_of(40, seed=2)]

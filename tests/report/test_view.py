@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.assemble import assemble
-from prophetkv_rag.prompt_view import PromptView, ViewedChunk, token_texts
+from prophetkv_rag.report.view import PromptView, ViewedChunk, token_texts
+from prophetkv_rag.reuse.assemble import assemble_caches
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 CHUNKS = [
@@ -133,7 +133,7 @@ def test_scores_are_those_of_stage_one(engine: ProphetKVEngine) -> None:
     result = engine.prefill(PROMPT, recompute_ratio=0.2)
     layout = engine.read(PROMPT)
     caches, _ = engine.library.load(layout)
-    layers = assemble(
+    layers = assemble_caches(
         engine.support,
         caches,
         [chunk.start for chunk in layout.chunks],

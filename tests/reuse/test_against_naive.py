@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.assemble import assemble
-from prophetkv_rag.selection import Selection, Strategy, make_strategy
-from tests.naive.prompt_reference import context_positions, select
-from tests.naive.transformers_oracle import naive_of, tiny_llama
+from prophetkv_rag.reuse.assemble import assemble_caches
+from prophetkv_rag.reuse.selection import Selection, Strategy, make_strategy
+from tests.reuse.naive.prompt_reference import context_positions, select
+from tests.reuse.naive.transformers_oracle import naive_of, tiny_llama
 
 TOLERANCE = 2e-4
 ENCODING_PREFIX = (7, 3, 9, 1)
@@ -99,7 +99,7 @@ def test_assembled_keys(pair):
     rows = context_positions(SEGMENTS)
     starts = [len(PREFIX), len(PREFIX) + 9 + 2, len(PREFIX) + 9 + 2 + 11 + 2]
     total = sum(len(ids) for ids, _ in SEGMENTS)
-    layers = assemble(engine.support, stored, starts, total, dtype=torch.float32, device=torch.device("cpu"))
+    layers = assemble_caches(engine.support, stored, starts, total, dtype=torch.float32, device=torch.device("cpu"))
     expected_keys, expected_values = naive.assemble(SEGMENTS, caches)
     for layer, keys, values in zip(layers, expected_keys, expected_values, strict=True):
         close(layer.keys[0][:, rows], keys[:, rows])

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag import prefill as prefill_module
+from prophetkv_rag.reuse import prefill as prefill_module
 from tests.tiny import tiny_llama
 
 HEADS, HEAD_DIM, VOCAB = 2, 64, 97

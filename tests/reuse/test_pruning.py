@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.selection import Selection, Strategy
+from prophetkv_rag.reuse.selection import Selection, Strategy
 from tests import families
 
 ENCODING_PREFIX = (3, 1, 4)

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from prophetkv_rag import ProphetKVEngine
-from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.store.disk.store import DiskStore
 from tests.server.running import CHUNKS, Running, make_engine, running
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 

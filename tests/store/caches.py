@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from prophetkv_rag.chunk_cache import CacheIdentity, ChunkCache
 from prophetkv_rag.store.base import ChunkStore
+from prophetkv_rag.store.chunk_cache import CacheIdentity, ChunkCache
 
 IDENTITY = CacheIdentity(model="m", tokenizer="t", prefix_ids=(1, 2), dtype="float32")
 FINGERPRINT = IDENTITY.fingerprint

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from prophetkv_rag.chunk_cache import ChunkCache
-from prophetkv_rag.chunk_index import text_entry
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.prompt.chunk_index import text_entry
 from prophetkv_rag.store.base import ChunkStore, TextEntry
-from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.store.chunk_cache import ChunkCache
+from prophetkv_rag.store.disk.ram import RamTier
+from prophetkv_rag.store.disk.store import DiskStore
 from prophetkv_rag.store.memory import MemoryStore
-from prophetkv_rag.store.ram import RamTier
-from tests.core.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
+from tests.store.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
 
 OTHER_FINGERPRINT = "0" * 64
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.kernels import ops
-from prophetkv_rag.packed_cache import PackedCache, PackedRows
-from prophetkv_rag.store.blob import decode_blob, encode_blob
-from prophetkv_rag.store.disk import DiskStore
-from tests.core.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
+from prophetkv_rag.store.blobs.blob import decode_blob, encode_blob
+from prophetkv_rag.store.chunk_cache import ChunkCache
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.packed_cache import PackedCache, PackedRows
+from tests.store.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 TOKENS = 70

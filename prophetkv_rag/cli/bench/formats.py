@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from prophetkv_rag.cli.bench import conditions_of
+from prophetkv_rag.cli.bench.conditions import conditions_of
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
 from prophetkv_rag.cli.model_choice import chosen_model
 
@@ -28,8 +28,8 @@ def formats(
     """Compare the formats of stored caches: size, load time, distance to full prefill."""
     quiet_libraries()
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.evaluation.blob_formats import demo_prompts, measure_formats
-    from prophetkv_rag.store.formats import BlobFormat
+    from prophetkv_rag.evaluation.storage import demo_prompts, measure_formats
+    from prophetkv_rag.store.blobs import BlobFormat
 
     name = chosen_model(model)
     with status(f"loading {Path(name).name}"):

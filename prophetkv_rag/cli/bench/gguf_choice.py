@@ -9,12 +9,12 @@ from prophetkv_rag.cli.console import status
 from prophetkv_rag.errors import FetchError, InputError
 
 if TYPE_CHECKING:
-    from prophetkv_rag.evaluation.llama_cpp_peers import GgufModel
+    from prophetkv_rag.evaluation.speed import GgufModel
 
 
 def check_gguf_option(gguf: Path, *, peers: bool) -> None:
     """Raise `InputError` if `--gguf` cannot be done; before anything is measured."""
-    from prophetkv_rag.evaluation.llama_cpp_peers import why_not_llama_cpp
+    from prophetkv_rag.evaluation.speed import why_not_llama_cpp
 
     if not peers:
         msg = "--gguf is for llama.cpp, which --no-peers leaves out; give one of the two"
@@ -42,7 +42,7 @@ def choose_ggufs(
     Raises:
         InputError: If the user's file cannot be loaded, or is another model's.
     """
-    from prophetkv_rag.evaluation.llama_cpp_peers import GgufModel, check_gguf, why_not_llama_cpp
+    from prophetkv_rag.evaluation.speed import GgufModel, check_gguf, why_not_llama_cpp
 
     reason = why_not_llama_cpp()
     if reason is None and engine.model.device.type != "cpu":
@@ -55,7 +55,7 @@ def choose_ggufs(
         found.append(GgufModel(gguf.stem, gguf))
         check_gguf(engine, found[0])
     elif is_default:
-        from prophetkv_rag.default_model import fetch_default_gguf
+        from prophetkv_rag.defaults import fetch_default_gguf
 
         try:
             with status("looking for the default model's GGUF file") as tell:
@@ -73,8 +73,7 @@ def choose_ggufs(
 
 
 def _own_weights(model: Any, folder: Path, *, prompt_cache: bool) -> tuple[GgufModel | None, str | None]:
-    from prophetkv_rag.evaluation.gguf_export import format_of, why_not_gguf, write_gguf
-    from prophetkv_rag.evaluation.llama_cpp_peers import GgufModel
+    from prophetkv_rag.evaluation.speed import GgufModel, format_of, why_not_gguf, write_gguf
 
     reason = why_not_gguf(model)
     if reason is not None:

@@ -39,8 +39,7 @@ def kernels(
     if question >= context:
         msg = f"--question is {question}; it must be less than --context ({context})"
         raise InputError(msg)
-    from prophetkv_rag.evaluation.kernel_bench import count_lines, has_device, measure_kernels
-    from prophetkv_rag.evaluation.kernel_works import Shape
+    from prophetkv_rag.evaluation.speed import Shape, count_lines, has_device, measure_kernels
 
     shape = Shape(
         heads=heads,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prophetkv_rag.cli.bench import conditions_of
+from prophetkv_rag.cli.bench.conditions import conditions_of
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
 from prophetkv_rag.cli.model_choice import chosen_model
 from prophetkv_rag.errors import InputError
@@ -48,8 +48,8 @@ def load(
         msg = "bench load tells the kernel to forget files (posix_fadvise), which this system cannot; run it on Linux"
         raise InputError(msg)
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.evaluation.load_times import measure_loading
-    from prophetkv_rag.store.formats import check_format
+    from prophetkv_rag.evaluation.storage import measure_loading
+    from prophetkv_rag.store.blobs import check_format
 
     formats = [(check_format(name.removesuffix("+key")), name.endswith("+key")) for name in dict.fromkeys(blob_format)]
     name = chosen_model(model)

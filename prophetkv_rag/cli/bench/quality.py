@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prophetkv_rag.cli.bench import conditions_of
+from prophetkv_rag.cli.bench.conditions import conditions_of
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
 from prophetkv_rag.cli.measuring import check_length, check_writable
 from prophetkv_rag.cli.model_choice import chosen_model
@@ -58,13 +58,9 @@ def quality(
     import tempfile
 
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.evaluation.fidelity import arms_of
-    from prophetkv_rag.evaluation.quality import Engines, run_grid
-    from prophetkv_rag.evaluation.results import ResultsFile
-    from prophetkv_rag.evaluation.tables import markdown as markdown_of
-    from prophetkv_rag.evaluation.tables import summarise
-    from prophetkv_rag.evaluation.tasks.loading import check_names, load_examples, task_names
-    from prophetkv_rag.evaluation.tasks.ruler import Sources
+    from prophetkv_rag.evaluation.quality import Engines, ResultsFile, arms_of, run_grid, summarise
+    from prophetkv_rag.evaluation.quality import markdown as markdown_of
+    from prophetkv_rag.evaluation.tasks import Sources, check_names, load_examples, task_names
 
     if task == ["list"]:
         typer.echo("\n".join(task_names()))
@@ -76,7 +72,8 @@ def quality(
         raise InputError(msg)
     # What could go wrong after hours of measuring is tried before.
     if plots is not None:
-        from prophetkv_rag.evaluation.plots import load_pyplot, plot_against_budget, plot_tasks
+        from prophetkv_rag.evaluation import load_pyplot
+        from prophetkv_rag.evaluation.quality import plot_against_budget, plot_tasks
 
         load_pyplot()
     check_writable(files=[markdown], folders=[plots])
@@ -137,8 +134,7 @@ def quality(
 
 
 def _draw_picks(engines: Any, example: Any, arms: Any, path: Path, chunk_tokens: int) -> None:
-    from prophetkv_rag.evaluation.picks import picks_of
-    from prophetkv_rag.evaluation.plots import plot_picks
+    from prophetkv_rag.evaluation.quality import picks_of, plot_picks
 
     picks, spans = picks_of(engines, example, arms, chunk_tokens=chunk_tokens)
     plot_picks(picks, spans, path, title=f"{example.task}, example {example.example_id}")
@@ -147,7 +143,7 @@ def _draw_picks(engines: Any, example: Any, arms: Any, path: Path, chunk_tokens:
 def _print(summary: list[dict[str, Any]], conditions: dict[str, Any], against: str) -> None:
     from rich.table import Table
 
-    from prophetkv_rag.evaluation.tables import HEADER, POOLED, table_rows
+    from prophetkv_rag.evaluation.quality import HEADER, POOLED, table_rows
 
     console = results()
     for task in dict.fromkeys(entry["task"] for entry in summary):

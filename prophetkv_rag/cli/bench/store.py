@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from prophetkv_rag.cli.cache_options import parse_size
+from prophetkv_rag.cli.cache.options import parse_size
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results
 from prophetkv_rag.errors import InputError
 
@@ -30,8 +30,8 @@ def store(
     if entries is not None:
         _catalog(entries, as_json=as_json)
         return
-    from prophetkv_rag.evaluation.store_stream import plot_streams, run_stream
-    from prophetkv_rag.store.ranking import Eviction
+    from prophetkv_rag.evaluation.storage import plot_streams, run_stream
+    from prophetkv_rag.store.catalog import Eviction
 
     most = parse_size(limit)
     if most is None:
@@ -69,7 +69,7 @@ def store(
 
 
 def _catalog(entries: int, *, as_json: bool) -> None:
-    from prophetkv_rag.evaluation.store_entries import run_entries
+    from prophetkv_rag.evaluation.storage import run_entries
 
     rounds = 5
     with progress_bar(f"a catalog of {entries:,} chunks", entries + rounds) as advance:

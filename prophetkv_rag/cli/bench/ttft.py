@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from prophetkv_rag.cli.bench import conditions_of
-from prophetkv_rag.cli.bench_ttft_tables import print_tables
+from prophetkv_rag.cli.bench.conditions import conditions_of
+from prophetkv_rag.cli.bench.gguf_choice import check_gguf_option, choose_ggufs
+from prophetkv_rag.cli.bench.ttft_tables import print_tables
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, status
-from prophetkv_rag.cli.gguf_choice import check_gguf_option, choose_ggufs
 from prophetkv_rag.cli.model_choice import chosen_model
 from prophetkv_rag.errors import InputError
 
@@ -40,10 +40,8 @@ def ttft(
     """Compare time to first token with full prefill (SDPA, same token ids), alternating in one process."""
     quiet_libraries()
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.evaluation.fidelity import Arm
-    from prophetkv_rag.evaluation.index_speed import measure_index_throughput
-    from prophetkv_rag.evaluation.ttft import measure_ttft
-    from prophetkv_rag.evaluation.ttft_growth import cost_per_token
+    from prophetkv_rag.evaluation.quality import Arm
+    from prophetkv_rag.evaluation.speed import cost_per_token, measure_index_throughput, measure_ttft
 
     if gguf is not None:
         check_gguf_option(gguf, peers=peers)
@@ -55,7 +53,7 @@ def ttft(
     for arm in arms:
         arm.check(encodings=())
     if plot is not None:  # what could go wrong after measuring is tried before
-        from prophetkv_rag.evaluation.plots import load_pyplot
+        from prophetkv_rag.evaluation import load_pyplot
 
         load_pyplot()
         try:
@@ -98,7 +96,7 @@ def ttft(
         for row in _peak_memory(engine, name, arms, context_tokens, chunk_tokens)
     ]
     if plot is not None:
-        from prophetkv_rag.evaluation.plots import plot_ttft
+        from prophetkv_rag.evaluation.speed import plot_ttft
 
         plot_ttft(report["ttft"], report["peers"], plot)
     if as_json:
@@ -111,9 +109,8 @@ def _peak_memory(
     engine: Any, model: str, arms: list[Any], context_tokens: int, chunk_tokens: int
 ) -> Iterator[dict[str, Any]]:
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.evaluation.fidelity import Arm
-    from prophetkv_rag.evaluation.memory import peak_memory_bytes
-    from prophetkv_rag.evaluation.ttft import corpus_prompt
+    from prophetkv_rag.evaluation.quality import Arm
+    from prophetkv_rag.evaluation.speed import corpus_prompt, peak_memory_bytes
     from prophetkv_rag.store.disk import DiskStore
 
     with (

@@ -56,7 +56,7 @@ def with_cache_options(
         msg = f"--cache-policy {policy!r} is not known; allowed: {', '.join(_POLICIES)}"
         raise InputError(msg)
     if blob_format is not None:
-        from prophetkv_rag.store.formats import check_format
+        from prophetkv_rag.store.blobs import check_format
 
         check_format(blob_format)
     base = remembered or settings
@@ -81,7 +81,7 @@ def _with_remote(settings: DatabaseSettings, remote: RemoteOptions) -> DatabaseS
         msg = "--remote-limit and --remote-timeout go with --remote URL"
         raise InputError(msg)
     if url and remote.url is not None:
-        from prophetkv_rag.store.remote_files import RemoteFiles
+        from prophetkv_rag.store.remote import RemoteFiles
 
         RemoteFiles(url)
     return replace(

@@ -16,7 +16,7 @@ def other_remotes(store: DiskStore, give_up_url: str | None) -> dict[str, int]:
     Raises:
         InputError: If that is none of them.
     """
-    from prophetkv_rag.store.remote_records import give_up, others
+    from prophetkv_rag.store.remote import give_up, others
 
     url = None if store.remote is None else store.remote.records.url
     found = others(store.catalog, url)

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from prophetkv_rag.cli.cache import DatabaseOption, JsonOption, open_caches
+from prophetkv_rag.cli.cache.opened import DatabaseOption, JsonOption, open_caches
 from prophetkv_rag.cli.console import print_json, progress_console, results, status
 from prophetkv_rag.cli.database import DEFAULT_DATABASE
 from prophetkv_rag.errors import InputError
 
 if TYPE_CHECKING:
-    from prophetkv_rag.store.base import ChunkStore
+    from prophetkv_rag.store import ChunkStore
 
 
 def push(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> None:
@@ -46,7 +46,7 @@ def push(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> 
 
 def push_caches(store: ChunkStore) -> dict[str, int]:
     """Upload what a store's remote tier lacks and wait for it; returns what became of it, nothing without a remote."""
-    from prophetkv_rag.store.tiered import TieredStore
+    from prophetkv_rag.store.disk import TieredStore
 
     if not isinstance(store, TieredStore):
         return {}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prophetkv_rag.evaluation.intervals import bootstrap_mean
-from prophetkv_rag.evaluation.results import FULL, QualityRow
-from prophetkv_rag.evaluation.tables import POOLED, summarise
+from prophetkv_rag.evaluation.quality.intervals import bootstrap_mean
+from prophetkv_rag.evaluation.quality.results import FULL, QualityRow
+from prophetkv_rag.evaluation.quality.tables import POOLED, summarise
 from prophetkv_rag.profile import CalibratedStrategy, Profile
 
 

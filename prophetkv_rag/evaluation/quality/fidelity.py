@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from prophetkv_rag.attention import RowsLayer, complete_cache
 from prophetkv_rag.config import check_recompute_ratio
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.prefill import PrefillResult
+from prophetkv_rag.model import RowsLayer, complete_cache
 from prophetkv_rag.profile import CORPUS, PROMPT
 from prophetkv_rag.prompt import Prompt
-from prophetkv_rag.selection import make_strategy
+from prophetkv_rag.reuse import PrefillResult, make_strategy
 
 ENCODINGS = (PROMPT, CORPUS, f"{PROMPT}+{CORPUS}")
 """Suffixes of an arm: its chunks are encoded behind the opening of the task's prompts (`@prompt`), behind a lead-in,
@@ -154,7 +153,7 @@ def _attention_of(engine: ProphetKVEngine, prompt: Prompt, result: PrefillResult
 @torch.no_grad()
 def compare(engine: ProphetKVEngine, truth: Truth, result: PrefillResult, *, score_tokens: int) -> Fidelity:
     """Compare an arm's prefill of the same prompt with full prefill; its own answer is decoded to `score_tokens`."""
-    actual = _forced(engine, result, truth.answer)
+    actual = forced_logits(engine, result, truth.answer)
     divergence = (truth.log_probs.exp() * (truth.log_probs - actual)).sum(dim=-1)
     agrees = truth.log_probs.argmax(-1) == actual.argmax(-1)
     recall = None
@@ -170,7 +169,7 @@ def compare(engine: ProphetKVEngine, truth: Truth, result: PrefillResult, *, sco
     )
 
 
-def _forced(engine: ProphetKVEngine, result: PrefillResult, answer: Sequence[int]) -> torch.Tensor:
+def forced_logits(engine: ProphetKVEngine, result: PrefillResult, answer: Sequence[int]) -> torch.Tensor:
     """Return log-probabilities `[answer, vocab]` of the answer's positions from another cache."""
     first = torch.log_softmax(result.logits.double(), dim=-1)
     if len(answer) == 1:

@@ -10,9 +10,9 @@ from typing import Any
 
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import ContextWindowError, InputError
-from prophetkv_rag.evaluation.fidelity import Arm, compare, full_prefill
-from prophetkv_rag.evaluation.metrics import score
-from prophetkv_rag.evaluation.results import FULL, QualityRow, ResultsFile
+from prophetkv_rag.evaluation.quality.fidelity import Arm, compare, full_prefill
+from prophetkv_rag.evaluation.quality.metrics import score
+from prophetkv_rag.evaluation.quality.results import FULL, QualityRow, ResultsFile
 from prophetkv_rag.evaluation.tasks.example import TaskExample
 from prophetkv_rag.evaluation.tasks.prompting import task_prompt
 from prophetkv_rag.evaluation.tasks.surroundings import Surroundings

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.evaluation.fidelity import Arm
+from prophetkv_rag.evaluation.quality.fidelity import Arm
 from prophetkv_rag.evaluation.tasks.example import TaskExample
 
 FULL = "full_prefill"

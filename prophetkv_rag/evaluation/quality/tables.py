@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from prophetkv_rag.evaluation.fidelity import Arm
-from prophetkv_rag.evaluation.intervals import bootstrap_mean
-from prophetkv_rag.evaluation.results import FULL, QualityRow
+from prophetkv_rag.evaluation.quality.fidelity import Arm
+from prophetkv_rag.evaluation.quality.intervals import bootstrap_mean
+from prophetkv_rag.evaluation.quality.results import FULL, QualityRow
 
 POOLED = "all"
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from prophetkv_rag.attention import backbone
-from prophetkv_rag.layout import PromptLayout
-from prophetkv_rag.model_support import ModelSupport
+from prophetkv_rag.model import ModelSupport, backbone
+from prophetkv_rag.prompt import PromptLayout
 
 
 def pass_flops(model: Any, support: ModelSupport, positions: torch.Tensor) -> float:

@@ -7,9 +7,9 @@ import time
 
 import torch
 
-from prophetkv_rag.attention import backbone
 from prophetkv_rag.engine import ProphetKVEngine
-from prophetkv_rag.evaluation.ttft import corpus_prompt
+from prophetkv_rag.evaluation.speed.ttft import corpus_prompt
+from prophetkv_rag.model import backbone
 
 
 def measure_index_throughput(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prophetkv_rag.evaluation.kernel_works import Shape, works
+from prophetkv_rag.evaluation.speed.kernel_works import Shape, works
 
 NOT_MEASURED = "not measured: no CUDA or ROCm device"
 CEILING_SIZE = 8192

@@ -17,7 +17,7 @@ from typing import Any
 
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.evaluation.ttft_peers import Peer, has_other_order, num_shared, other_order, other_question
+from prophetkv_rag.evaluation.speed.peers import Peer, has_other_order, num_shared, other_order, other_question
 from prophetkv_rag.prompt import Prompt
 
 BATCH_TOKENS = 512

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from prophetkv_rag.engine import ProphetKVEngine
-from prophetkv_rag.evaluation.ttft import corpus_prompt
+from prophetkv_rag.evaluation.speed.ttft import corpus_prompt
 from prophetkv_rag.store.disk import DiskStore
 
 
@@ -23,7 +23,7 @@ def peak_memory_bytes(
     """Return `{"loaded", "peak"}`: bytes of resident memory before the query, and at their highest during it."""
     arguments = [model, str(store_directory), context_tokens, chunk_tokens, strategy, recompute_ratio]
     child = subprocess.run(
-        [sys.executable, "-m", "prophetkv_rag.evaluation.memory", json.dumps(arguments)],
+        [sys.executable, "-m", "prophetkv_rag.evaluation.speed.memory", json.dumps(arguments)],
         check=True,
         capture_output=True,
         text=True,

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from transformers.cache_utils import DynamicCache
 
-from prophetkv_rag.attention import complete_cache
 from prophetkv_rag.engine import ProphetKVEngine
-from prophetkv_rag.prefill import PrefillResult
+from prophetkv_rag.model import complete_cache
 from prophetkv_rag.prompt import Prompt
+from prophetkv_rag.reuse import PrefillResult
 
 DECODE_STEPS = 16
 

@@ -11,17 +11,17 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from prophetkv_rag.config import ProphetKVConfig
+from prophetkv_rag.defaults import read_speeches
 from prophetkv_rag.engine import ProphetKVEngine
-from prophetkv_rag.evaluation.fidelity import Arm
-from prophetkv_rag.evaluation.flops import full_flops, reuse_flops
-from prophetkv_rag.evaluation.llama_cpp_peers import GgufModel, llama_cpp_peers
+from prophetkv_rag.evaluation.quality.fidelity import Arm
+from prophetkv_rag.evaluation.speed.flops import full_flops, reuse_flops
+from prophetkv_rag.evaluation.speed.llama_cpp import GgufModel, llama_cpp_peers
+from prophetkv_rag.evaluation.speed.peers import decode_seconds, transformers_peers
+from prophetkv_rag.evaluation.speed.results import LoadingResult, PeerResult, TtftResult
 from prophetkv_rag.evaluation.tasks.prompting import user_turn
-from prophetkv_rag.evaluation.ttft_peers import decode_seconds, transformers_peers
-from prophetkv_rag.evaluation.ttft_results import LoadingResult, PeerResult, TtftResult
 from prophetkv_rag.prompt import Prompt
 from prophetkv_rag.store.disk import DiskStore
 
@@ -51,9 +51,7 @@ def corpus_prompt(engine: ProphetKVEngine, context_tokens: int, chunk_tokens: in
         chunk_tokens: Tokens per chunk.
         skip: Tokens of the corpus to leave out at the start.
     """
-    folder = files("prophetkv_rag.demo_corpus") / "state-of-the-union"
-    speeches = sorted(folder.iterdir(), key=lambda entry: entry.name)
-    text = "\n\n".join(speech.read_text(encoding="utf-8") for speech in speeches if speech.name.endswith(".txt"))
+    text = "\n\n".join(read_speeches().values())
     corpus: list[int] = engine.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     corpus = (corpus * (1 + (skip + context_tokens) // len(corpus)))[skip : skip + context_tokens]
     chunks = [corpus[start : start + chunk_tokens] for start in range(0, context_tokens, chunk_tokens)]

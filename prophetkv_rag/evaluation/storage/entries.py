@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from prophetkv_rag.chunk_index import ChunkIndex, text_entry
+from prophetkv_rag.prompt import ChunkIndex, text_entry
 from prophetkv_rag.store.disk import DiskStore
 
 _FINGERPRINT = "f" * 64

@@ -6,23 +6,22 @@ the very same caches, written and read back by a store on disk, so differences b
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
+from prophetkv_rag.defaults import read_questions, read_speeches
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.evaluation.fidelity import Truth, compare, full_prefill
-from prophetkv_rag.evaluation.questions import join_passages
+from prophetkv_rag.evaluation.quality.fidelity import Truth, compare, full_prefill
 from prophetkv_rag.evaluation.tasks.prompting import user_turn
+from prophetkv_rag.evaluation.tasks.questions import join_passages
 from prophetkv_rag.prompt import Prompt
+from prophetkv_rag.store.blobs import BlobFormat
 from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.formats import BlobFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +55,17 @@ def demo_prompts(engine: ProphetKVEngine, *, count: int, context_tokens: int, ch
     Raises:
         InputError: If there are not so many questions.
     """
-    corpus = files("prophetkv_rag.demo_corpus")
-    questions = json.loads((corpus / "questions.json").read_text(encoding="utf-8"))
+    questions, speeches = read_questions(), read_speeches()
     if count > len(questions):
         msg = f"--prompts is {count}, but only {len(questions)} questions are shipped"
         raise InputError(msg)
     prompts = []
     for question in questions[:count]:
-        text = (corpus / "state-of-the-union" / question["file"]).read_text(encoding="utf-8")
-        chunks = join_passages(text.split("\n\n"), engine.tokenizer, chunk_tokens)
-        place = next((i for i, chunk in enumerate(chunks) if question["expected"][0] in chunk), 0)
+        chunks = join_passages(speeches[question.file].split("\n\n"), engine.tokenizer, chunk_tokens)
+        place = next((i for i, chunk in enumerate(chunks) if question.expected[0] in chunk), 0)
         number = max(1, context_tokens // chunk_tokens)
         start = max(0, min(place - number // 2, len(chunks) - number))
-        head, tail = user_turn(engine.tokenizer, "", f"\n\n{question['question']} Answer in one sentence.")
+        head, tail = user_turn(engine.tokenizer, "", f"\n\n{question.question} Answer in one sentence.")
         prompts.append(Prompt(head, chunks[start : start + number], tail))
     return prompts
 

@@ -17,15 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from prophetkv_rag.assemble import assemble
-from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.engine import ProphetKVEngine
-from prophetkv_rag.evaluation.ttft import corpus_prompt
-from prophetkv_rag.layout import PromptLayout
-from prophetkv_rag.store.blob import decode_blob
+from prophetkv_rag.evaluation.speed.ttft import corpus_prompt
+from prophetkv_rag.prompt import PromptLayout
+from prophetkv_rag.reuse import assemble_caches
+from prophetkv_rag.store import ChunkCache, read_into_fresh
+from prophetkv_rag.store.blobs import BlobFormat, decode_blob
 from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.files import read_into_fresh
-from prophetkv_rag.store.formats import BlobFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +204,7 @@ def _timed(
     cpu, started = time.process_time(), time.perf_counter()
     caches = way(blobs)
     loaded = time.perf_counter()
-    assemble(
+    assemble_caches(
         engine.support,
         caches,
         [chunk.start for chunk in blobs.layout.chunks],

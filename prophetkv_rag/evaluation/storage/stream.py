@@ -19,8 +19,8 @@ import torch
 from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.prompt import Prompt
+from prophetkv_rag.store.catalog import Eviction
 from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.ranking import Eviction
 
 _VOCABULARY = 4096
 
@@ -147,7 +147,7 @@ class _Watch:
 
 def plot_streams(results: list[StreamResult], path: Path) -> None:
     """Draw hit rate, TTFT and bytes over the stream."""
-    from prophetkv_rag.evaluation.plots import load_pyplot
+    from prophetkv_rag.evaluation.plotting import load_pyplot
 
     pyplot = load_pyplot()
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")

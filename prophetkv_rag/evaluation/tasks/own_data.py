@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.evaluation.questions import Question, read_questions
 from prophetkv_rag.evaluation.tasks.example import TaskExample
+from prophetkv_rag.evaluation.tasks.questions import Question, read_questions
 
 OWN_DATA_TASK = "own_data"
 QUESTION_TEMPLATE = (

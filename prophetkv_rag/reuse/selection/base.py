@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from prophetkv_rag.recompute import Pruner
-from prophetkv_rag.stage_one import QueryContext
+from prophetkv_rag.reuse.recompute import Pruner
+from prophetkv_rag.reuse.stage_one import QueryContext
 
 __all__ = ["QueryContext", "Selection", "Strategy", "allowed_option", "token_budget", "top_positions", "without_choice"]
 

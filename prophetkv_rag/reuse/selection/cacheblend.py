@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from prophetkv_rag.recompute import LayerView, Pruner
-from prophetkv_rag.selection.base import (
+from prophetkv_rag.reuse.recompute import LayerView, Pruner
+from prophetkv_rag.reuse.selection.base import (
     QueryContext,
     Selection,
     Strategy,

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from prophetkv_rag.selection.base import QueryContext, Selection, Strategy
+from prophetkv_rag.reuse.selection.base import QueryContext, Selection, Strategy
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from prophetkv_rag.selection.base import QueryContext, Selection, Strategy
+from prophetkv_rag.reuse.selection.base import QueryContext, Selection, Strategy
 
 
 class FullPrefill(Strategy):

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from prophetkv_rag.recompute import LayerView
-from prophetkv_rag.selection.base import QueryContext, Selection, Strategy, top_positions, without_choice
-from prophetkv_rag.selection.cacheblend import DECIDING_LAYER
+from prophetkv_rag.reuse.recompute import LayerView
+from prophetkv_rag.reuse.selection.base import QueryContext, Selection, Strategy, top_positions, without_choice
+from prophetkv_rag.reuse.selection.cacheblend import DECIDING_LAYER
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from prophetkv_rag.selection.base import QueryContext, Selection, Strategy, top_positions
+from prophetkv_rag.reuse.selection.base import QueryContext, Selection, Strategy, top_positions
 
 
 class ProphetKV(Strategy):

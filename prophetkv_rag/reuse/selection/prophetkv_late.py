@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from prophetkv_rag.selection.base import QueryContext
-from prophetkv_rag.selection.prophetkv import ProphetKV
+from prophetkv_rag.reuse.selection.base import QueryContext
+from prophetkv_rag.reuse.selection.prophetkv import ProphetKV
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,15 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.selection.base import Strategy
-from prophetkv_rag.selection.cacheblend import CacheBlend
-from prophetkv_rag.selection.epic import Epic
-from prophetkv_rag.selection.full_prefill import FullPrefill
-from prophetkv_rag.selection.full_reuse import FullReuse
-from prophetkv_rag.selection.kvshare import KVShare
-from prophetkv_rag.selection.prophetkv import ProphetKV
-from prophetkv_rag.selection.prophetkv_late import ProphetKVLate
-from prophetkv_rag.selection.random_tokens import RandomTokens
+from prophetkv_rag.reuse.selection.base import Strategy
+from prophetkv_rag.reuse.selection.cacheblend import CacheBlend
+from prophetkv_rag.reuse.selection.epic import Epic
+from prophetkv_rag.reuse.selection.full_prefill import FullPrefill
+from prophetkv_rag.reuse.selection.full_reuse import FullReuse
+from prophetkv_rag.reuse.selection.kvshare import KVShare
+from prophetkv_rag.reuse.selection.prophetkv import ProphetKV
+from prophetkv_rag.reuse.selection.prophetkv_late import ProphetKVLate
+from prophetkv_rag.reuse.selection.random_tokens import RandomTokens
 
 _STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy

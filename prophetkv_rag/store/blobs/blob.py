@@ -14,11 +14,10 @@ from typing import TypeAlias
 import safetensors.torch
 import torch
 
-from prophetkv_rag.chunk_cache import LAYOUT_VERSION, ChunkCache
 from prophetkv_rag.errors import BlobError
-from prophetkv_rag.packed_cache import PackedCache, PackedRows
-from prophetkv_rag.store.base import TextEntry
-from prophetkv_rag.store.blob_header import (
+from prophetkv_rag.store import LAYOUT_VERSION, ChunkCache, PackedCache, PackedRows, TextEntry
+from prophetkv_rag.store.blobs.formats import BlobFormat, Part, pack, packed_rows, unpack
+from prophetkv_rag.store.blobs.header import (
     CHECKSUM,
     DTYPE_NAMES,
     FORMAT,
@@ -28,8 +27,6 @@ from prophetkv_rag.store.blob_header import (
     checksum,
     parse_header,
 )
-from prophetkv_rag.store.formats import BlobFormat, Part, pack, packed_rows, unpack
-from prophetkv_rag.store.ram import has_ids, owned
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -55,7 +52,7 @@ def encode_blob(
         entry: How the chunk's text is recognised, so that a lost catalog can be made again.
         namespace: What the fingerprint is of, if that is known; for the same reason.
     """
-    cache = owned(cache)
+    cache = cache.owned()
     tensors = {"input_ids": cache.input_ids}
     metadata = {
         "format": FORMAT,
@@ -164,7 +161,7 @@ def decode_body(
         cache: ChunkCache = PackedCache(tensors["input_ids"], keys, values)
     else:
         cache = ChunkCache(tensors["input_ids"], *(tuple(rows.stored for rows in part) for part in (keys, values)))
-    if input_ids is not None and not has_ids(cache, input_ids):
+    if input_ids is not None and not cache.has_ids(input_ids):
         msg = "it is of other token ids"
         raise BlobError(msg)
     return cache

@@ -15,13 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import BlobError
-from prophetkv_rag.store.blob import decode_body
-from prophetkv_rag.store.blob_header import LENGTH_BYTES, MAX_HEADER_BYTES, BlobHeader, Expected, parse_header
-from prophetkv_rag.store.encryption import EncryptionKey
-from prophetkv_rag.store.files import read_fully, read_into_fresh
-from prophetkv_rag.store.sealing import CLEAR_BYTES, SLACK_BYTES, Opener, is_sealed, parse_clear
+from prophetkv_rag.store import ChunkCache, read_fully, read_into_fresh
+from prophetkv_rag.store.blobs.blob import decode_body
+from prophetkv_rag.store.blobs.header import LENGTH_BYTES, MAX_HEADER_BYTES, BlobHeader, Expected, parse_header
+from prophetkv_rag.store.encryption import CLEAR_BYTES, SLACK_BYTES, EncryptionKey, Opener, is_sealed, parse_clear
 
 _WILL_NEED: int | None = getattr(os, "POSIX_FADV_WILLNEED", None)
 """Tells the kernel that all of a file follows: from a cold disk, reading by tensors alone reads ahead too little."""

@@ -13,13 +13,18 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from prophetkv_rag.chunk_cache import ChunkCache
-from prophetkv_rag.store.blob_file import decode_file, read_blob, read_header
-from prophetkv_rag.store.blob_header import BlobHeader
-from prophetkv_rag.store.encryption import EncryptionKey
-from prophetkv_rag.store.files import TEMPORARY_SUFFIX, make_private_directory, touch_private, write_file
-from prophetkv_rag.store.keys import check_key, is_key
-from prophetkv_rag.store.sealing import LockedBlobError, seal
+from prophetkv_rag.store import (
+    TEMPORARY_SUFFIX,
+    ChunkCache,
+    check_key,
+    is_key,
+    make_private_directory,
+    touch_private,
+    write_file,
+)
+from prophetkv_rag.store.blobs.file import decode_file, read_blob, read_header
+from prophetkv_rag.store.blobs.header import BlobHeader
+from prophetkv_rag.store.encryption import EncryptionKey, LockedBlobError, seal
 
 _SUFFIX = ".safetensors"
 _MARK = ".new"

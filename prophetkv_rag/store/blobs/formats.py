@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.packed_cache import PackedRows
+from prophetkv_rag.store import PackedRows
 
 BlobFormat = Literal["exact", "fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 Part = Literal["keys", "values"]

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 import xxhash
 
-from prophetkv_rag.chunk_cache import LAYOUT_VERSION
 from prophetkv_rag.errors import BlobError
-from prophetkv_rag.store.base import TextEntry
-from prophetkv_rag.store.formats import BlobFormat, Part, Shape, check_format, packed_sizes
+from prophetkv_rag.store import LAYOUT_VERSION, TextEntry
+from prophetkv_rag.store.blobs.formats import BlobFormat, Part, Shape, check_format, packed_sizes
 
 FORMAT = "prophetkv-chunk"
 CHECKSUM = "xxh3:"

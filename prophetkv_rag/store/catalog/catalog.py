@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prophetkv_rag.errors import StoreError
-from prophetkv_rag.store.base import EntryColumns, TextEntry
-from prophetkv_rag.store.catalog_file import BUSY_TIMEOUT_S, connect, connect_read_only, set_aside
-from prophetkv_rag.store.catalog_schema import bring_up_to_date
+from prophetkv_rag.store import EntryColumns, TextEntry
+from prophetkv_rag.store.catalog.file import BUSY_TIMEOUT_S, connect, connect_read_only, set_aside
+from prophetkv_rag.store.catalog.schema import bring_up_to_date
 
 UNKNOWN_OWNER = ""
 """Owner of chunks that were found without a catalog: whoever drops such a chunk deletes it."""

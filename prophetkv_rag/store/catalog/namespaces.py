@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 
-from prophetkv_rag.store.catalog import Catalog
+from prophetkv_rag.store.catalog.catalog import Catalog
 
 
 def fingerprints_with(run: sqlite3.Connection, fingerprint: str) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from prophetkv_rag.store.namespaces import marks
+from prophetkv_rag.store.catalog.namespaces import marks
 
 Eviction = Literal["value", "lru"]
 

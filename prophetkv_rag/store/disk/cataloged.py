@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.store.base import ChunkStore, EntryColumns, Policy, TextEntry
-from prophetkv_rag.store.blob_files import BlobFiles
+from prophetkv_rag.store import ChunkStore, DirectoryLock, EntryColumns, Policy, TextEntry, check_key
+from prophetkv_rag.store.blobs import BlobFiles
 from prophetkv_rag.store.catalog import Catalog, CatalogRow
-from prophetkv_rag.store.files import DirectoryLock
-from prophetkv_rag.store.keys import check_key
+from prophetkv_rag.store.disk.leases import Leases
+from prophetkv_rag.store.remote import RemoteTier
 
 
 class CatalogedStore(ChunkStore):
@@ -23,6 +23,8 @@ class CatalogedStore(ChunkStore):
         files: The blobs.
         catalog: The list.
         directory_lock: Held while something is written, alone while something is deleted.
+        leases: What is being loaded or written.
+        remote: The tier behind the disk, in a `TieredStore`.
     """
 
     directory: Path
@@ -30,6 +32,8 @@ class CatalogedStore(ChunkStore):
     files: BlobFiles
     catalog: Catalog
     directory_lock: DirectoryLock
+    leases: Leases
+    remote: RemoteTier | None = None
     _seen: dict[str, int]
     _deletes: int
 

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from prophetkv_rag.errors import InputError, StoreError
-from prophetkv_rag.store.blob_files import BlobFiles
+from prophetkv_rag.store import DirectoryLock, write_file
+from prophetkv_rag.store.blobs import BlobFiles
 from prophetkv_rag.store.encryption import EncryptionKey
-from prophetkv_rag.store.files import DirectoryLock, write_file
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.tiered import TieredStore
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.disk.tiered import TieredStore
 
 
 def open_disk_store(directory: str | Path, *, remote: str | None = None, **settings: Any) -> DiskStore:

@@ -10,18 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
-from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import InputError, StoreError
-from prophetkv_rag.store.base import Policy
-from prophetkv_rag.store.blob_files import BlobFiles
-from prophetkv_rag.store.catalog import Catalog, CorruptCatalogError
-from prophetkv_rag.store.catalog_file import set_aside
-from prophetkv_rag.store.failures import Failures
-from prophetkv_rag.store.files import DirectoryLock, make_private_directory
-from prophetkv_rag.store.key_mark import claim
-from prophetkv_rag.store.ram import has_ids
-from prophetkv_rag.store.ranking import Eviction
-from prophetkv_rag.store.rebuild import rebuild, sweep
+from prophetkv_rag.store import ChunkCache, DirectoryLock, Failures, Policy, make_private_directory
+from prophetkv_rag.store.blobs import BlobFiles
+from prophetkv_rag.store.catalog import Catalog, CorruptCatalogError, Eviction, set_aside
+from prophetkv_rag.store.disk.key_mark import claim
+from prophetkv_rag.store.disk.rebuild import rebuild, sweep
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +161,7 @@ class Later:
         """Return a cache that waits, if it is the one that is meant."""
         with self._lock:
             found = self._waiting.get(key)
-        return found[1] if found and found[0] == fingerprint and has_ids(found[1], input_ids) else None
+        return found[1] if found and found[0] == fingerprint and found[1].has_ids(input_ids) else None
 
     def drop(self, keys: Iterable[str]) -> None:
         """Do not write these."""

@@ -9,22 +9,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from prophetkv_rag.chunk_cache import ChunkCache
+from prophetkv_rag.store import ChunkCache
 
 logger = logging.getLogger(__name__)
-
-
-def owned(cache: ChunkCache) -> ChunkCache:
-    """Copy to contiguous CPU tensors that own their memory, where they do not yet.
-
-    The engine cuts chunks out of whole batches; keeping such a view would keep the whole padded batch alive.
-    """
-    return cache.mapped(_owned)
-
-
-def has_ids(cache: ChunkCache, input_ids: Sequence[int]) -> bool:
-    """Whether the cache is of exactly these tokens."""
-    return bool(cache.input_ids.tolist() == list(input_ids))
 
 
 class RamTier:
@@ -73,7 +60,7 @@ class RamTier:
                 return None
             self._caches.move_to_end(key)
         cache_fingerprint, cache = found
-        return cache if cache_fingerprint == fingerprint and has_ids(cache, input_ids) else None
+        return cache if cache_fingerprint == fingerprint and cache.has_ids(input_ids) else None
 
     def put(self, key: str, cache: ChunkCache, *, fingerprint: str) -> None:
         """Hold a cache, and drop the least recently used ones that no longer fit."""
@@ -128,8 +115,3 @@ class RamTier:
             logger.debug("chunk caches are held in memory that is not pinned: %s", error)
             self.pins = False
             return cache
-
-
-def _owned(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach().to("cpu").contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

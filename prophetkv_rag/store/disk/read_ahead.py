@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
-from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import BlobError
-from prophetkv_rag.store.blob_files import BlobFiles
-from prophetkv_rag.store.formats import BlobFormat
-from prophetkv_rag.store.ram import RamTier
+from prophetkv_rag.store import ChunkCache
+from prophetkv_rag.store.blobs import BlobFiles, BlobFormat
+from prophetkv_rag.store.disk.ram import RamTier
 
 logger = logging.getLogger(__name__)
 

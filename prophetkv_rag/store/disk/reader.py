@@ -10,14 +10,12 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
-from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import BlobError, StoreError
-from prophetkv_rag.store.blob_files import BlobFiles
+from prophetkv_rag.store import ChunkCache, DirectoryLock
+from prophetkv_rag.store.blobs import BlobFiles, BlobFormat
 from prophetkv_rag.store.catalog import Catalog
-from prophetkv_rag.store.disk_parts import Counters
-from prophetkv_rag.store.files import DirectoryLock
-from prophetkv_rag.store.formats import BlobFormat
-from prophetkv_rag.store.sealing import LockedBlobError
+from prophetkv_rag.store.disk.parts import Counters
+from prophetkv_rag.store.encryption import LockedBlobError
 
 logger = logging.getLogger(__name__)
 

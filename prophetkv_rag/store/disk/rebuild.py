@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 
 from prophetkv_rag.errors import BlobError
-from prophetkv_rag.store.blob_files import BlobFiles
+from prophetkv_rag.store.blobs import BlobFiles
 from prophetkv_rag.store.catalog import UNKNOWN_OWNER, Catalog, CatalogRow
-from prophetkv_rag.store.namespaces import learn
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ def rebuild(catalog: Catalog, files: BlobFiles) -> int:
             for row, entry in found:
                 catalog.upsert(row, entry)
             for fingerprint, namespace in namespaces.items():
-                learn(catalog, fingerprint, namespace)
+                namespaces.learn(catalog, fingerprint, namespace)
             catalog.add_references(UNKNOWN_OWNER, [row.key for row, _ in found])
         logger.warning("the catalog of %d chunk caches was made again from their files", len(found))
     return len(found)

@@ -14,14 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prophetkv_rag.errors import StoreError
-from prophetkv_rag.store.base import TextEntry
-from prophetkv_rag.store.blob_files import BlobFiles
-from prophetkv_rag.store.catalog import Catalog, CatalogRow
-from prophetkv_rag.store.disk_parts import Counters
-from prophetkv_rag.store.files import DirectoryLock
-from prophetkv_rag.store.leases import Leases
-from prophetkv_rag.store.namespaces import above, bytes_of, fingerprints_with
-from prophetkv_rag.store.ranking import Ranking
+from prophetkv_rag.store import DirectoryLock, TextEntry
+from prophetkv_rag.store.blobs import BlobFiles
+from prophetkv_rag.store.catalog import Catalog, CatalogRow, Ranking, namespaces
+from prophetkv_rag.store.disk.leases import Leases
+from prophetkv_rag.store.disk.parts import Counters
 
 _USES_PER_FLUSH = 64
 
@@ -81,7 +78,7 @@ class Space:
             with self._catalog.transaction() as run:
                 doomed: list[str] = []
                 each = self._limits.namespace_bytes
-                for fingerprints, needed in [] if each is None else above(run, each):
+                for fingerprints, needed in [] if each is None else namespaces.above(run, each):
                     doomed += (
                         self._ranking.victims(run, needed=needed, rank=math.inf, spared=leased, among=fingerprints)
                         or ()
@@ -113,7 +110,10 @@ class Space:
         if limits.namespace_bytes is None or fingerprint is None:
             return True
         with self._catalog.transaction(is_write=False) as run:
-            return bytes_of(run, fingerprints_with(run, fingerprint)) + coming <= limits.namespace_bytes
+            return (
+                namespaces.bytes_of(run, namespaces.fingerprints_with(run, fingerprint)) + coming
+                <= limits.namespace_bytes
+            )
 
     def write(self, row: CatalogRow, entry: TextEntry | None, data: bytes, *, is_used: bool) -> bool:
         """Write a blob if there is room, or can be made; returns whether. Either way the catalog knows the chunk.
@@ -172,8 +172,10 @@ class Space:
         if any(limit is not None and nbytes > limit for limit in (limits.all_bytes, limits.namespace_bytes)):
             return False
         with self._catalog.transaction(is_write=False) as run:
-            own = fingerprints_with(run, row.fingerprint)
-            own_needed = 0 if limits.namespace_bytes is None else bytes_of(run, own) + nbytes - limits.namespace_bytes
+            own = namespaces.fingerprints_with(run, row.fingerprint)
+            own_needed = (
+                0 if limits.namespace_bytes is None else namespaces.bytes_of(run, own) + nbytes - limits.namespace_bytes
+            )
         needed = 0 if limits.all_bytes is None else self._catalog.nbytes() + nbytes - limits.all_bytes
         if own_needed <= 0 and needed <= 0:
             return True

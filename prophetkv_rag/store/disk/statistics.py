@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from prophetkv_rag.store.catalog import Catalog
-    from prophetkv_rag.store.disk import DiskStore
-
-COUNTS = ("hits", "ram_hits", "remote_hits", "misses", "corrupt", "evictions", "failed_writes")
-"""What is counted, by the names of `StoreStats`."""
-_COUNT = "count "  # begins the names of such rows in `state`
+from prophetkv_rag.store.disk.cataloged import CatalogedStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +44,7 @@ class Usage:
     next_chunk_s: float | None
 
 
-def usage(store: DiskStore) -> list[Usage]:
+def usage(store: CatalogedStore) -> list[Usage]:
     """Return one entry per owner and model, the largest first."""
     url = None if store.remote is None else store.remote.records.url
     with store.catalog.transaction(is_write=False) as run:
@@ -71,7 +64,7 @@ def usage(store: DiskStore) -> list[Usage]:
     return [_usage(*row) for row in rows]
 
 
-def nameless(store: DiskStore) -> int:
+def nameless(store: CatalogedStore) -> int:
     """Return how many chunks are of no namespace that the catalog knows.
 
     Their blobs are of an early version, which does not say it, and no engine has been here since the catalog was lost.
@@ -79,28 +72,6 @@ def nameless(store: DiskStore) -> int:
     with store.catalog.transaction(is_write=False) as run:
         query = "SELECT count(*) FROM chunks WHERE fingerprint NOT IN (SELECT fingerprint FROM identities)"
         return int(run.execute(query).fetchone()[0])
-
-
-def add_counts(catalog: Catalog, counts: Mapping[str, int]) -> None:
-    """Add to the totals of everything that was ever counted on this directory; by the names of `StoreStats`."""
-    with catalog.transaction() as run:
-        run.executemany(
-            "INSERT INTO state VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
-            [(_COUNT + name, count) for name, count in counts.items()],
-        )
-
-
-def all_counts(catalog: Catalog) -> dict[str, int]:
-    """Return the totals of what all processes counted on this directory; a running one adds its own every 64 uses."""
-    with catalog.transaction(is_write=False) as run:
-        found = dict(run.execute("SELECT name, value FROM state WHERE name GLOB ?", (_COUNT + "*",)))
-    return {name: int(found.get(_COUNT + name, 0)) for name in COUNTS}
-
-
-def hits_by_tier(counts: Mapping[str, int]) -> dict[str, int]:
-    """Return how many caches prompts found in each tier, from counts by the names of `StoreStats`."""
-    elsewhere = counts["ram_hits"] + counts["remote_hits"]
-    return {"ram": counts["ram_hits"], "disk": counts["hits"] - elsewhere, "remote": counts["remote_hits"]}
 
 
 def _usage(*row: Any) -> Usage:

@@ -16,29 +16,33 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import StoreError
-from prophetkv_rag.store.base import Lookup, Policy, StoreStats, TextEntry, VerifyReport
-from prophetkv_rag.store.blob_files import BlobFiles
-from prophetkv_rag.store.blob_reader import BlobReader
-from prophetkv_rag.store.blob_writer import BlobWriter
-from prophetkv_rag.store.cataloged import CatalogedStore
-from prophetkv_rag.store.disk_parts import Counters, Later, check_settings, deletes, open_catalog
+from prophetkv_rag.store import (
+    ChunkCache,
+    DirectoryLock,
+    Lookup,
+    Policy,
+    StoreStats,
+    TextEntry,
+    VerifyReport,
+    can_write,
+    check_key,
+    is_key,
+)
+from prophetkv_rag.store.blobs import BlobFiles, BlobFormat, check_format
+from prophetkv_rag.store.catalog import Eviction, Ranking, add_counts
+from prophetkv_rag.store.disk.cataloged import CatalogedStore
+from prophetkv_rag.store.disk.leases import Leases
+from prophetkv_rag.store.disk.parts import Counters, Later, check_settings, deletes, open_catalog
+from prophetkv_rag.store.disk.ram import RamTier
+from prophetkv_rag.store.disk.read_ahead import ReadAhead
+from prophetkv_rag.store.disk.reader import BlobReader
+from prophetkv_rag.store.disk.space import Limits, Space
+from prophetkv_rag.store.disk.upkeep import verify
+from prophetkv_rag.store.disk.writer import BlobWriter
 from prophetkv_rag.store.encryption import KeySource, load_key
-from prophetkv_rag.store.files import DirectoryLock, can_write
-from prophetkv_rag.store.formats import BlobFormat, check_format
-from prophetkv_rag.store.keys import check_key, is_key
-from prophetkv_rag.store.leases import Leases
-from prophetkv_rag.store.ram import RamTier, owned
-from prophetkv_rag.store.ranking import Eviction, Ranking
-from prophetkv_rag.store.read_ahead import ReadAhead
-from prophetkv_rag.store.space import Limits, Space
-from prophetkv_rag.store.statistics import add_counts
-
-if TYPE_CHECKING:
-    from prophetkv_rag.store.remote import RemoteTier
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +71,6 @@ class DiskStore(CatalogedStore):
         InputError: If a setting is not one of those.
         StoreError: If the directory cannot be used.
     """
-
-    remote: RemoteTier | None = None  # the tier behind the disk, in a `TieredStore`
 
     def __init__(
         self,
@@ -162,7 +164,7 @@ class DiskStore(CatalogedStore):
             StoreError: If it cannot be written (disk full, directory gone).
         """
         path = self.files.path(key)
-        cache = owned(cache)
+        cache = cache.owned()
         if self.policy == "read_only" or self.files.locked_by is not None:
             self._ram.put(key, cache, fingerprint=fingerprint)
             return
@@ -185,9 +187,9 @@ class DiskStore(CatalogedStore):
     def put_soon(self, key: str, cache: ChunkCache, *, fingerprint: str) -> None:
         """See `ChunkStore.put_soon`: a thread writes it; until then `get` finds it all the same."""
         if self.policy == "read_only":
-            self._ram.put(key, owned(cache), fingerprint=fingerprint)
+            self._ram.put(key, cache.owned(), fingerprint=fingerprint)
         else:
-            self._later.add(check_key(key), owned(cache), fingerprint)
+            self._later.add(check_key(key), cache.owned(), fingerprint)
 
     def flush(self) -> None:
         """See `ChunkStore.flush`."""
@@ -224,8 +226,6 @@ class DiskStore(CatalogedStore):
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
         """See `upkeep.verify`."""
-        from prophetkv_rag.store.upkeep import verify
-
         if repair:
             self._must_be_writable("repair")
         return verify(self, repair=repair)

@@ -14,21 +14,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import InputError, StoreError
-from prophetkv_rag.store.base import Lookup, StoreStats, TextEntry
-from prophetkv_rag.store.catalog import CatalogRow
-from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.elsewhere import Elsewhere
-from prophetkv_rag.store.fetches import Fetch, Fetches, Found
-from prophetkv_rag.store.files import DirectoryLock, can_write
-from prophetkv_rag.store.keys import is_key
-from prophetkv_rag.store.ram import has_ids
-from prophetkv_rag.store.ranking import Ranking
-from prophetkv_rag.store.remote import RemoteTier
-from prophetkv_rag.store.remote_files import RemoteFiles
-from prophetkv_rag.store.remote_records import RemoteRecords
-from prophetkv_rag.store.uploads import Uploads
+from prophetkv_rag.store import ChunkCache, DirectoryLock, Lookup, StoreStats, TextEntry, can_write, is_key
+from prophetkv_rag.store.catalog import CatalogRow, Ranking
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.remote import Elsewhere, Fetch, Fetches, Found, RemoteFiles, RemoteRecords, RemoteTier, Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +106,7 @@ class TieredStore(DiskStore):
         if fetch is None:
             return here
         found = self._fetches.wait(fetch)
-        if found.cache is None or not has_ids(found.cache, input_ids):
+        if found.cache is None or not found.cache.has_ids(input_ids):
             return Lookup(was_corrupt=here.was_corrupt or found.was_bad)
         self._counters.add(hits=1, remote_hits=1, misses=0 if here.was_corrupt else -1)
         return Lookup(found.cache, tier="remote")
@@ -190,7 +180,7 @@ class TieredStore(DiskStore):
                 break
             for key, fetch in fetches.items():
                 found = self._fetches.wait(fetch)
-                if found.is_there and (found.cache is None or has_ids(found.cache, part[key][0])):
+                if found.is_there and (found.cache is None or found.cache.has_ids(part[key][0])):
                     here.add(key)
         if here:
             self._fetches.flush()  # indexing goes on with what is on the disk

@@ -9,19 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prophetkv_rag.errors import BlobError, InputError
-from prophetkv_rag.store.blob_file import decode_file
-from prophetkv_rag.store.catalog import UNKNOWN_OWNER, CatalogRow
-from prophetkv_rag.store.encryption import EncryptionKey
-from prophetkv_rag.store.key_mark import must_be_unlocked
-from prophetkv_rag.store.keys import is_key
-from prophetkv_rag.store.namespaces import learn
-from prophetkv_rag.store.sealing import unseal
-
-if TYPE_CHECKING:
-    from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.store import is_key
+from prophetkv_rag.store.blobs import decode_file
+from prophetkv_rag.store.catalog import UNKNOWN_OWNER, CatalogRow, namespaces
+from prophetkv_rag.store.disk.key_mark import must_be_unlocked
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.encryption import EncryptionKey, unseal
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +107,7 @@ def import_caches(
                 if expected != store.files.encryption_key:
                     data = store.files.seal(key, data if expected is None else unseal(data, expected, key=key))
                 row = CatalogRow(key, str(header.metadata["fingerprint"]), header.num_tokens, 0)
-                learn(store.catalog, row.fingerprint, header.namespace)
+                namespaces.learn(store.catalog, row.fingerprint, header.namespace)
                 with store.directory_lock.shared():
                     is_kept = store.space.write(row, header.entry, data, is_used=False)
                     store.catalog.add_references(UNKNOWN_OWNER, [key])

@@ -5,26 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from prophetkv_rag.errors import BlobError
-from prophetkv_rag.store.base import VerifyReport
-from prophetkv_rag.store.catalog import CatalogRow
-from prophetkv_rag.store.catalog_file import damaged
-from prophetkv_rag.store.key_mark import must_be_unlocked, write_mark
-from prophetkv_rag.store.leases import writing
-from prophetkv_rag.store.rebuild import rebuild, sweep
-from prophetkv_rag.store.remote_records import doom_whole
-from prophetkv_rag.store.remote_upkeep import (
+from prophetkv_rag.store import VerifyReport
+from prophetkv_rag.store.catalog import CatalogRow, damaged
+from prophetkv_rag.store.disk.cataloged import CatalogedStore
+from prophetkv_rag.store.disk.key_mark import must_be_unlocked, write_mark
+from prophetkv_rag.store.disk.leases import writing
+from prophetkv_rag.store.disk.rebuild import rebuild, sweep
+from prophetkv_rag.store.remote import (
     RemoteCheck,
     RemoteCollection,
     check_remote,
     collect_remote,
+    doom_whole,
     settle_remote,
 )
-
-if TYPE_CHECKING:
-    from prophetkv_rag.store.disk import DiskStore
 
 GRACE_S = 3600.0
 """Default age before what nobody refers to is collected: longer than any write of a chunk and its record takes."""
@@ -57,7 +53,7 @@ class GcReport:
     remote_orphans: int = 0
 
 
-def verify(store: DiskStore, *, repair: bool = False) -> VerifyReport:
+def verify(store: CatalogedStore, *, repair: bool = False) -> VerifyReport:
     """Read and check every blob, and the catalog.
 
     `orphans` are blobs that the catalog does not know (their keys) and other files, such as what a killed process left
@@ -109,7 +105,7 @@ def verify(store: DiskStore, *, repair: bool = False) -> VerifyReport:
     )
 
 
-def gc(store: DiskStore, live: Live | None = None, *, grace_s: float = GRACE_S) -> GcReport:
+def gc(store: CatalogedStore, live: Live | None = None, *, grace_s: float = GRACE_S) -> GcReport:
     """Collect what belongs to nothing: files that a crash left, and chunks that nobody refers to.
 
     Others go on meanwhile: they wait for a few chunks' deletion at most. What a query is loading is left alone.
@@ -153,7 +149,7 @@ def gc(store: DiskStore, live: Live | None = None, *, grace_s: float = GRACE_S) 
     )
 
 
-def clear(store: DiskStore, namespace: str | None = None) -> int:
+def clear(store: CatalogedStore, namespace: str | None = None) -> int:
     """Delete everything, or everything of one namespace: blobs, catalog rows, references and what is held in RAM.
 
     From a remote tier, all that anybody has uploaded for the same models and namespaces is deleted, now or as soon as
@@ -188,7 +184,7 @@ def clear(store: DiskStore, namespace: str | None = None) -> int:
     return len(keys)
 
 
-def _fault(store: DiskStore, row: CatalogRow) -> str | None:
+def _fault(store: CatalogedStore, row: CatalogRow) -> str | None:
     try:
         store.files.read(row.key, fingerprint=row.fingerprint)
     except FileNotFoundError:
@@ -198,7 +194,7 @@ def _fault(store: DiskStore, row: CatalogRow) -> str | None:
     return None
 
 
-def _restamp(store: DiskStore) -> None:
+def _restamp(store: CatalogedStore) -> None:
     """What was noted in the future was noted by a clock that has been put back; its age counts from now."""
     now = time.time()
     with store.catalog.transaction() as run:
@@ -206,7 +202,7 @@ def _restamp(store: DiskStore) -> None:
             run.execute(f"UPDATE {table} SET noted_at = ? WHERE noted_at > ?", (now, now + _CLOCK_SLACK_S))
 
 
-def _drop_stale(store: DiskStore, live: Live, before: float) -> int:
+def _drop_stale(store: CatalogedStore, live: Live, before: float) -> int:
     """Drop references that no record bears out; the chunks stay, for the next step to collect.
 
     Records get references that were lost: with the catalog, or to a disk that was full when they were written.
@@ -233,7 +229,7 @@ def _is_collection(owner: str) -> bool:
     return owner != "engine" and ":" not in owner
 
 
-def _unreferenced(store: DiskStore, before: float) -> list[str]:
+def _unreferenced(store: CatalogedStore, before: float) -> list[str]:
     with store.catalog.transaction(is_write=False) as run:
         found = run.execute(
             "SELECT key FROM chunks WHERE noted_at <= ? AND key NOT IN (SELECT key FROM refs)", (before,)

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prophetkv_rag.chunk_cache import ChunkCache
-from prophetkv_rag.store.base import TextEntry
-from prophetkv_rag.store.blob import decode_blob, encode_blob
-from prophetkv_rag.store.blob_files import BlobFiles
-from prophetkv_rag.store.catalog import Catalog, CatalogRow
-from prophetkv_rag.store.files import DirectoryLock
-from prophetkv_rag.store.formats import BlobFormat
-from prophetkv_rag.store.namespaces import namespace_of
-from prophetkv_rag.store.ram import RamTier
-from prophetkv_rag.store.space import Space
+from prophetkv_rag.store import ChunkCache, DirectoryLock, TextEntry
+from prophetkv_rag.store.blobs import BlobFiles, BlobFormat, decode_blob, encode_blob
+from prophetkv_rag.store.catalog import Catalog, CatalogRow, namespaces
+from prophetkv_rag.store.disk.ram import RamTier
+from prophetkv_rag.store.disk.space import Space
 
 
 class BlobWriter:
@@ -72,7 +67,7 @@ class BlobWriter:
                 fingerprint=fingerprint,
                 blob_format=self._blob_format,
                 entry=entry or self._catalog.entry_of(key),
-                namespace=namespace_of(self._catalog, fingerprint),
+                namespace=namespaces.namespace_of(self._catalog, fingerprint),
             )
             is_kept = self._space.write(row, entry, self._files.seal(key, plain), is_used=if_referenced)
             if is_kept and self._blob_format != "exact" and self._ram.max_bytes:

@@ -18,13 +18,14 @@ from io import BytesIO
 from typing import Any
 
 from prophetkv_rag.errors import BlobError
-from prophetkv_rag.store.blob_header import LENGTH_BYTES, MAX_HEADER_BYTES
-from prophetkv_rag.store.encryption import EncryptionKey
+from prophetkv_rag.store.encryption.user_key import EncryptionKey
 
 MAGIC = b"PKVSEAL1"
 """First bytes of an encrypted blob. A plain one begins with its header's length, which is never that large."""
 SEGMENT_BYTES = 1 << 20
 TAG_BYTES = 16
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 1 << 24
 _CLEAR = struct.Struct("<8s16s32sQQ")
 CLEAR_BYTES = _CLEAR.size
 _PURPOSE = b"prophetkv-rag blob"

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from prophetkv_rag.errors import StoreError
-from prophetkv_rag.store.base import TextEntry
+from prophetkv_rag.store import Failures, TextEntry
 from prophetkv_rag.store.catalog import Catalog, CatalogRow
-from prophetkv_rag.store.failures import Failures
-from prophetkv_rag.store.remote import RemoteTier
-from prophetkv_rag.store.uploads import Uploads
+from prophetkv_rag.store.remote.tier import RemoteTier
+from prophetkv_rag.store.remote.uploads import Uploads
 
 
 class Elsewhere:

@@ -12,9 +12,9 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 
-from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import BlobError
-from prophetkv_rag.store.remote import RemoteTier
+from prophetkv_rag.store import ChunkCache
+from prophetkv_rag.store.remote.tier import RemoteTier
 
 logger = logging.getLogger(__name__)
 

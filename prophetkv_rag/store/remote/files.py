@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from prophetkv_rag.errors import BlobError, InputError
-from prophetkv_rag.store.keys import check_key, is_key
+from prophetkv_rag.store import check_key, is_key
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 
 from prophetkv_rag.errors import StoreError
-from prophetkv_rag.store.catalog import Catalog
-from prophetkv_rag.store.ranking import Ranking
+from prophetkv_rag.store.catalog import Catalog, Ranking
 
 WHOLE = ""
 """In place of a key: everything of a fingerprint."""

@@ -5,19 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeAlias
 
-from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import StoreError
-from prophetkv_rag.store.base import RemoteStats
-from prophetkv_rag.store.breaker import Breaker
-from prophetkv_rag.store.remote_files import RemoteFiles
-from prophetkv_rag.store.remote_records import RemoteRecords
-from prophetkv_rag.store.sealing import LockedBlobError
-
-if TYPE_CHECKING:
-    from prophetkv_rag.store.uploads import Uploads
+from prophetkv_rag.store import ChunkCache, RemoteStats
+from prophetkv_rag.store.encryption import LockedBlobError
+from prophetkv_rag.store.remote.breaker import Breaker
+from prophetkv_rag.store.remote.files import RemoteFiles
+from prophetkv_rag.store.remote.records import RemoteRecords
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +21,34 @@ Check: TypeAlias = Callable[[bytes, str, str], ChunkCache | None]
 """Data, key, fingerprint -> the cache, `None` for one of another format; raises `BlobError`."""
 
 _WARN_AGAIN_S = 600.0
+
+
+class UploadQueue(Protocol):
+    """What writes to the remote, as the tier and its upkeep see it; `Uploads`, which needs the tier, is one."""
+
+    def __len__(self) -> int:
+        """How many blobs wait to be uploaded."""
+
+    def offer(self, key: str, fingerprint: str, data: bytes | None = None) -> bool:
+        """Take a blob to upload; returns whether it was taken."""
+
+    def offer_once(self, key: str, fingerprint: str) -> None:
+        """Take a blob that is on disk, unless it was offered before."""
+
+    def drop(self, keys: Iterable[str]) -> None:
+        """Do not upload these any more."""
+
+    def settle(self) -> None:
+        """Begin to do the deletes that are noted."""
+
+    def recount(self) -> None:
+        """Look again at what is there."""
+
+    def flush(self) -> bool:
+        """Wait until nothing waits, or the remote does not take it; returns whether nothing waits."""
+
+    def close(self, grace_s: float) -> None:
+        """End, after at most so many seconds."""
 
 
 class RemoteTier:
@@ -54,7 +78,7 @@ class RemoteTier:
         self.files = files
         self.records = records
         self.check = check
-        self.uploads: Uploads | None = None
+        self.uploads: UploadQueue | None = None
         self.timeout_s = timeout_s
         self.max_bytes = max_bytes
         self.reads = Breaker()

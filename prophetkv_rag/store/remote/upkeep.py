@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prophetkv_rag.errors import BlobError
-from prophetkv_rag.store.remote import RemoteTier
+from prophetkv_rag.store.remote.tier import RemoteTier
 
 
 @dataclass(frozen=True, slots=True)

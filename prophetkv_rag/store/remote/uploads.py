@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from prophetkv_rag.errors import BlobError, StoreError
-from prophetkv_rag.store.catalog import Catalog
-from prophetkv_rag.store.files import DirectoryLock
-from prophetkv_rag.store.ranking import Ranking
-from prophetkv_rag.store.remote import RemoteTier
-from prophetkv_rag.store.sealing import MAGIC, is_sealed
+from prophetkv_rag.store import DirectoryLock
+from prophetkv_rag.store.catalog import Catalog, Ranking
+from prophetkv_rag.store.encryption import MAGIC, is_sealed
+from prophetkv_rag.store.remote.tier import RemoteTier
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ import torch
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.evaluation.calibration import calibrate
-from prophetkv_rag.evaluation.fidelity import Arm, arms_of, full_prefill
-from prophetkv_rag.evaluation.intervals import bootstrap_mean
-from prophetkv_rag.evaluation.picks import YARDSTICK, picks_of
-from prophetkv_rag.evaluation.quality import Engines, measure_example, run_grid
-from prophetkv_rag.evaluation.results import QualityRow, ResultsFile, read_results
-from prophetkv_rag.evaluation.tables import markdown, summarise
+from prophetkv_rag.evaluation.quality.calibration import calibrate
+from prophetkv_rag.evaluation.quality.fidelity import Arm, arms_of, full_prefill
+from prophetkv_rag.evaluation.quality.grid import Engines, measure_example, run_grid
+from prophetkv_rag.evaluation.quality.intervals import bootstrap_mean
+from prophetkv_rag.evaluation.quality.picks import YARDSTICK, picks_of
+from prophetkv_rag.evaluation.quality.results import QualityRow, ResultsFile, read_results
+from prophetkv_rag.evaluation.quality.tables import markdown, summarise
 from prophetkv_rag.evaluation.tasks.example import TaskExample
 from prophetkv_rag.evaluation.tasks.prompting import join_pieces, prompt_length, task_prompt
 from prophetkv_rag.evaluation.tasks.surroundings import Surroundings
@@ -127,7 +127,7 @@ def test_kl_and_agreement_by_an_independent_forward(engines):
 
     row = measure_example(engines, example(), [Arm("full_reuse", 0.0)], chunk_tokens=64, answer_tokens=5)[1]
     keys = engine.add_chunks(prompt.chunks, owner="test")
-    from prophetkv_rag.attention import complete_cache
+    from prophetkv_rag.model.cache_layers import complete_cache
 
     result = engine.prefill(prompt, strategy="full_reuse")
     cache, actual = complete_cache(result.past_key_values), [result.logits[0]]
@@ -369,7 +369,7 @@ def test_bad_profiles(tmp_path, content):
 
 
 def test_picks_and_pictures(engines, tmp_path):
-    plots = pytest.importorskip("prophetkv_rag.evaluation.plots")
+    plots = pytest.importorskip("prophetkv_rag.evaluation.quality.plots")
     pytest.importorskip("matplotlib")
     picks, spans = picks_of(engines, example(), ARMS, chunk_tokens=64)
     assert list(picks) == [YARDSTICK, "prophetkv 20%", "prophetkv@corpus 20%", "random 100%"]

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.evaluation.metrics import METRICS, normalize_answer, score
+from prophetkv_rag.evaluation.quality.metrics import METRICS, normalize_answer, score
 from prophetkv_rag.evaluation.tasks.example import TaskExample
 
 NEEDS = {"qa_f1_zh": "jieba", "rouge_l": "rouge", "rouge_l_zh": "jieba"}

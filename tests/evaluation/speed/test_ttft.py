@@ -9,9 +9,9 @@ import torch
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.cli.app import main
-from prophetkv_rag.evaluation.flops import full_flops, pass_flops, reuse_flops
-from prophetkv_rag.evaluation.ttft import corpus_prompt
-from prophetkv_rag.evaluation.ttft_peers import PrefixReuse, PrefixReuseOtherOrder, decode_seconds
+from prophetkv_rag.evaluation.speed.flops import full_flops, pass_flops, reuse_flops
+from prophetkv_rag.evaluation.speed.peers import PrefixReuse, PrefixReuseOtherOrder, decode_seconds
+from prophetkv_rag.evaluation.speed.ttft import corpus_prompt
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.evaluation.metrics import METRICS, score
+from prophetkv_rag.evaluation.quality.metrics import METRICS, score
 from prophetkv_rag.evaluation.tasks.example import TaskExample
 from prophetkv_rag.evaluation.tasks.longbench import (
     LONGBENCH_E_TASKS,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from prophetkv_rag import InputError
-from prophetkv_rag.evaluation.questions import Question, read_questions
+from prophetkv_rag.evaluation.tasks.questions import Question, read_questions
 
 ROW: dict[str, Any] = {
     "id": 7,

@@ -534,7 +534,7 @@ def test_other_processes_make_the_same_samples(sources: Sources) -> None:
         subprocess.run(
             [sys.executable, "-c", code, seed],
             env={**os.environ, "PYTHONHASHSEED": seed},
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
             capture_output=True,
             text=True,
             check=True,

@@ -17,7 +17,7 @@ from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import DeadlineError
 from prophetkv_rag.integrations.langchain import ChatProphetKV, ProphetKVLLM
 from tests.integrations.conftest import STEP_S
-from tests.integrations.langchain_rag import town_store
+from tests.integrations.langchain.rag import town_store
 from tests.integrations.rag import QUESTION
 
 

@@ -14,12 +14,12 @@ from langchain_classic.chains.combine_documents import create_stuff_documents_ch
 
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.integrations.langchain import ChatProphetKV, ProphetKVLLM
-from tests.integrations.langchain_chains import CHAINS, INPUT, PROMPT, STYLES, run
-from tests.integrations.langchain_rag import TOWN, CallLog, town_store
+from tests.integrations.langchain.chains import CHAINS, INPUT, PROMPT, STYLES, run
+from tests.integrations.langchain.rag import TOWN, CallLog, town_store
 from tests.integrations.rag import QUESTION
 from tests.integrations.taught import taught_engine
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "langchain.md"
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "langchain.md"
 
 
 @pytest.fixture(scope="module")

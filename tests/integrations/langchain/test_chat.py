@@ -19,7 +19,7 @@ from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.langchain import ChatProphetKV, ProphetKVLLM
 from prophetkv_rag.integrations.langchain.messages import to_template_messages
-from tests.integrations.langchain_rag import CallLog
+from tests.integrations.langchain.rag import CallLog
 from tests.integrations.rag import TEXTS
 from tests.tiny import save_tiny
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations.langchain_rag import HashingEmbeddings
+from tests.integrations.langchain.rag import HashingEmbeddings
 from tests.tiny import save_tiny, text_of
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = ROOT / "examples"
 
 
@@ -21,7 +21,7 @@ EXAMPLES = ROOT / "examples"
 def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The names that the examples import, bound to models that need no download."""
     model = save_tiny(tmp_path / "model")
-    monkeypatch.setattr("prophetkv_rag.default_model.fetch_default_model", lambda: model)
+    monkeypatch.setattr("prophetkv_rag.defaults.default_model.fetch_default_model", lambda: model)
     monkeypatch.setattr("prophetkv_rag.integrations.langchain.MiniLMEmbeddings", HashingEmbeddings)
     return model
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
-
 import pytest
 from langchain_classic.chains import create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_text_splitters import RecursiveCharacterTextSplitter
 
-from prophetkv_rag.default_model import fetch_default_model
+from prophetkv_rag.defaults import fetch_default_model, read_speeches
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.langchain import ChatProphetKV, MiniLMEmbeddings, ProphetKVChroma
 
@@ -26,8 +24,8 @@ def model() -> ChatProphetKV:
 
 
 def test_a_chain_at_ratio_one_answers_as_the_model_itself(model: ChatProphetKV) -> None:
-    speech = files("prophetkv_rag.demo_corpus") / "state-of-the-union" / "1942-roosevelt.txt"
-    texts = RecursiveCharacterTextSplitter(chunk_size=500, chunk_overlap=0).split_text(speech.read_text("utf-8"))[:5]
+    speech = read_speeches()["1942-roosevelt.txt"]
+    texts = RecursiveCharacterTextSplitter(chunk_size=500, chunk_overlap=0).split_text(speech)[:5]
     store = ProphetKVChroma.from_texts(texts, MiniLMEmbeddings(), collection_name="lc-real", engine=model.engine)
     answers = {}
     for ratio in (1.0, 0.2):

@@ -22,7 +22,7 @@ from langchain_tests.unit_tests import ChatModelUnitTests, EmbeddingsUnitTests
 
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.integrations.langchain import ChatProphetKV, MiniLMEmbeddings, ProphetKVChroma
-from tests.integrations.langchain_rag import new_store, town_store
+from tests.integrations.langchain.rag import new_store, town_store
 from tests.integrations.rag import TEXTS
 from tests.integrations.taught import taught_engine
 from tests.tiny import save_tiny_encoder

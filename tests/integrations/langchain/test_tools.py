@@ -14,7 +14,7 @@ from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.langchain import ChatProphetKV
 from prophetkv_rag.integrations.langchain.tool_calls import read_answer, shown_part
 from prophetkv_rag.integrations.langchain.tool_format import find_tool_format
-from tests.integrations.langchain_rag import TOWN, town_store
+from tests.integrations.langchain.rag import TOWN, town_store
 from tests.integrations.taught import CALL, TOWN_QUESTION, as_tools, taught_engine, tool_tokenizer
 
 HEAD = (

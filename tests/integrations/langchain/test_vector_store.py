@@ -14,7 +14,7 @@ from prophetkv_rag.chroma import open_store
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.langchain import ProphetKVChroma
-from tests.integrations.langchain_rag import HashingEmbeddings, new_store
+from tests.integrations.langchain.rag import HashingEmbeddings, new_store
 from tests.integrations.rag import TEXTS, chunk_key
 
 

@@ -13,7 +13,7 @@ from llama_index.core.schema import NodeWithScore, TextNode
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.llama_index import AlteredTextCache, ProphetKVLLM
-from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.store.disk.store import DiskStore
 from tests.integrations.conftest import MODEL, make_engine
 from tests.integrations.rag import QUESTION, CallLog, build_index
 from tests.tiny import text_of, tiny_tokenizer

@@ -16,8 +16,8 @@ from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler
 from llama_index.core.schema import TextNode
 
 from prophetkv_rag.engine import ProphetKVEngine
-from prophetkv_rag.integrations.async_stream import iterate_in_thread, last_item
 from prophetkv_rag.integrations.llama_index import ProphetKVLLM
+from prophetkv_rag.integrations.shared.async_stream import iterate_in_thread, last_item
 from tests.integrations.conftest import STEP_S
 from tests.integrations.rag import QUESTION, build_index
 from tests.tiny import text_of

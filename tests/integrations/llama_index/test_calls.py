@@ -22,8 +22,8 @@ from llama_index.core.memory import ChatMemoryBuffer
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import DeadlineError
 from prophetkv_rag.integrations.llama_index import ProphetKVLLM, ReuseReportEvent
+from tests.integrations.llama_index.reuse_table import Opening
 from tests.integrations.rag import QUESTION, TEXTS, CallLog, build_index
-from tests.integrations.reuse_table import Opening
 from tests.integrations.scripted import ScriptedLLM
 
 

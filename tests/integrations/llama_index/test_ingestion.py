@@ -13,8 +13,8 @@ from llama_index.core.storage.docstore import SimpleDocumentStore
 
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.integrations.llama_index import ProphetKVChromaVectorStore, ProphetKVLLM
-from prophetkv_rag.store.disk import DiskStore
-from tests.core.chroma_clients import chroma_server
+from prophetkv_rag.store.disk.store import DiskStore
+from tests.chroma.clients import chroma_server
 from tests.integrations.conftest import MODEL
 from tests.integrations.rag import QUESTION, TEXTS, CallLog, HashingEmbedding, build_index
 from tests.tiny import tiny_tokenizer

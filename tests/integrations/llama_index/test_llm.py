@@ -15,7 +15,7 @@ from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.llama_index import ProphetKVLLM
 from prophetkv_rag.integrations.llama_index.messages import alternate_roles, to_template_messages
-from prophetkv_rag.report import ReuseReport
+from prophetkv_rag.report.report import ReuseReport
 from tests.tiny import save_tiny, tiny_tokenizer
 
 STRICT_TEMPLATE = (

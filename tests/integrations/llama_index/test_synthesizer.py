@@ -13,7 +13,7 @@ from llama_index.core.schema import NodeWithScore, TextNode
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.llama_index import CallRefusedError, ProphetKVLLM, ProphetKVSynthesizer
-from prophetkv_rag.prompt import Prompt
+from prophetkv_rag.prompt.prompt import Prompt
 from tests.integrations.rag import QUESTION, TEXTS, CallLog, chunk_key
 from tests.tiny import text_of
 

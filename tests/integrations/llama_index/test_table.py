@@ -12,10 +12,10 @@ from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.instrumentation import get_dispatcher
 
 from prophetkv_rag.integrations.llama_index import ProphetKVLLM
+from tests.integrations.llama_index.reuse_table import ROWS, Meter, Row, Town, measure, new_index
 from tests.integrations.rag import build_index
-from tests.integrations.reuse_table import ROWS, Meter, Row, Town, measure, new_index
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "llama_index.md"
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "llama_index.md"
 
 
 def table() -> dict[str, str]:

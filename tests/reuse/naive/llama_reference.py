@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.naive.prompt_reference import Segment, context_positions, fresh_positions, prompt_ids, suffix_positions
+from tests.reuse.naive.prompt_reference import Segment, context_positions, fresh_positions, prompt_ids, suffix_positions
 
 Array = NDArray[np.float64]
 Positions = NDArray[np.int64]

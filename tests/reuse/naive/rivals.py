@@ -24,8 +24,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from tests.naive.llama_reference import Array, KeysValues, NaiveLlama, _softmax
-from tests.naive.prompt_reference import Segment, context_positions, fresh_positions, prompt_ids, suffix_positions
+from tests.reuse.naive.llama_reference import Array, KeysValues, NaiveLlama, _softmax
+from tests.reuse.naive.prompt_reference import Segment, context_positions, fresh_positions, prompt_ids, suffix_positions
 
 Segments = Sequence[Segment]
 Caches = Sequence[KeysValues]  # one per chunk segment, from `NaiveLlama.encode_chunk`

@@ -11,10 +11,17 @@ import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
-from tests.naive import llama_reference, prompt_reference
-from tests.naive.llama_reference import NaiveLlama
-from tests.naive.prompt_reference import context_positions, prompt_ids, select, suffix_positions
-from tests.naive.transformers_oracle import SHAPES, holders, naive_of, reuse_as_one_pass, tiny_llama, transformers_pass
+from tests.reuse.naive import llama_reference, prompt_reference
+from tests.reuse.naive.llama_reference import NaiveLlama
+from tests.reuse.naive.prompt_reference import context_positions, prompt_ids, select, suffix_positions
+from tests.reuse.naive.transformers_oracle import (
+    SHAPES,
+    holders,
+    naive_of,
+    reuse_as_one_pass,
+    tiny_llama,
+    transformers_pass,
+)
 
 EXACT = 1e-9
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.naive import rivals
-from tests.naive.llama_reference import NaiveLlama
-from tests.naive.prompt_reference import context_positions, prompt_ids, suffix_positions
-from tests.naive.rivals import (
+from tests.reuse.naive import rivals
+from tests.reuse.naive.llama_reference import NaiveLlama
+from tests.reuse.naive.prompt_reference import context_positions, prompt_ids, suffix_positions
+from tests.reuse.naive.rivals import (
     cacheblend_gradual_rows,
     cacheblend_rows,
     cacheblend_scores,
@@ -23,8 +23,8 @@ from tests.naive.rivals import (
     kvshare_scores,
     run_with_schedule,
 )
-from tests.naive.transformers_oracle import naive_of, transformers_pass
-from tests.naive.transformers_oracle import tiny_llama as oracle_llama
+from tests.reuse.naive.transformers_oracle import naive_of, transformers_pass
+from tests.reuse.naive.transformers_oracle import tiny_llama as oracle_llama
 from tests.tiny import tiny_llama
 
 LAYERS = 5
@@ -359,8 +359,8 @@ def test_the_reference_stands_apart():
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert {name for name in modules if name.startswith("tests")} == {
-        "tests.naive.llama_reference",
-        "tests.naive.prompt_reference",
+        "tests.reuse.naive.llama_reference",
+        "tests.reuse.naive.prompt_reference",
     }
     assert "torch" not in modules
     assert not any(name.startswith(("prophetkv_rag", "transformers")) for name in modules)

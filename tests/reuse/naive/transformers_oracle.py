@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.naive.llama_reference import NaiveLlama
-from tests.naive.prompt_reference import context_positions, fresh_positions, prompt_ids
+from tests.reuse.naive.llama_reference import NaiveLlama
+from tests.reuse.naive.prompt_reference import context_positions, fresh_positions, prompt_ids
 
 SHAPES = {
     "gqa": {},

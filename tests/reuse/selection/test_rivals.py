@@ -13,14 +13,14 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from prophetkv_rag import InputError, Prompt, ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.selection import Selection, Strategy, make_strategy
-from prophetkv_rag.selection.cacheblend import CacheBlend
-from prophetkv_rag.selection.epic import Epic
-from prophetkv_rag.selection.kvshare import KVShare
+from prophetkv_rag.reuse.selection import Selection, Strategy, make_strategy
+from prophetkv_rag.reuse.selection.cacheblend import CacheBlend
+from prophetkv_rag.reuse.selection.epic import Epic
+from prophetkv_rag.reuse.selection.kvshare import KVShare
 from tests import families
-from tests.naive import rivals
-from tests.naive.prompt_reference import context_positions, fresh_positions, prompt_ids
-from tests.naive.transformers_oracle import SHAPES, naive_of
+from tests.reuse.naive import rivals
+from tests.reuse.naive.prompt_reference import context_positions, fresh_positions, prompt_ids
+from tests.reuse.naive.transformers_oracle import SHAPES, naive_of
 from tests.tiny import tiny_llama
 
 LAYERS = 6  # half of it is 3: gradual filtering narrows after layers 1, 2 and 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from tests.core.test_blob_formats import BLOBS, check_damaged
+from tests.store.blobs.test_formats import BLOBS, check_damaged
 
 
 def damage(generator: random.Random) -> tuple[str, bytes]:

@@ -7,10 +7,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from prophetkv_rag.chunk_cache import ChunkCache
 from prophetkv_rag.errors import BlobError
-from prophetkv_rag.store.blob import decode_blob, encode_blob
-from tests.core.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
+from prophetkv_rag.store.blobs.blob import decode_blob, encode_blob
+from prophetkv_rag.store.chunk_cache import ChunkCache
+from tests.store.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
 
 KEY, IDS, CACHE = key_of(1), ids_of(1), make_cache(1)
 BLOB = encode_blob(CACHE, key=KEY, fingerprint=FINGERPRINT)

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.chunk_cache import ChunkCache
-from prophetkv_rag.chunk_index import text_entry
 from prophetkv_rag.errors import BlobError
-from prophetkv_rag.store.blob import decode_blob, encode_blob, parse_blob_header
-from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.formats import BlobFormat
-from tests.core.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
+from prophetkv_rag.prompt.chunk_index import text_entry
+from prophetkv_rag.store.blobs.blob import decode_blob, encode_blob, parse_blob_header
+from prophetkv_rag.store.blobs.formats import BlobFormat
+from prophetkv_rag.store.chunk_cache import ChunkCache
+from prophetkv_rag.store.disk.store import DiskStore
+from tests.store.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 FORMATS = get_args(BlobFormat)
@@ -229,7 +229,7 @@ def test_a_damaged_blob_never_crashes_and_never_gives_a_wrong_tensor(case: tuple
 
 def test_a_huge_claim_takes_no_memory(tmp_path: Path) -> None:
     """A sparse file of a terabyte whose header says so: refused before anything is allocated for it."""
-    from prophetkv_rag.store.blob_file import read_blob
+    from prophetkv_rag.store.blobs.file import read_blob
 
     blob = BLOBS[0][1]
     path = tmp_path / "blob"
@@ -246,6 +246,6 @@ def test_a_huge_claim_takes_no_memory(tmp_path: Path) -> None:
 
 
 def test_random_damage_in_numbers() -> None:
-    from tests.core.fuzz_blobs import run
+    from tests.store.blobs.fuzz_blobs import run
 
     assert run(2000, seed=3) == 2000

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.tiered import TieredStore
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.disk.tiered import TieredStore
 from tests.tiny import save_tiny, save_tiny_encoder, text_of, tiny_llama, tiny_tokenizer
 
 torch.set_num_threads(1)  # the machine may be busy
@@ -164,11 +164,11 @@ def command_line(mounted: str) -> None:
 
     directory = Path(mounted).parent
     model, encoder = save_tiny(directory / "model"), save_tiny_encoder(directory / "encoder")
-    import prophetkv_rag.default_model
-    import prophetkv_rag.embedding
+    import prophetkv_rag.defaults.default_model
+    import prophetkv_rag.defaults.embedding
 
-    prophetkv_rag.default_model.fetch_default_model = lambda progress: model  # type: ignore[assignment]
-    prophetkv_rag.embedding.fetch_embedding_model = lambda progress=None: encoder  # type: ignore[assignment]
+    prophetkv_rag.defaults.default_model.fetch_default_model = lambda progress: model  # type: ignore[assignment]
+    prophetkv_rag.defaults.embedding.fetch_embedding_model = lambda progress=None: encoder  # type: ignore[assignment]
     docs = directory / "docs"
     docs.mkdir()
     for number in range(12):

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.upkeep import gc
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.disk.upkeep import gc
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 torch.set_num_threads(1)  # a fork of a process whose OpenMP has started threads hangs in its first parallel region

@@ -20,11 +20,11 @@ import torch
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine, StoreError
 from prophetkv_rag.chroma import KVCachingCollection
-from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.upkeep import gc
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.disk.upkeep import gc
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODEL = tiny_llama()
 TEXTS = [text_of(20, seed=seed) for seed in range(4)]
 PROMPT = "Read: " + " ".join(TEXTS) + " So?"
@@ -100,7 +100,7 @@ DISK_FULL = """
 import logging, resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 sys.path.append({root!r})
-from tests.core.test_store_faults import *
+from tests.store.disk.test_faults import *
 records = []
 class Keep(logging.Handler):
     def emit(self, record): records.append(record.getMessage())

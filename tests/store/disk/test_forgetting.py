@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.chunk_index import text_entry
-from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.transfer import export_caches, import_caches
-from prophetkv_rag.store.upkeep import clear, gc, verify
-from tests.core.caches import FINGERPRINT, ids_of, key_of, make_cache
+from prophetkv_rag.prompt.chunk_index import text_entry
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.disk.transfer import export_caches, import_caches
+from prophetkv_rag.store.disk.upkeep import clear, gc, verify
+from tests.store.caches import FINGERPRINT, ids_of, key_of, make_cache
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 TEXTS = [text_of(20, seed=seed) for seed in range(3)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ON_A_SMALL_DISK = 'mount -t tmpfs -o size="$1",mode=700 none "$2" && shift && shift && exec "$@"'
 
 
@@ -36,7 +36,10 @@ def namespace() -> list[str]:
 def test_a_full_disk_while_indexing(tmp_path: Path, what: str, size: str, printed: str) -> None:
     mounted = tmp_path / "prophetkv"
     mounted.mkdir()
-    code = f"import sys; sys.path.append({str(ROOT)!r}); from tests.core.full_disk import {what} as do; do(sys.argv[1])"
+    code = (
+        f"import sys; sys.path.append({str(ROOT)!r}); "
+        f"from tests.store.disk.full_disk import {what} as do; do(sys.argv[1])"
+    )
     command = [*namespace(), "sh", "-c", ON_A_SMALL_DISK, "sh", size, str(mounted), sys.executable, "-P", "-c", code]
     result = subprocess.run([*command, str(mounted)], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_killed_at_random_points_of_everything() -> None:
     code = (
-        f"import sys; sys.path.append({str(ROOT)!r}); from tests.core.kill_trials import run; print(run(16, 7).total())"
+        f"import sys; sys.path.append({str(ROOT)!r}); "
+        "from tests.store.disk.kill_trials import run; print(run(16, 7).total())"
     )
     command = [sys.executable, "-P", "-c", code]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -15,9 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.chroma import KVCachingCollection
-from prophetkv_rag.chroma_store import live_references
-from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.upkeep import gc
+from prophetkv_rag.chroma.store import live_references
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.disk.upkeep import gc
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 MODEL, TOKENIZER = tiny_llama(), tiny_tokenizer()

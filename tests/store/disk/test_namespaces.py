@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.chunk_cache import CacheIdentity
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.store.blob import encode_blob
-from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.ram import RamTier
-from tests.core.caches import ids_of, make_cache
+from prophetkv_rag.store.blobs.blob import encode_blob
+from prophetkv_rag.store.chunk_cache import CacheIdentity
+from prophetkv_rag.store.disk.ram import RamTier
+from prophetkv_rag.store.disk.store import DiskStore
+from tests.store.caches import ids_of, make_cache
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 IDENTITIES = {

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from prophetkv_rag import ProphetKVEngine
-from prophetkv_rag.store import fetches as fetches_module
-from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.fetches import Fetch, Fetches, Found
+from prophetkv_rag.store.disk.leases import Leases
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.disk.tiered import TieredStore
 from prophetkv_rag.store.files import DirectoryLock
-from prophetkv_rag.store.leases import Leases
-from prophetkv_rag.store.tiered import TieredStore
-from tests.core.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
-from tests.core.faulty_files import FaultyFileSystem, hanging
+from prophetkv_rag.store.remote import fetches as fetches_module
+from prophetkv_rag.store.remote.fetches import Fetch, Fetches, Found
+from tests.store.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
+from tests.store.faulty_files import FaultyFileSystem, hanging
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 TEXTS = [text_of(20, seed=seed) for seed in range(3)]

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from prophetkv_rag.chunk_index import text_entry
-from prophetkv_rag.store.disk import DiskStore
-from tests.core.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
+from prophetkv_rag.prompt.chunk_index import text_entry
+from prophetkv_rag.store.disk.store import DiskStore
+from tests.store.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SIZE = {"num_layers": 8, "head_dim": 64}
 NUM_TOKENS = 128  # a blob of about a megabyte and a half, so that a kill meets a half-written one
 
 WRITER = """
 import sys
-from prophetkv_rag.chunk_index import text_entry
-from prophetkv_rag.store.disk import DiskStore
-from tests.core.caches import FINGERPRINT, key_of, make_cache
+from prophetkv_rag.prompt.chunk_index import text_entry
+from prophetkv_rag.store.disk.store import DiskStore
+from tests.store.caches import FINGERPRINT, key_of, make_cache
 
 store = DiskStore(sys.argv[1], ram_bytes=0)
 print("ready", flush=True)

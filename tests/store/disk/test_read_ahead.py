@@ -7,7 +7,7 @@ import pytest
 
 from prophetkv_rag import Prompt, ProphetKVEngine
 from prophetkv_rag.chroma import KVCachingCollection
-from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.store.disk.store import DiskStore
 from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
 
 MODEL = tiny_llama()

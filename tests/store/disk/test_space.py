@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.chunk_index import text_entry
 from prophetkv_rag.errors import InputError, StoreError
-from prophetkv_rag.store.blob import encode_blob
-from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.prompt.chunk_index import text_entry
+from prophetkv_rag.store.blobs.blob import encode_blob
+from prophetkv_rag.store.disk.store import DiskStore
 from prophetkv_rag.store.files import write_file
-from tests.core.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
+from tests.store.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 SIZE = len(encode_blob(make_cache(1), key=key_of(1), fingerprint=FINGERPRINT, entry=text_entry("the text of chunk 1")))
@@ -47,7 +47,7 @@ def _limit_is_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             broken.append(f"{path.name}: {on_disk(path.parents[2])} + {len(data)} > {limit}")
         write_file(path, data, **options)
 
-    monkeypatch.setattr("prophetkv_rag.store.blob_files.write_file", watched)
+    monkeypatch.setattr("prophetkv_rag.store.blobs.files.write_file", watched)
     yield
     LIMITS.clear()
     assert broken == []
@@ -220,7 +220,7 @@ def test_many_threads_and_stores_keep_to_the_limit(tmp_path: Path) -> None:
 
 LEASER = """
 import sys
-from prophetkv_rag.store.leases import Leases
+from prophetkv_rag.store.disk.leases import Leases
 from pathlib import Path
 with Leases(Path(sys.argv[1])).hold(sys.argv[2:]):
     print("held", flush=True)
@@ -229,7 +229,7 @@ with Leases(Path(sys.argv[1])).hold(sys.argv[2:]):
 
 
 def test_what_is_leased_is_neither_evicted_nor_collected(tmp_path: Path) -> None:
-    from prophetkv_rag.store.upkeep import gc
+    from prophetkv_rag.store.disk.upkeep import gc
 
     store = open_store(tmp_path, 2)
     put(store, 1, 2)
@@ -348,7 +348,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: dict[
 
 
 def test_namespaces_share_nothing(tmp_path: Path) -> None:
-    from prophetkv_rag.store.upkeep import clear
+    from prophetkv_rag.store.disk.upkeep import clear
 
     store = DiskStore(tmp_path)
     one, two, plain = (engine_on(store, namespace=name) for name in ("one", "two", ""))

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from prophetkv_rag.chunk_cache import ChunkCache
-from prophetkv_rag.chunk_index import text_entry
 from prophetkv_rag.errors import BlobError, StoreError
+from prophetkv_rag.prompt.chunk_index import text_entry
 from prophetkv_rag.store import files
-from prophetkv_rag.store.disk import DiskStore
-from tests.core.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
+from prophetkv_rag.store.chunk_cache import ChunkCache
+from prophetkv_rag.store.disk.store import DiskStore
+from tests.store.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
 
 ENTRY = text_entry("the text of some chunk")
 

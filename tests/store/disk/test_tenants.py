@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.store.disk.store import DiskStore
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 MODEL = tiny_llama()

@@ -12,15 +12,16 @@ import pytest
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine, StoreError
 from prophetkv_rag.chroma import open_store
-from prophetkv_rag.chunk_index import text_entry
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.report import ReuseReport
-from prophetkv_rag.store.disk import DiskStore
+from prophetkv_rag.prompt.chunk_index import text_entry
+from prophetkv_rag.report.report import ReuseReport
+from prophetkv_rag.store.catalog.counts import all_counts, hits_by_tier
+from prophetkv_rag.store.disk.statistics import Usage, usage
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.disk.tiered import TieredStore
 from prophetkv_rag.store.memory import MemoryStore
-from prophetkv_rag.store.statistics import Usage, all_counts, hits_by_tier, usage
-from prophetkv_rag.store.tiered import TieredStore
-from tests.core.caches import FINGERPRINT, IDENTITY, found_in, ids_of, key_of, make_cache
-from tests.core.faulty_files import FaultyFileSystem
+from tests.store.caches import FINGERPRINT, IDENTITY, found_in, ids_of, key_of, make_cache
+from tests.store.faulty_files import FaultyFileSystem
 from tests.tiny import save_tiny, text_of, tiny_llama, tiny_tokenizer
 
 MODEL = tiny_llama()

@@ -19,17 +19,18 @@ from cryptography.hazmat.primitives.ciphers import aead
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.errors import BlobError, InputError, StoreError
-from prophetkv_rag.store import blob_file, sealing
-from prophetkv_rag.store.blob import encode_blob
-from prophetkv_rag.store.blob_file import decode_file
-from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.encryption import KEY_VARIABLE, EncryptionKey, load_key, write_new_key
-from prophetkv_rag.store.formats import BlobFormat
-from prophetkv_rag.store.rekey import RekeyReport, rekey
-from prophetkv_rag.store.sealing import CLEAR_BYTES, LockedBlobError, seal
-from prophetkv_rag.store.transfer import export_caches, import_caches
-from prophetkv_rag.store.upkeep import clear
-from tests.core.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
+from prophetkv_rag.store.blobs import file as blob_file
+from prophetkv_rag.store.blobs.blob import encode_blob
+from prophetkv_rag.store.blobs.file import decode_file
+from prophetkv_rag.store.blobs.formats import BlobFormat
+from prophetkv_rag.store.disk.rekeying import RekeyReport, rekey
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.disk.transfer import export_caches, import_caches
+from prophetkv_rag.store.disk.upkeep import clear
+from prophetkv_rag.store.encryption import sealing
+from prophetkv_rag.store.encryption.sealing import CLEAR_BYTES, LockedBlobError, seal
+from prophetkv_rag.store.encryption.user_key import KEY_VARIABLE, EncryptionKey, load_key, write_new_key
+from tests.store.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 SECRET, OTHER_SECRET = bytes(range(32)), bytes(range(1, 33))

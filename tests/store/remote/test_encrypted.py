@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.encryption import EncryptionKey
-from prophetkv_rag.store.rekey import rekey
-from prophetkv_rag.store.sealing import MAGIC, is_sealed, unseal
-from prophetkv_rag.store.tiered import TieredStore
-from tests.core.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
-from tests.core.faulty_files import FaultyFileSystem
-from tests.core.test_remote import opened, put, remote_of
+from prophetkv_rag.store.disk.rekeying import rekey
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.disk.tiered import TieredStore
+from prophetkv_rag.store.encryption.sealing import MAGIC, is_sealed, unseal
+from prophetkv_rag.store.encryption.user_key import EncryptionKey
+from tests.store.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
+from tests.store.faulty_files import FaultyFileSystem
+from tests.store.remote.test_tiered import opened, put, remote_of
 
 MINE, OTHER = EncryptionKey(bytes(range(32))), EncryptionKey(bytes(range(1, 33)))
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.tiered import TieredStore
-from tests.core.faulty_files import FaultyFileSystem, hanging, raising
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.disk.tiered import TieredStore
+from tests.store.faulty_files import FaultyFileSystem, hanging, raising
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 MODEL = tiny_llama()

@@ -14,21 +14,21 @@ import chromadb
 import pytest
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.chroma_store import open_store
+from prophetkv_rag.chroma.store import open_store
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.store.base import RemoteStats
-from prophetkv_rag.store.blob import encode_blob
-from prophetkv_rag.store.breaker import Breaker
-from prophetkv_rag.store.disk import DiskStore
-from prophetkv_rag.store.opening import open_disk_store
-from prophetkv_rag.store.remote_files import RemoteFiles
-from prophetkv_rag.store.tiered import TieredStore
-from prophetkv_rag.store.upkeep import clear, gc, verify
-from tests.core.caches import FINGERPRINT, assert_same, found_in, ids_of, key_of, make_cache
-from tests.core.faulty_files import FaultyFileSystem, hanging, raising
+from prophetkv_rag.store.blobs.blob import encode_blob
+from prophetkv_rag.store.disk.opening import open_disk_store
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.disk.tiered import TieredStore
+from prophetkv_rag.store.disk.upkeep import clear, gc, verify
+from prophetkv_rag.store.remote.breaker import Breaker
+from prophetkv_rag.store.remote.files import RemoteFiles
+from tests.store.caches import FINGERPRINT, assert_same, found_in, ids_of, key_of, make_cache
+from tests.store.faulty_files import FaultyFileSystem, hanging, raising
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 REMOTE = "faulty://bucket/caches"
 SIZE = len(encode_blob(make_cache(1), key=key_of(1), fingerprint=FINGERPRINT))
 
@@ -351,7 +351,7 @@ def test_read_only_writes_nothing(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 sys.path.append({root!r})
-from tests.core.test_remote import *
+from tests.store.remote.test_tiered import *
 store = open_disk_store({directory!r}, remote={url!r})
 for seed in range(8):
     store.put(key_of(seed), make_cache(seed, num_tokens=400), fingerprint=FINGERPRINT)
@@ -407,8 +407,8 @@ def test_closing_does_not_wait_for_a_remote_that_hangs(tmp_path: Path) -> None:
     """The process ends by itself, although two threads of it hang for a minute."""
     code = (
         f"import sys; sys.path.append({str(ROOT)!r})\n"
-        "from tests.core.test_remote import *\n"
-        "from tests.core.faulty_files import hanging\n"
+        "from tests.store.remote.test_tiered import *\n"
+        "from tests.store.faulty_files import hanging\n"
         "held = hanging(); held.__enter__()\n"
         f"store = open_disk_store({str(tmp_path)!r}, ram_bytes=0, remote=REMOTE, remote_timeout_s=0.05)\n"
         "store.put(key_of(1), make_cache(1), fingerprint=FINGERPRINT)\n"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 
+from prophetkv_rag.defaults import read_speeches
 from prophetkv_rag.errors import InputError
 
 NOISE_LINE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -23,9 +23,7 @@ _ABBREVIATION = re.compile(r"^\W*(?:(?:Mr|Mrs|Ms|Dr|St|Jr|Sr|vs|No|Gen|Sen|Rep|G
 def essay_words(path: Path | None) -> list[str]:
     """Return the words of a text file, or of the shipped speeches in order of their names."""
     if path is None:
-        folder = files("prophetkv_rag.demo_corpus") / "state-of-the-union"
-        speeches = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".txt")), key=lambda e: e.name)
-        return " ".join(speech.read_text(encoding="utf-8") for speech in speeches).split()
+        return " ".join(read_speeches().values()).split()
     try:
         words = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from prophetkv_rag.errors import BlobError
-from prophetkv_rag.store.blob_file import decode_file
-from prophetkv_rag.store.key_mark import must_be_unlocked, write_mark
-from prophetkv_rag.store.remote_records import doom_all
-from prophetkv_rag.store.sealing import unseal
-
-if TYPE_CHECKING:
-    from prophetkv_rag.store.disk import DiskStore
-    from prophetkv_rag.store.encryption import EncryptionKey
+from prophetkv_rag.store.blobs import decode_file
+from prophetkv_rag.store.disk.key_mark import must_be_unlocked, write_mark
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.encryption import EncryptionKey, unseal
+from prophetkv_rag.store.remote import doom_all
 
 
 @dataclass(frozen=True, slots=True)

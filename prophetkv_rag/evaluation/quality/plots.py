@@ -8,27 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from prophetkv_rag.errors import InputError
-from prophetkv_rag.evaluation.results import FULL
-from prophetkv_rag.evaluation.tables import POOLED
-
-
-def load_pyplot() -> Any:
-    """Return `matplotlib.pyplot`, set to draw into files; `InputError` if it is not installed."""
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        msg = "plots need matplotlib; install it with: pip install 'prophetkv-rag[bench]'"
-        raise InputError(msg) from error
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _colours(strategies: Sequence[str]) -> dict[str, Any]:
-    palette = load_pyplot().get_cmap("tab10" if len(strategies) <= 10 else "tab20")
-    return {name: palette(index % palette.N) for index, name in enumerate(strategies)}
+from prophetkv_rag.evaluation.plotting import colours_of, load_pyplot
+from prophetkv_rag.evaluation.quality.results import FULL
+from prophetkv_rag.evaluation.quality.tables import POOLED
 
 
 def _strategies(summary: Sequence[dict[str, Any]]) -> list[str]:
@@ -39,7 +21,7 @@ def plot_against_budget(summary: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw KL and score, pooled over the tasks, against the budget really charged, one line per strategy."""
     pyplot = load_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    colours = _colours(_strategies(summary))
+    colours = colours_of(_strategies(summary))
     pooled = [entry for entry in summary if entry["task"] == POOLED]
     for name, colour in colours.items():
         entries = sorted((e for e in pooled if e["strategy"] == name), key=lambda e: e["charged_ratio"])
@@ -66,7 +48,7 @@ def plot_tasks(summary: Sequence[dict[str, Any]], path: Path, *, recompute_ratio
     """Draw the KL of every strategy per task, at one nominal ratio (ratio 0 stands beside it)."""
     pyplot = load_pyplot()
     tasks = [task for task in dict.fromkeys(entry["task"] for entry in summary) if task != POOLED]
-    colours = _colours(_strategies(summary))
+    colours = colours_of(_strategies(summary))
     chosen = {
         (entry["task"], entry["strategy"]): entry
         for entry in summary
@@ -113,39 +95,5 @@ def plot_picks(
     axis.set_yticks(np.arange(len(picks)) + 0.5, list(picks))
     axis.set(xlabel="position in the prompt (white: chunk borders)", title=title)
     figure.colorbar(image, ax=axis, label="share recomputed")
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def plot_ttft(rows: Sequence[dict[str, Any]], peers: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw how many times sooner the first token comes, against the context's length, with each arm's limit."""
-    pyplot = load_pyplot()
-    figure, axis = pyplot.subplots(figsize=(8, 4.8), layout="constrained")
-    arms = list(dict.fromkeys((row["strategy"], row["recompute_ratio"]) for row in rows))
-    names = [name if ratio == 0 else f"{name} {ratio:.0%}" for name, ratio in arms]
-    others = list(dict.fromkeys(row["peer"] for row in peers))
-    colours = _colours([*names, *others])
-    for arm, name in zip(arms, names, strict=True):
-        found = sorted(
-            (row for row in rows if (row["strategy"], row["recompute_ratio"]) == arm), key=lambda r: r["context_tokens"]
-        )
-        at = [row["context_tokens"] for row in found]
-        middle = np.array([row["speedup_ram"] for row in found])
-        spread = [
-            middle - [row["speedup_ram_min"] for row in found],
-            np.array([row["speedup_ram_max"] for row in found]) - middle,
-        ]
-        axis.errorbar(at, middle, yerr=spread, marker="o", capsize=3, color=colours[name], label=name)
-        axis.plot(at, [row["limit"] for row in found], linestyle=":", color=colours[name])
-    for name in others:
-        found = sorted((row for row in peers if row["peer"] == name), key=lambda r: r["context_tokens"])
-        at = [row["context_tokens"] for row in found]
-        axis.plot(at, [row["speedup"] for row in found], marker="s", linestyle="--", color=colours[name], label=name)
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.set(xlabel="context tokens", ylabel="times sooner than full prefill (SDPA)", yscale="log")
-    low, high = axis.get_ylim()
-    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200) if low <= tick <= high]
-    axis.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-    figure.legend(title="dotted: arithmetic limit of the rows run", loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

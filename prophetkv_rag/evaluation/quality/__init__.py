@@ -1,0 +1,37 @@
+"""The quality grid: tasks x strategies x ratios, each prompt against full prefill of the same token ids.
+
+Begin reading with `grid.py` (the loop) and `fidelity.py` (one prefill against full prefill); `results.py` keeps rows
+from run to run, `metrics.py` holds the official scores, `tables.py` and `plots.py` show them, `calibration.py` makes a
+profile of them.
+"""
+
+from prophetkv_rag.evaluation.quality.calibration import calibrate
+from prophetkv_rag.evaluation.quality.fidelity import Arm, arms_of, forced_logits, full_prefill
+from prophetkv_rag.evaluation.quality.grid import Engines, run_grid
+from prophetkv_rag.evaluation.quality.intervals import bootstrap_mean
+from prophetkv_rag.evaluation.quality.picks import picks_of
+from prophetkv_rag.evaluation.quality.plots import plot_against_budget, plot_picks, plot_tasks
+from prophetkv_rag.evaluation.quality.results import FULL, ResultsFile
+from prophetkv_rag.evaluation.quality.tables import HEADER, POOLED, markdown, summarise, table_rows
+
+__all__ = [
+    "FULL",
+    "HEADER",
+    "POOLED",
+    "Arm",
+    "Engines",
+    "ResultsFile",
+    "arms_of",
+    "bootstrap_mean",
+    "calibrate",
+    "forced_logits",
+    "full_prefill",
+    "markdown",
+    "picks_of",
+    "plot_against_budget",
+    "plot_picks",
+    "plot_tasks",
+    "run_grid",
+    "summarise",
+    "table_rows",
+]

@@ -1,0 +1,70 @@
+"""The model's own forward over given rows, with our attention in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from prophetkv_rag.model.attention import AttentionPass, attention_implementation
+
+
+def backbone(model: Any) -> Any:
+    """Return the model without its language-model head (Llama 4 names itself as its own base model)."""
+    return model.base_model if model.base_model is not model else model.model
+
+
+@torch.no_grad()
+def run_pass(
+    model: Any,
+    attention_pass: AttentionPass,
+    *,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    cache: Cache,
+    logits: bool = False,
+) -> torch.Tensor | None:
+    """Run the model's own forward over the given rows with our attention.
+
+    Args:
+        model: A transformers causal language model.
+        attention_pass: Gets every layer's attention call.
+        input_ids: `[b, m]` tokens of the rows.
+        position_ids: `[b, m]` positions that the model rotates by.
+        cache: Its layers receive the rows' keys and values.
+        logits: Whether to run the language-model head on the last row.
+
+    Returns:
+        `[b, vocab]` logits of the last row in fp32, or `None`.
+    """
+    # A ready 4-D mask makes transformers skip building one; the pass masks by position itself.
+    no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    arguments = {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "past_key_values": cache,
+        "attention_mask": no_mask,
+        "use_cache": True,
+    }
+    with attention_implementation(model, attention_pass):
+        if not logits:
+            backbone(model)(**arguments)
+            return None
+        output = model(**arguments, logits_to_keep=1)
+    last: torch.Tensor = output.logits[:, -1].float()
+    return last
+
+
+def decoder_layers(model: Any, num_layers: int) -> list[torch.nn.Module]:
+    """Return the decoder layers in order: the module list that is as long as the model is deep."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
+            holds_attention = all(
+                any(getattr(part, "layer_idx", None) == index for part in layer.modules())
+                for index, layer in enumerate(module)
+            )
+            if holds_attention:
+                return list(module)
+    msg = f"no list of {num_layers} decoder layers found in {type(model).__name__}"
+    raise LookupError(msg)

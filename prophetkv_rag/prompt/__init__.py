@@ -1,0 +1,23 @@
+"""From text to token ids, and where the chunks lie among them.
+
+In comes a prompt as applications make it: a string, chat messages, or a `Prompt` of segments; out comes a
+`PromptLayout`: every token's id, the spans that come from chunk caches, and the tokens that ask. Begin reading with
+`prompt.py` and `layout.py`; `chunk_index.py` finds chunk texts verbatim, `tokens.py` is the tokenizer as we use it.
+"""
+
+from prophetkv_rag.prompt.chunk_index import ChunkIndex, text_entry
+from prophetkv_rag.prompt.layout import Message, PromptLayout, PromptReader, question_of
+from prophetkv_rag.prompt.prompt import Prompt, TextOrIds
+from prophetkv_rag.prompt.tokens import Tokens
+
+__all__ = [
+    "ChunkIndex",
+    "Message",
+    "Prompt",
+    "PromptLayout",
+    "PromptReader",
+    "TextOrIds",
+    "Tokens",
+    "question_of",
+    "text_entry",
+]

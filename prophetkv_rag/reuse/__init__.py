@@ -1,0 +1,35 @@
+"""Query time: from a laid-out prompt to a filled KV cache.
+
+In come a `PromptLayout` and the chunks' caches; out comes a `PrefillResult`: a standard `past_key_values`, the last
+token's logits and the report. Begin reading with `prefill.py`, which goes through the others in this order:
+`assemble.py` (caches to their new positions), `stage_one.py` (what the question attends to), `selection/` (which tokens
+are recomputed), `recompute.py` (those run again, in place).
+"""
+
+from prophetkv_rag.reuse.assemble import assemble_caches
+from prophetkv_rag.reuse.prefill import Prefiller, PrefillResult
+from prophetkv_rag.reuse.recompute import LayerView, recompute_rows
+from prophetkv_rag.reuse.selection import (
+    QueryContext,
+    Selection,
+    Strategy,
+    available_strategies,
+    make_strategy,
+    register_strategy,
+    top_positions,
+)
+
+__all__ = [
+    "LayerView",
+    "PrefillResult",
+    "Prefiller",
+    "QueryContext",
+    "Selection",
+    "Strategy",
+    "assemble_caches",
+    "available_strategies",
+    "make_strategy",
+    "recompute_rows",
+    "register_strategy",
+    "top_positions",
+]

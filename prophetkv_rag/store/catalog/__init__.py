@@ -1,0 +1,27 @@
+"""The list of a store's chunks: which there are, how their texts are recognised, who refers to them.
+
+One SQLite file that several processes may share; it knows nothing of blobs or places. In come rows, out come rows and
+the order in which they are evicted. Begin reading with `schema.py`, then `catalog.py`; `namespaces.py` says whom a
+chunk is charged to, `ranking.py` which is worth its bytes, `counts.py` what was ever counted.
+"""
+
+from prophetkv_rag.store.catalog import namespaces
+from prophetkv_rag.store.catalog.catalog import UNKNOWN_OWNER, Catalog, CatalogRow, CorruptCatalogError
+from prophetkv_rag.store.catalog.counts import add_counts, all_counts, hits_by_tier
+from prophetkv_rag.store.catalog.file import damaged, set_aside
+from prophetkv_rag.store.catalog.ranking import Eviction, Ranking
+
+__all__ = [
+    "UNKNOWN_OWNER",
+    "Catalog",
+    "CatalogRow",
+    "CorruptCatalogError",
+    "Eviction",
+    "Ranking",
+    "add_counts",
+    "all_counts",
+    "damaged",
+    "hits_by_tier",
+    "namespaces",
+    "set_aside",
+]

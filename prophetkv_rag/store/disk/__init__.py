@@ -1,0 +1,37 @@
+"""The store on disk: RAM over disk, and over a remote tier where there is one.
+
+In come caches to keep and keys to find; out come checked caches, within byte limits that hold at every moment. Begin
+reading with `opening.py` and `store.py`, the facade: `reader.py` and `writer.py` are its two ways, `space.py` makes
+room, `leases.py` says what is in use, `ram.py` and `read_ahead.py` are the RAM tier, `tiered.py` puts the remote behind
+it. What people do with a store by hand follows: `upkeep.py` (verify, gc, clear), `statistics.py`, `transfer.py`
+(export, import), `rekeying.py`.
+"""
+
+from prophetkv_rag.store.disk.key_mark import must_be_unlocked
+from prophetkv_rag.store.disk.leases import writing
+from prophetkv_rag.store.disk.opening import open_disk_store
+from prophetkv_rag.store.disk.rekeying import RekeyReport, rekey
+from prophetkv_rag.store.disk.statistics import Usage, nameless, usage
+from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.store.disk.tiered import TieredStore
+from prophetkv_rag.store.disk.transfer import ImportReport, export_caches, import_caches
+from prophetkv_rag.store.disk.upkeep import GcReport, clear, gc
+
+__all__ = [
+    "DiskStore",
+    "GcReport",
+    "ImportReport",
+    "RekeyReport",
+    "TieredStore",
+    "Usage",
+    "clear",
+    "export_caches",
+    "gc",
+    "import_caches",
+    "must_be_unlocked",
+    "nameless",
+    "open_disk_store",
+    "rekey",
+    "usage",
+    "writing",
+]
