@@ -6,7 +6,7 @@ import logging
 
 from prophetkv_rag.errors import BlobError
 from prophetkv_rag.store.blobs import BlobFiles
-from prophetkv_rag.store.catalog import UNKNOWN_OWNER, Catalog, CatalogRow
+from prophetkv_rag.store.catalog import UNKNOWN_OWNER, Catalog, CatalogRow, namespaces
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ def rebuild(catalog: Catalog, files: BlobFiles) -> int:
     A blob says how its chunk's text is recognised, but not who refers to the chunk: the first owner to drop it deletes
     it. Blobs that cannot be read stay, as orphans. The caller holds the directory's lock alone.
     """
-    found, namespaces = [], {}
+    found, namespace_of = [], dict[str, str | None]()
     for path in files.all_files():
         key = files.key_of(path)
         if key is None:
@@ -30,12 +30,12 @@ def rebuild(catalog: Catalog, files: BlobFiles) -> int:
         except (BlobError, OSError, KeyError):
             continue
         found.append((row, header.entry))
-        namespaces[row.fingerprint] = header.namespace
+        namespace_of[row.fingerprint] = header.namespace
     if found:
         with catalog.transaction():
             for row, entry in found:
                 catalog.upsert(row, entry)
-            for fingerprint, namespace in namespaces.items():
+            for fingerprint, namespace in namespace_of.items():
                 namespaces.learn(catalog, fingerprint, namespace)
             catalog.add_references(UNKNOWN_OWNER, [row.key for row, _ in found])
         logger.warning("the catalog of %d chunk caches was made again from their files", len(found))

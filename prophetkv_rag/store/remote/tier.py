@@ -41,6 +41,9 @@ class UploadQueue(Protocol):
     def settle(self) -> None:
         """Begin to do the deletes that are noted."""
 
+    def wait_for_room(self) -> None:
+        """Wait while too much waits that is in memory only."""
+
     def recount(self) -> None:
         """Look again at what is there."""
 
