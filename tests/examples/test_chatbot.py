@@ -42,7 +42,7 @@ def service(example: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     model = save_tiny(directory / "model", max_position_embeddings=4096)
     encoder = save_tiny_encoder(directory / "encoder")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prophetkv_rag.defaults.embedding.fetch_embedding_model", lambda progress=None: encoder)
+        patch.setattr("prophetkv_rag.defaults.fetch_embedding_model", lambda progress=None: encoder)
         service = example["web"].Service()
         knowledge = example["knowledge"].Knowledge(model, directory / "db")
         service.knowledge = knowledge

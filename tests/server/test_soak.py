@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from prophetkv_rag import ProphetKVEngine
-from prophetkv_rag.defaults.default_model import fetch_default_model
+from prophetkv_rag.defaults import fetch_default_model
 from prophetkv_rag.server.work_queue import Ticket
 from tests.server.running import CHUNKS, Running, make_engine, running, wait_until
 from tests.tiny import text_of

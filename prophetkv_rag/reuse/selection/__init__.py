@@ -1,6 +1,6 @@
 """Selection strategies: which chunk tokens are recomputed. One strategy, one file, one class."""
 
-from prophetkv_rag.reuse.selection.base import QueryContext, Selection, Strategy, top_positions
+from prophetkv_rag.reuse.selection.base import QueryContext, Selection, Strategy
 from prophetkv_rag.reuse.selection.registry import available_strategies, make_strategy, register_strategy
 
 __all__ = [
@@ -10,5 +10,4 @@ __all__ = [
     "available_strategies",
     "make_strategy",
     "register_strategy",
-    "top_positions",
 ]

@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from prophetkv_rag import Prompt, ProphetKVEngine
 from prophetkv_rag.cli.app import main
-from prophetkv_rag.defaults.default_model import fetch_default_gguf, fetch_default_model
+from prophetkv_rag.defaults import fetch_default_gguf, fetch_default_model
 from prophetkv_rag.defaults.wheel_fetch import cache_directory, is_complete
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.evaluation.speed.gguf_export import why_not_gguf, write_gguf

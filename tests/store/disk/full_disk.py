@@ -164,11 +164,10 @@ def command_line(mounted: str) -> None:
 
     directory = Path(mounted).parent
     model, encoder = save_tiny(directory / "model"), save_tiny_encoder(directory / "encoder")
-    import prophetkv_rag.defaults.default_model
-    import prophetkv_rag.defaults.embedding
+    import prophetkv_rag.defaults
 
-    prophetkv_rag.defaults.default_model.fetch_default_model = lambda progress: model  # type: ignore[assignment]
-    prophetkv_rag.defaults.embedding.fetch_embedding_model = lambda progress=None: encoder  # type: ignore[assignment]
+    prophetkv_rag.defaults.fetch_default_model = lambda progress: model  # type: ignore[assignment]
+    prophetkv_rag.defaults.fetch_embedding_model = lambda progress=None: encoder  # type: ignore[assignment]
     docs = directory / "docs"
     docs.mkdir()
     for number in range(12):
