@@ -26,7 +26,7 @@ def quickstart() -> str:
 def tiny_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The names that the quickstart imports, bound to models that need no download."""
     model = save_tiny(tmp_path / "model")
-    monkeypatch.setattr("prophetkv_rag.defaults.default_model.fetch_default_model", lambda: model)
+    monkeypatch.setattr("prophetkv_rag.defaults.fetch_default_model", lambda: model)
     monkeypatch.setattr("prophetkv_rag.integrations.llama_index.MiniLMEmbedding", HashingEmbedding)
 
 

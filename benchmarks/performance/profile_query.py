@@ -5,8 +5,8 @@
     PYTHONPATH=OTHER python benchmarks/performance/profile_query.py 4096 0.2
     python benchmarks/performance/profile_query.py 4096 0.2 --flame docs/images/flame-query.svg   # the picture
 
-A version whose modules did not lie in folders yet needs this script as it was then (docs/performance/profile_query.py
-of the last commit that has one), which also ran on the first version.
+A version whose modules did not lie in folders yet needs this script as it was then (`git log --follow` of this file),
+which also ran on the first version.
 
 The picture is of queries alone, not of what comes before them: py-spy (pip install py-spy) is started beside them and
 needs the right to look into another process (root, or kernel.yama.ptrace_scope=0). A width is a share of samples, which

@@ -12,7 +12,7 @@ import llama_index.core
 import pytest
 from llama_index.core import Settings
 
-from prophetkv_rag.defaults.default_model import fetch_default_model
+from prophetkv_rag.defaults import fetch_default_model
 from tests.integrations.rag import TEXTS, HashingEmbedding
 from tests.tiny import save_tiny
 
@@ -23,7 +23,7 @@ SETTINGS = ("_llm", "_embed_model", "_node_parser", "_prompt_helper", "_chat_pro
 @pytest.fixture
 def tiny_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_tiny(tmp_path / "model")
-    monkeypatch.setattr("prophetkv_rag.defaults.default_model.fetch_default_model", lambda: model)
+    monkeypatch.setattr("prophetkv_rag.defaults.fetch_default_model", lambda: model)
     monkeypatch.setattr("prophetkv_rag.integrations.llama_index.MiniLMEmbedding", HashingEmbedding)
 
 

@@ -21,7 +21,7 @@ EXAMPLES = ROOT / "examples"
 def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The names that the examples import, bound to models that need no download."""
     model = save_tiny(tmp_path / "model")
-    monkeypatch.setattr("prophetkv_rag.defaults.default_model.fetch_default_model", lambda: model)
+    monkeypatch.setattr("prophetkv_rag.defaults.fetch_default_model", lambda: model)
     monkeypatch.setattr("prophetkv_rag.integrations.langchain.MiniLMEmbeddings", HashingEmbeddings)
     return model
 
