@@ -1,6 +1,6 @@
 """Prints what int8 caches cost on a CPU, unpacked when they are loaded or when they are gathered.
 
-    OMP_NUM_THREADS=1 python -P docs/performance/packed_gather.py
+    OMP_NUM_THREADS=1 python benchmarks/performance/packed_gather.py
 
 2,048 tokens of random K/V in chunks of 256, in SmolLM2-135M's shape. Processor time of one thread, medians,
 alternating.

@@ -1,15 +1,18 @@
 """Prints where the seconds of a query go, by kind of operation, beside full prefill's of the same prompt.
 
-    python -P docs/performance/profile_query.py 4096 0.2               # the table (medians over rounds, alternating)
-    pip install --no-deps --target OLD OLD_CHECKOUT                     # another version, beside this one:
-    PYTHONPATH=OLD python -P docs/performance/profile_query.py 4096 0.2
-    python -P docs/performance/profile_query.py 4096 0.2 --flame docs/images/flame-query.svg   # the picture
+    python benchmarks/performance/profile_query.py 4096 0.2            # the table (medians over rounds, alternating)
+    pip install --no-deps --target OTHER OTHER_CHECKOUT                # another version, beside this one:
+    PYTHONPATH=OTHER python benchmarks/performance/profile_query.py 4096 0.2
+    python benchmarks/performance/profile_query.py 4096 0.2 --flame docs/images/flame-query.svg   # the picture
+
+A version whose modules did not lie in folders yet needs this script as it was then (`git log --follow` of this file),
+which also ran on the first version.
 
 The picture is of queries alone, not of what comes before them: py-spy (pip install py-spy) is started beside them and
 needs the right to look into another process (root, or kernel.yama.ptrace_scope=0). A width is a share of samples, which
 also holds on a machine that does other things. Names only: no path of the machine that drew it is left in the file.
 
-Uses only what the first version had as well. Operations are those of torch's profiler (self CPU time of the calling
+Operations are those of torch's profiler (self CPU time of the calling
 thread, which waits for the others); what is left of the wall-clock time is Python and the dispatcher.
 """
 

@@ -1,4 +1,9 @@
-"""Prints the paired differences that docs/quality.md quotes, from the rows beside this file."""
+"""Prints the paired differences that docs/quality.md and results.md quote, from the rows beside this file.
+
+    python benchmarks/quality/paired.py
+
+No model is needed.
+"""
 
 from __future__ import annotations
 

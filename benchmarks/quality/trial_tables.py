@@ -1,4 +1,10 @@
-"""The tables of trials.py, of the rows that it keeps: `python docs/quality/trial_tables.py docs/quality/trials`."""
+"""Prints the tables of trials.py, of the rows that it keeps.
+
+    python benchmarks/quality/trial_tables.py         # of those in trials/, beside this file
+    python benchmarks/quality/trial_tables.py WORK
+
+No model is needed.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +94,8 @@ def _interval(differences: np.ndarray) -> str:
 
 def main() -> None:
     """Print the tables of every model and encoding below a folder."""
-    for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir()):
+    work = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "trials"
+    for folder in sorted(path for path in work.iterdir() if path.is_dir()):
         rows, looks = read_lines(folder / "rows.jsonl"), read_lines(folder / "looks.jsonl")
         for line in [f"### {folder.name}", "", *compared(rows), "", *adaptive(looks), ""]:
             sys.stdout.write(line + "\n")

@@ -1,12 +1,12 @@
-"""Recipes beyond `prophetkv`, tried at the same charged budget; prints the tables that docs/quality.md quotes.
+"""Recipes beyond `prophetkv`, tried at the same charged budget; prints the tables that trials.md quotes.
 
-    python docs/quality/trials.py WORK --data hotpotqa.dev.jsonl.gz --data nq10.dev.jsonl.gz [--model DIR]
-    python docs/quality/trials.py WORK --data ... --known docs/quality/smollm2.jsonl.gz  # trial d
+    python benchmarks/quality/trials.py WORK --data hotpotqa.dev.jsonl.gz --data nq10.dev.jsonl.gz [--model DIR]
+    python benchmarks/quality/trials.py WORK --data ... --known benchmarks/quality/smollm2.jsonl.gz  # trial d
 
 All arms run on caches of one encoding (`--encoding`, `prompt+corpus` by default) and are charged what `prophetkv` is
 charged at the same ratio, its stage I included, unless an arm's name says otherwise. KL is that of `bench quality`:
 teacher-forced over full prefill's own greedy answer. Every prompt's full prefill and every arm are kept in WORK, so an
-interrupted run goes on; trial_tables.py prints the tables of what is there (of what docs/quality.md quotes: trials/).
+interrupted run goes on; trial_tables.py prints the tables of what is there (what trials.md quotes is kept in trials/).
 
 a. Two rounds: half the tokens by stage I, recomputed; the suffix (or its last 8 tokens) asks again over the fresher
    cache; then the rest. "joined": the first round's tokens ask too, with half the say.
