@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prophetkv_rag.cli.console import print_error, print_json, quiet_libraries, results, status
-from prophetkv_rag.cli.database import DEFAULT_DATABASE, open_database, require_settings
+from prophetkv_rag.cli.database import DEFAULT_DATABASE, check_packages, open_database, require_settings
 from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
 from prophetkv_rag.errors import InputError
 
@@ -43,11 +43,12 @@ def ask(
     if html is not None:
         check_file(html)
     settings = require_settings(db)
-    settings = replace(settings, model=chosen_model(model, settings.model))
     from prophetkv_rag.reuse import make_strategy
 
-    make_strategy(strategy)  # before a model is loaded
+    make_strategy(strategy)  # before a model is fetched
     quiet_libraries()
+    check_packages(settings)
+    settings = replace(settings, model=chosen_model(model, settings.model))
     fetch_embedding()
     from prophetkv_rag.cli.answering import answer_question
 

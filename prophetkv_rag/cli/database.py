@@ -152,6 +152,20 @@ def check_writable(path: Path) -> None:
         raise InputError(msg)
 
 
+def check_packages(settings: DatabaseSettings) -> None:
+    """Raise `InputError` for what would keep a database from being opened once models are downloaded for it.
+
+    That is an optional package it needs and that is not installed, or a key that is not there.
+    """
+    from prophetkv_rag.store.encryption import load_key
+    from prophetkv_rag.store.remote import RemoteFiles
+
+    _import_frameworks()
+    load_key(settings.key_file or None)
+    if settings.remote:
+        RemoteFiles(settings.remote)
+
+
 @dataclass(slots=True)
 class Database:
     """An open database with its model: everything that `index` and `ask` need."""

@@ -14,6 +14,7 @@ from prophetkv_rag.cli.database import (
     DEFAULT_CHUNK_SIZE,
     Database,
     DatabaseSettings,
+    check_packages,
     find_settings,
     lead_in_of,
     open_database,
@@ -39,8 +40,9 @@ def demo(
 
     The database is kept in the user's cache directory: a second run reuses the caches of the first.
     """
-    name = chosen_model(model)
     quiet_libraries()
+    check_packages(DatabaseSettings("", DEFAULT_CHUNK_SIZE))
+    name = chosen_model(model)
     fetch_embedding()
     from prophetkv_rag.cli.demo_run import conditions, run_questions
     from prophetkv_rag.defaults import read_questions, speeches_directory

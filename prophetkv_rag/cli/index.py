@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ from prophetkv_rag.cli.database import (
     DEFAULT_DATABASE,
     Database,
     DatabaseSettings,
+    check_packages,
     check_writable,
     find_settings,
     lead_in_of,
@@ -91,7 +92,7 @@ def index(
     check_writable(db)
     remembered = find_settings(db)
     settings = DatabaseSettings(
-        model=chosen_model(model, remembered.model if remembered else None),
+        model="",
         chunk_size=chunk_size or (remembered.chunk_size if remembered else DEFAULT_CHUNK_SIZE),
         cached_for=remembered.cached_for if remembered else "",
         lead_in=_lead_in(lead_in, remembered.lead_in if remembered else lead_in_of(documents.files[0].text)),
@@ -102,6 +103,8 @@ def index(
         settings, remembered, cache_limit, cache_format, cache_policy, tier, key_file, namespace_limit
     )
     quiet_libraries()
+    check_packages(settings)
+    settings = replace(settings, model=chosen_model(model, remembered.model if remembered else None))
     fetch_embedding()
     from prophetkv_rag.cli.indexing import index_documents
 

@@ -15,7 +15,7 @@ import typer
 
 from prophetkv_rag.cli.cache.options import parse_size
 from prophetkv_rag.cli.console import print_json, progress_console, quiet_libraries, status
-from prophetkv_rag.cli.database import DEFAULT_DATABASE, find_settings, open_database, require_settings
+from prophetkv_rag.cli.database import DEFAULT_DATABASE, check_packages, find_settings, open_database, require_settings
 from prophetkv_rag.cli.model_choice import chosen_model
 from prophetkv_rag.errors import InputError
 
@@ -205,8 +205,14 @@ def _opened(
     if remembered is not None and max_bytes is not None:
         msg = f"--cache-limit goes without a database; the one at {database} has the limit that `index` gave it"
         raise InputError(msg)
-    chosen = chosen_model(model, remembered.model if remembered else None)
     quiet_libraries()
+    if remembered is not None:
+        check_packages(remembered)
+    elif remote is not None:
+        from prophetkv_rag.store.remote import RemoteFiles
+
+        RemoteFiles(remote)  # before a model is fetched
+    chosen = chosen_model(model, remembered.model if remembered else None)
     if database is not None and remembered is not None:
         opened = open_database(database, replace(remembered, model=chosen), config=config)
         try:

@@ -2,7 +2,7 @@
 
 Out go the folder of a small language model, an embedding model, and a corpus of speeches (`demo_corpus`, shipped).
 Begin reading with `default_model.py`; `wheel_fetch.py` is how a model reaches a machine that sees a package registry
-and no model hub.
+and no model hub, and `wheel_download.py` the installers that it asks.
 """
 
 from prophetkv_rag.defaults.corpus import DemoQuestion, read_questions, read_speeches, speeches_directory

