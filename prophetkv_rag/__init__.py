@@ -5,8 +5,9 @@ Importing this package loads neither torch nor a framework; names are resolved o
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prophetkv_rag.lazy import lazily
 
 if TYPE_CHECKING:
     from prophetkv_rag.config import ProphetKVConfig
@@ -61,13 +62,4 @@ __all__ = [
     "UnsupportedModelError",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    msg = f"module {__name__!r} has no attribute {name!r}"
-    raise AttributeError(msg)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+__getattr__, __dir__ = lazily(__name__, _HOME)

@@ -20,6 +20,7 @@ FRAMEWORKS = ("llama_index", "langchain", "langchain_core", "langchain_chroma", 
 
 MAY_IMPORT = {
     # Every package along the data path, the lowest first, and those it may import, which all stand above it.
+    "lazy": "",
     "errors": "",
     "kernels": "",
     "config": "errors",
@@ -39,10 +40,10 @@ MAY_IMPORT = {
     "profile": "errors config store",
     "engine": "errors kernels config report model generation store prompt chunks reuse profile",
     "chroma": "errors store store.disk engine",
-    "prophetkv_rag": "errors config report generation prompt reuse engine",
-    "evaluation": "errors kernels config model defaults store store.blobs store.catalog store.disk prompt reuse "
+    "prophetkv_rag": "lazy errors config report generation prompt reuse engine",
+    "evaluation": "lazy errors kernels config model defaults store store.blobs store.catalog store.disk prompt reuse "
     "profile engine",
-    "server": "errors report generation store engine",
+    "server": "lazy errors report generation store engine",
     "integrations.shared": "errors",
     "integrations.llama_index": "errors config report generation defaults store prompt engine chroma "
     "integrations.shared",

@@ -1,12 +1,15 @@
 """An OpenAI-compatible HTTP server on one engine: `create_app(engine, settings)` is an ASGI application.
 
-Needs the extra `server`. Importing this package loads neither FastAPI nor torch; names are resolved on first use.
+In come requests in OpenAI's shapes, out go answers in the same. Begin reading with `app.py` (the routes), then
+`chat.py`: `gate.py` is what a request passes first, `work_queue.py` where it waits for the model, `errors.py` how it is
+refused. Needs the extra `server`. Importing this package loads neither FastAPI nor torch.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prophetkv_rag.lazy import lazily
 
 if TYPE_CHECKING:
     from prophetkv_rag.server.app import create_app
@@ -16,13 +19,4 @@ _HOME = {"ServerSettings": "prophetkv_rag.server.settings", "create_app": "proph
 
 __all__ = ["ServerSettings", "create_app"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    msg = f"module {__name__!r} has no attribute {name!r}"
-    raise AttributeError(msg)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+__getattr__, __dir__ = lazily(__name__, _HOME)

@@ -31,7 +31,7 @@ import prophetkv_rag.defaults
 from prophetkv_rag import ProphetKVEngine
 from prophetkv_rag.chroma.store import live_references
 from prophetkv_rag.cli.app import main
-from prophetkv_rag.cli.cache.look_after import open_caches
+from prophetkv_rag.cli.cache.opened import open_caches
 from prophetkv_rag.cli.database import open_database, require_settings
 from tests.tiny import save_tiny, save_tiny_encoder, text_of
 

@@ -1,12 +1,31 @@
 """Quality tasks: where prompts come from, and how answers are marked.
 
 Out come `TaskExample`s (what stands before, the context, what stands after): RULER's 13 tasks, LongBench v1, questions
-with passages, files of one's own. Begin reading with `example.py` and `loading.py`.
+with passages, files of one's own. Begin reading with `example.py` and `loading.py`. Importing this package loads no
+torch: samples are made without a model.
 """
 
-from prophetkv_rag.evaluation.tasks.example import TaskExample
-from prophetkv_rag.evaluation.tasks.loading import check_names, load_examples, task_names
-from prophetkv_rag.evaluation.tasks.prompting import task_prompt
-from prophetkv_rag.evaluation.tasks.ruler import Sources
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prophetkv_rag.lazy import lazily
+
+if TYPE_CHECKING:
+    from prophetkv_rag.evaluation.tasks.example import TaskExample
+    from prophetkv_rag.evaluation.tasks.loading import check_names, load_examples, task_names
+    from prophetkv_rag.evaluation.tasks.prompting import task_prompt
+    from prophetkv_rag.evaluation.tasks.ruler import Sources
+
+_HOME = {
+    "Sources": "prophetkv_rag.evaluation.tasks.ruler",
+    "TaskExample": "prophetkv_rag.evaluation.tasks.example",
+    "check_names": "prophetkv_rag.evaluation.tasks.loading",
+    "load_examples": "prophetkv_rag.evaluation.tasks.loading",
+    "task_names": "prophetkv_rag.evaluation.tasks.loading",
+    "task_prompt": "prophetkv_rag.evaluation.tasks.prompting",
+}
 
 __all__ = ["Sources", "TaskExample", "check_names", "load_examples", "task_names", "task_prompt"]
+
+__getattr__, __dir__ = lazily(__name__, _HOME)
