@@ -37,12 +37,10 @@ from prophetkv_rag.model import (
     tokenizer_fingerprint,
 )
 from prophetkv_rag.profile import Profile, load_profile
-from prophetkv_rag.prompt import ChunkIndex, Message, Prompt, PromptLayout, PromptReader, Tokens
+from prophetkv_rag.prompt import AnyPrompt, ChunkIndex, PromptLayout, PromptReader, Tokens
 from prophetkv_rag.report import trace_generation
 from prophetkv_rag.reuse import Prefiller, PrefillResult, QueryContext, Strategy, make_strategy
 from prophetkv_rag.store import CacheIdentity, ChunkStore, MemoryStore
-
-AnyPrompt = str | Sequence[Message] | Prompt
 
 
 class ProphetKVEngine:

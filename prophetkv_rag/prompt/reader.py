@@ -1,4 +1,4 @@
-"""A prompt laid out: which token stands where, which of them come from chunk caches, and which ask.
+"""Reading a prompt: from what applications pass to its layout.
 
 Every segment is tokenised alone and the ids are joined; full prefill, the baseline everywhere, uses the same ids.
 Special-token parsing is off inside chunks: a chunk that holds `<|im_end|>` stays text.
@@ -6,110 +6,19 @@ Special-token parsing is off inside chunks: a chunk that holds `<|im_end|>` stay
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import takewhile
-from typing import Any
 
 import torch
 
-from prophetkv_rag.errors import ContextWindowError, InputError
+from prophetkv_rag.errors import InputError
 from prophetkv_rag.prompt.chunk_index import ChunkIndex
-from prophetkv_rag.prompt.prompt import Prompt, TextOrIds
+from prophetkv_rag.prompt.layout import ChunkSpan, PromptLayout
+from prophetkv_rag.prompt.prompt import AnyPrompt, Prompt, TextOrIds
+from prophetkv_rag.prompt.question import find_ids, question_of
 from prophetkv_rag.prompt.tokens import Tokens
 from prophetkv_rag.store import CacheIdentity
-
-Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkSpan:
-    """One chunk in the prompt: its cache key, its first position and its token ids."""
-
-    key: str
-    start: int
-    input_ids: tuple[int, ...]
-
-    @property
-    def stop(self) -> int:
-        """Position after the chunk's last token."""
-        return self.start + len(self.input_ids)
-
-
-@dataclass(frozen=True)
-class PromptLayout:
-    """Token ids and roles of a whole prompt of N tokens.
-
-    Attributes:
-        input_ids: `[N]`, int64, on the CPU.
-        chunks: The chunks in order of position.
-        question_rows: Positions of the question inside the suffix, where they are known; else empty.
-        probe_ids: Tokens of a question that stands elsewhere in the prompt; they ask in stage I from behind the
-            prompt's end. Empty when the suffix itself asks.
-        known_prefix: How many of the first tokens, before the context, are those of the encoding prefix, whose rows
-            were computed once for all.
-        exact_first_chunk: Whether the first chunk follows exactly the prefix that chunks are encoded behind.
-    """
-
-    input_ids: torch.Tensor
-    chunks: tuple[ChunkSpan, ...]
-    question_rows: tuple[int, ...] = ()
-    probe_ids: tuple[int, ...] = ()
-    known_prefix: int = 0
-    exact_first_chunk: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        """N."""
-        return int(self.input_ids.shape[0])
-
-    @cached_property
-    def is_chunk(self) -> torch.Tensor:
-        """`[N]` bool: tokens whose rows come from a chunk cache.
-
-        A prompt that ends with a chunk still needs its last token computed; that token does not count.
-        """
-        mask = torch.zeros(self.num_tokens, dtype=torch.bool)
-        for chunk in self.chunks:
-            mask[chunk.start : chunk.stop] = True
-        mask[-1] = False
-        return mask
-
-    @property
-    def context_start(self) -> int:
-        """Position of the first chunk token; everything before is the prefix, computed exactly."""
-        return self.chunks[0].start if self.chunks else self.num_tokens
-
-    @property
-    def suffix_start(self) -> int:
-        """First position after the last chunk (at most N - 1)."""
-        return min(self.chunks[-1].stop, self.num_tokens - 1) if self.chunks else 0
-
-    @property
-    def num_chunk_tokens(self) -> int:
-        """Tokens inside chunks."""
-        return sum(len(chunk.input_ids) for chunk in self.chunks)
-
-    def check_fits(self, context_window: int, *, is_reuse: bool, is_answered: bool) -> None:
-        """Raise `ContextWindowError` if the prompt is too long for the window.
-
-        Args:
-            context_window: Most positions.
-            is_reuse: Whether stage I runs, where `probe_ids` take positions behind the prompt's end.
-            is_answered: Whether there must be room for an answer.
-        """
-        probe_rows = len(self.probe_ids) if is_reuse else 0
-        if self.num_tokens + probe_rows > context_window:
-            asking = f", and its question asks in {probe_rows} more rows behind it," if probe_rows else ""
-            problem = f"the prompt has {self.num_tokens} tokens{asking} but the context window is {context_window}"
-        elif is_answered and self.num_tokens == context_window:
-            problem = f"the prompt fills the context window of {context_window} tokens, so no answer fits"
-        else:
-            return
-        remedy = "retrieve fewer or smaller chunks (similarity_top_k, chunk_size) or use a model with a longer window"
-        msg = f"{problem}; {remedy}"
-        raise ContextWindowError(msg)
 
 
 @dataclass(slots=True)
@@ -134,7 +43,7 @@ class PromptReader:
         self.identity = identity
         self.chunk_index = chunk_index
 
-    def read(self, prompt: str | Sequence[Message] | Prompt, *, query: str | None = None) -> PromptLayout:
+    def read(self, prompt: AnyPrompt, *, query: str | None = None) -> PromptLayout:
         """Lay a prompt out.
 
         Args:
@@ -190,7 +99,7 @@ class PromptReader:
         if question is None:
             return self._finish(pieces, suffix_start, "", None)
         question_ids = self.tokens.fresh(question)
-        rows = _find_ids(pieces.ids[suffix_start:], question_ids)
+        rows = find_ids(pieces.ids[suffix_start:], question_ids)
         if rows is None:
             return self._layout(pieces, probe_ids=tuple(question_ids))
         return self._layout(pieces, question_rows=tuple(suffix_start + row for row in rows))
@@ -237,33 +146,6 @@ class PromptReader:
         )
 
 
-def question_of(messages: Sequence[Message], chunk_index: ChunkIndex) -> str | None:
-    """Return the last user message's own words: what follows its last chunk, or all of it if it holds none.
-
-    In agents the retrieved chunks come after the question, as a tool's answer; then the suffix holds no question
-    at all and this one asks in its place.
-    """
-    for message in reversed(messages):
-        if message.get("role") != "user" or not isinstance(message.get("content"), str):
-            continue
-        content = message["content"]
-        matches = chunk_index.find(content)
-        words = content[matches[-1].end :].strip() if matches else content.strip()
-        if words:
-            return str(words)
-    return None
-
-
 def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
     """Return how many tokens two sequences have in common at their starts."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-
-
-def _find_ids(haystack: Sequence[int], needle: Sequence[int]) -> range | None:
-    """Return the last occurrence of `needle` in `haystack` as a range of indices."""
-    if not needle:
-        return None
-    for start in range(len(haystack) - len(needle), -1, -1):
-        if list(haystack[start : start + len(needle)]) == list(needle):
-            return range(start, start + len(needle))
-    return None

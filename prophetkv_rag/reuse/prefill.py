@@ -15,7 +15,7 @@ from prophetkv_rag.chunks import ChunkLibrary
 from prophetkv_rag.config import ProphetKVConfig, check_recompute_ratio
 from prophetkv_rag.generation import InterruptibleLock
 from prophetkv_rag.model import ModelSupport, RowsLayer, resumable_cache
-from prophetkv_rag.prompt import Message, Prompt, PromptLayout, PromptReader
+from prophetkv_rag.prompt import AnyPrompt, PromptLayout, PromptReader
 from prophetkv_rag.report import ChunkReport, PromptView, ReuseReport, Timings, ViewedChunk, end_stage
 from prophetkv_rag.reuse.assemble import assemble_caches
 from prophetkv_rag.reuse.recompute import recompute_rows
@@ -63,7 +63,7 @@ class Prefiller:
 
     def run(
         self,
-        prompt: str | Sequence[Message] | Prompt,
+        prompt: AnyPrompt,
         strategy: str | Strategy | None,
         recompute_ratio: float | None,
         query: str | None,
