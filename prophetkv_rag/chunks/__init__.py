@@ -2,7 +2,7 @@
 
 In come texts; out come their caches, in the store when they are written and loaded when a prompt has them (or computed
 again, where the store cannot give them). Begin reading with `library.py`; `encode.py` runs the model, `writer.py`
-stores while it runs.
+stores while it runs, `loader.py` brings a prompt's caches back.
 """
 
 from prophetkv_rag.chunks.encode import encode_prefix
