@@ -7,5 +7,6 @@ stores while it runs, `loader.py` brings a prompt's caches back.
 
 from prophetkv_rag.chunks.encode import encode_prefix
 from prophetkv_rag.chunks.library import ChunkLibrary
+from prophetkv_rag.chunks.loader import Origin
 
-__all__ = ["ChunkLibrary", "encode_prefix"]
+__all__ = ["ChunkLibrary", "Origin", "encode_prefix"]
