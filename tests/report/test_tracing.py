@@ -97,7 +97,7 @@ def test_full_prefill_has_neither_load_nor_score(engine: ProphetKVEngine, spans:
 def test_without_the_package_nothing_happens(tmp_path: Path) -> None:
     """In a process where it cannot be imported."""
     code = (
-        "import sys, time; sys.modules['opentelemetry'] = None; from prophetkv_rag import tracing; "
+        "import sys, time; sys.modules['opentelemetry'] = None; from prophetkv_rag.report import tracing; "
         "assert tracing._api() is None; assert tracing.end_stage('match', time.perf_counter()) >= 0; "
         "assert list(tracing.trace_generation(x for x in 'ab')) == ['a', 'b']; print('ok')"
     )
