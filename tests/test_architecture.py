@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "config": "errors",
     "report": "",
     "model": "errors kernels",
-    "generation": "errors report",
+    "generation": "errors report model",
     "defaults": "errors",
     "store": "errors kernels",
     "store.encryption": "errors",
@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "chunks": "errors report model store prompt",
     "reuse": "errors config report model generation store prompt chunks",
     "profile": "errors config store",
-    "engine": "errors kernels config report model generation store prompt chunks reuse profile",
+    "engine": "errors kernels config model generation store prompt chunks reuse profile",
     "chroma": "errors store store.disk engine",
     "prophetkv_rag": "errors config report generation prompt reuse engine",
     "evaluation": "errors kernels config model defaults store store.blobs store.catalog store.disk prompt reuse "
