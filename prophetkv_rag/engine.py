@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from prophetkv_rag.chunks import ChunkLibrary, encode_prefix
-from prophetkv_rag.config import LEAD_IN_TOKENS, ProphetKVConfig
+from prophetkv_rag.chunks import open_library
+from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.generation import (
     GenerationResult,
@@ -30,12 +30,11 @@ from prophetkv_rag.model import (
     model_fingerprint,
     model_lock,
     probe_model,
-    tokenizer_fingerprint,
 )
 from prophetkv_rag.profile import Profile, load_profile
 from prophetkv_rag.prompt import AnyPrompt, ChunkIndex, PromptLayout, PromptReader, Tokens
 from prophetkv_rag.reuse import Prefiller, PrefillResult, QueryContext, Strategy, make_strategy
-from prophetkv_rag.store import CacheIdentity, ChunkStore, MemoryStore
+from prophetkv_rag.store import ChunkStore, MemoryStore
 
 
 class ProphetKVEngine:
@@ -86,25 +85,17 @@ class ProphetKVEngine:
         limit = self.config.max_prompt_tokens or self.support.context_window
         self.context_window = min(limit, self.support.context_window)
         self._tokens = Tokens(tokenizer)
-        prefix_ids = self._tokens.encoding_prefix(
-            self.config,
-            # A lead-in must leave most of a short window to the chunk.
-            max_lead_in_tokens=min(LEAD_IN_TOKENS, self.context_window // 8),
-        )
-        self.identity = CacheIdentity(
-            fingerprint, tokenizer_fingerprint(tokenizer), prefix_ids, self.support.dtype, self.config.namespace
-        )
-        self.library = ChunkLibrary(
+        self.library = open_library(
             model,
             self.support,
             self._tokens,
             self.store,
-            self.identity,
-            encode_prefix(model, self.support, prefix_ids),
+            self.config,
+            fingerprint=fingerprint,
             context_window=self.context_window,
-            batch_tokens=self.config.index_batch_tokens,
             model_lock=self.model_lock,
         )
+        self.identity = self.library.identity
         self.end_tokens = end_token_ids(model, tokenizer)
         self._reader = PromptReader(self._tokens, self.identity, self.chunk_index)
         self._prefiller = Prefiller(

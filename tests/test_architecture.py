@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "store.remote": "errors store store.encryption store.catalog",
     "store.disk": "errors store store.encryption store.blobs store.catalog store.remote",
     "prompt": "errors config store",
-    "chunks": "errors report model store prompt",
+    "chunks": "errors config report model store prompt",
     "reuse": "errors config report model generation store prompt chunks",
     "profile": "errors config store",
     "engine": "errors kernels config model generation store prompt chunks reuse profile",
