@@ -1,7 +1,7 @@
 """Chunk caches on disk with a RAM tier in front: one blob per chunk, a catalog, and locks between processes.
 
     <directory>/catalog.sqlite      which chunks there are, how their texts are recognised, their owners, their use
-    <directory>/blobs/, incoming/   see `blob_files`
+    <directory>/blobs/, incoming/   see `blobs.files`
     <directory>/leases/             what is being loaded, see `leases`
     <directory>/lock, space.lock    held while something is written, deleted; while room is made
 
