@@ -7,42 +7,34 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from prophetkv_rag.chunks import ChunkLibrary, encode_prefix
-from prophetkv_rag.config import LEAD_IN_TOKENS, ProphetKVConfig
+from prophetkv_rag.chunks import open_library
+from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.generation import (
     GenerationResult,
-    Interrupted,
     InterruptibleLock,
     SamplingSettings,
     StreamChunk,
-    decode_tokens,
     end_token_ids,
-    stopped_before_prefill,
+    stream_answer,
 )
 from prophetkv_rag.kernels import ops
 from prophetkv_rag.model import (
     RowsLayer,
-    complete_cache,
     load_model,
     model_fingerprint,
     model_lock,
     probe_model,
-    tokenizer_fingerprint,
 )
 from prophetkv_rag.profile import Profile, load_profile
-from prophetkv_rag.prompt import ChunkIndex, Message, Prompt, PromptLayout, PromptReader, Tokens
-from prophetkv_rag.report import trace_generation
+from prophetkv_rag.prompt import AnyPrompt, ChunkIndex, PromptLayout, PromptReader, Tokens
 from prophetkv_rag.reuse import Prefiller, PrefillResult, QueryContext, Strategy, make_strategy
-from prophetkv_rag.store import CacheIdentity, ChunkStore, MemoryStore
-
-AnyPrompt = str | Sequence[Message] | Prompt
+from prophetkv_rag.store import ChunkStore, MemoryStore
 
 
 class ProphetKVEngine:
@@ -93,25 +85,17 @@ class ProphetKVEngine:
         limit = self.config.max_prompt_tokens or self.support.context_window
         self.context_window = min(limit, self.support.context_window)
         self._tokens = Tokens(tokenizer)
-        prefix_ids = self._tokens.encoding_prefix(
-            self.config,
-            # A lead-in must leave most of a short window to the chunk.
-            max_lead_in_tokens=min(LEAD_IN_TOKENS, self.context_window // 8),
-        )
-        self.identity = CacheIdentity(
-            fingerprint, tokenizer_fingerprint(tokenizer), prefix_ids, self.support.dtype, self.config.namespace
-        )
-        self.library = ChunkLibrary(
+        self.library = open_library(
             model,
             self.support,
             self._tokens,
             self.store,
-            self.identity,
-            encode_prefix(model, self.support, prefix_ids),
+            self.config,
+            fingerprint=fingerprint,
             context_window=self.context_window,
-            batch_tokens=self.config.index_batch_tokens,
             model_lock=self.model_lock,
         )
+        self.identity = self.library.identity
         self.end_tokens = end_token_ids(model, tokenizer)
         self._reader = PromptReader(self._tokens, self.identity, self.chunk_index)
         self._prefiller = Prefiller(
@@ -270,25 +254,15 @@ class ProphetKVEngine:
             max_new_tokens=max_new_tokens, stop=stop, temperature=temperature, top_p=top_p, seed=seed
         )
         lock = InterruptibleLock(self.model_lock, cancel, deadline_s)
-        try:
-            result = self._prefiller.run(prompt, strategy, recompute_ratio, query, lock)
-        except Interrupted as interrupted:
-            yield stopped_before_prefill(interrupted)
-            return
-        room = self.context_window - result.report.prompt_tokens
-        pieces = decode_tokens(
+        yield from stream_answer(
+            lambda: self._prefiller.run(prompt, strategy, recompute_ratio, query, lock),
             self.model,
-            complete_cache(result.past_key_values),
-            result.input_ids,
-            result.logits,
-            replace(settings, max_new_tokens=min(settings.max_new_tokens, room)),
+            settings,
+            context_window=self.context_window,
             end_tokens=self.end_tokens,
             to_text=self._tokens.decode,
             model_lock=lock,
-            report=result.report,
         )
-        del result  # decoding replaces the cache's tensors; the prompt's must not be kept beside them
-        yield from trace_generation(pieces)
 
     def generate(self, prompt: AnyPrompt, **settings: Any) -> GenerationResult:
         """Answer a prompt at once; takes the arguments of `stream`."""

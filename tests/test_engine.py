@@ -344,7 +344,7 @@ def test_generation_holds_the_prompts_cache_once(engine, monkeypatch):
         held.extend(weakref.ref(tensor) for layer in complete.layers for tensor in (layer.keys, layer.values))
         return complete
 
-    monkeypatch.setattr("prophetkv_rag.engine.complete_cache", spy)
+    monkeypatch.setattr("prophetkv_rag.generation.answer.complete_cache", spy)
     stream = engine.stream(chat(*CHUNKS), max_new_tokens=20)
     next(stream)
     next(stream)  # the cache has grown by now, into new tensors

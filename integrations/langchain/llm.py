@@ -15,8 +15,8 @@ from prophetkv_rag.integrations.langchain.settings import EngineModel, cancel_on
 from prophetkv_rag.integrations.shared import iterate_in_thread, last_item
 
 if TYPE_CHECKING:
-    from prophetkv_rag.engine import AnyPrompt
     from prophetkv_rag.generation import StreamChunk
+    from prophetkv_rag.prompt import AnyPrompt
 
 
 class ProphetKVLLM(EngineModel, BaseLLM):

@@ -16,8 +16,9 @@ from prophetkv_rag.errors import InputError
 
 if TYPE_CHECKING:
     from prophetkv_rag.config import ProphetKVConfig
-    from prophetkv_rag.engine import AnyPrompt, ProphetKVEngine
+    from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.generation import StreamChunk
+    from prophetkv_rag.prompt import AnyPrompt
     from prophetkv_rag.report import ReuseReport
     from prophetkv_rag.store import ChunkStore
 

@@ -1,8 +1,9 @@
 """The Chroma hook: a collection whose records keep a KV cache each, and the store that belongs to a client.
 
 In come a chromadb collection and an engine; out comes a collection that both frameworks' Chroma classes work on
-unchanged. Begin reading with `collection.py`; `records.py` is Chroma's arguments as columns, `store.py` says where a
-client's caches lie. The only place that knows chromadb.
+unchanged. Begin reading with `collection.py`, the proxy; `caches.py` keeps the caches in step with what it writes and
+deletes, `records.py` is Chroma's arguments as columns, `store.py` says where a client's caches lie. The only place that
+knows chromadb.
 """
 
 from prophetkv_rag.chroma.collection import KVCachingCollection

@@ -1,11 +1,12 @@
 """Index time: the chunks of one model, encoded once and kept in a store.
 
 In come texts; out come their caches, in the store when they are written and loaded when a prompt has them (or computed
-again, where the store cannot give them). Begin reading with `library.py`; `encode.py` runs the model, `writer.py`
-stores while it runs.
+again, where the store cannot give them). Begin reading with `library.py` (`opening.py` makes it); `encode.py` runs the
+model, `writer.py` stores while it runs, `loader.py` brings a prompt's caches back.
 """
 
-from prophetkv_rag.chunks.encode import encode_prefix
 from prophetkv_rag.chunks.library import ChunkLibrary
+from prophetkv_rag.chunks.loader import Origin
+from prophetkv_rag.chunks.opening import open_library
 
-__all__ = ["ChunkLibrary", "encode_prefix"]
+__all__ = ["ChunkLibrary", "Origin", "open_library"]

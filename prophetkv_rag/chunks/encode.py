@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from prophetkv_rag.errors import ContextWindowError
 from prophetkv_rag.model import EncodePass, ModelSupport, cache_of, model_lock, run_pass
 from prophetkv_rag.store import ChunkCache
 
@@ -32,6 +33,17 @@ def encode_prefix(model: Any, support: ModelSupport, prefix_ids: Sequence[int]) 
         for layer, found in zip(layers, support.layers, strict=True)
     )
     return EncodingPrefix(tuple(prefix_ids), rotated)
+
+
+def check_length(name: str, input_ids: Sequence[int], prefix_ids: Sequence[int], window: int) -> None:
+    """Raise `ContextWindowError`, which says `name`, for a chunk that does not fit a window behind the prefix."""
+    total = len(prefix_ids) + len(input_ids)
+    if total > window:
+        msg = (
+            f"{name} has {len(input_ids)} tokens, with the encoding prefix {total}, but the context window "
+            f"is {window}; split it into smaller chunks"
+        )
+        raise ContextWindowError(msg)
 
 
 def encode_chunks(

@@ -1,4 +1,4 @@
-"""The chunk caches of one model: computed at index time, loaded at query time, computed again when they are bad."""
+"""The chunks of one model that an engine knows: their texts, who refers to them, and the caches behind them."""
 
 from __future__ import annotations
 
@@ -7,24 +7,17 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from prophetkv_rag.chunks.encode import EncodingPrefix, encode_chunks
+from prophetkv_rag.chunks.encode import EncodingPrefix, check_length, encode_chunks
+from prophetkv_rag.chunks.loader import ChunkLoader, Origin
 from prophetkv_rag.chunks.writer import ChunkWriter, Wanted
-from prophetkv_rag.errors import ContextWindowError, InputError, StoreError
+from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.model import ModelSupport
 from prophetkv_rag.prompt import ChunkIndex, PromptLayout, Tokens, text_entry
-from prophetkv_rag.report import ChunkStatus, ChunkTier
 from prophetkv_rag.store import CacheIdentity, ChunkCache, ChunkStore, TextEntry
 
 logger = logging.getLogger(__name__)
-
-
-class Origin(NamedTuple):
-    """Where a chunk's cache came from; see `report.ChunkReport`."""
-
-    status: ChunkStatus
-    tier: ChunkTier
 
 
 class ChunkLibrary:
@@ -60,6 +53,7 @@ class ChunkLibrary:
         if model.device.type == "cuda":
             store.pin_memory()
         self._writer = ChunkWriter(store, identity.fingerprint, self._encode, model_lock)
+        self._loader = ChunkLoader(store, identity, self._encode, context_window=support.context_window)
         self._describe(None)
         self.chunk_index.load(store.entry_columns(identity.fingerprint))
 
@@ -145,7 +139,7 @@ class ChunkLibrary:
         if entry is None:
             return None
         input_ids = self.tokens.chunk(text.strip())
-        self._check_length("the text", input_ids, self.context_window)
+        check_length("the text", input_ids, self.identity.prefix_ids, self.context_window)
         key = self.identity.key(input_ids)
         with self._owners_lock:
             if key in self.chunk_index:
@@ -181,17 +175,8 @@ class ChunkLibrary:
         if not input_ids:
             msg = f"chunk {number} is empty; leave it out"
             raise InputError(msg)
-        self._check_length(f"chunk {number}", input_ids, self.context_window)
+        check_length(f"chunk {number}", input_ids, self.identity.prefix_ids, self.context_window)
         return input_ids, entry
-
-    def _check_length(self, name: str, input_ids: Sequence[int], window: int) -> None:
-        total = len(self.identity.prefix_ids) + len(input_ids)
-        if total > window:
-            msg = (
-                f"{name} has {len(input_ids)} tokens, with the encoding prefix {total}, but the context window "
-                f"is {window}; split it into smaller chunks"
-            )
-            raise ContextWindowError(msg)
 
     def _compute(self, missing: Wanted, progress: Callable[[int, int], None] | None) -> set[str]:
         """Compute and store what is missing; returns the keys that the store failed to take."""
@@ -206,43 +191,5 @@ class ChunkLibrary:
     def load(
         self, layout: PromptLayout, *, model_lock: AbstractContextManager[Any] | None = None
     ) -> tuple[list[ChunkCache], list[Origin]]:
-        """Load the chunks' caches; what is missing or bad is encoded again, exactly as at index time.
-
-        What was encoded is stored if somebody refers to it. A chunk that was never added is encoded for this prompt
-        alone. The model runs under `model_lock`, by default the library's own.
-
-        Raises:
-            ContextWindowError: If a chunk that was never added does not fit the window behind the encoding prefix.
-        """
-        with self.store.lease({chunk.key for chunk in layout.chunks}):
-            return self._load(layout, model_lock or self.model_lock)
-
-    def _load(
-        self, layout: PromptLayout, model_lock: AbstractContextManager[Any]
-    ) -> tuple[list[ChunkCache], list[Origin]]:
-        found: dict[str, ChunkCache] = {}
-        origins: dict[str, Origin] = {}
-        self.store.expect({chunk.key: None for chunk in layout.chunks}, fingerprint=self.identity.fingerprint)
-        for chunk in layout.chunks:
-            if chunk.key in origins:
-                continue
-            cache, was_corrupt, tier = self.store.find(
-                chunk.key, fingerprint=self.identity.fingerprint, input_ids=chunk.input_ids
-            )
-            if cache is not None:
-                found[chunk.key] = cache
-                origins[chunk.key] = Origin("hit", tier or "")
-            else:
-                origins[chunk.key] = Origin("corrupt" if was_corrupt else "miss", "computed")
-        wanted = {chunk.key: chunk for chunk in layout.chunks if chunk.key not in found}
-        if wanted:
-            keys = list(wanted)
-            for number, chunk in enumerate(layout.chunks):
-                if chunk.key in wanted:
-                    self._check_length(f"chunk {number} of the prompt", chunk.input_ids, self.support.context_window)
-            with model_lock:
-                encoded = list(self._encode([wanted[key].input_ids for key in keys]))
-            for index, cache in encoded:
-                found[keys[index]] = cache
-                self.store.put_soon(keys[index], cache, fingerprint=self.identity.fingerprint)
-        return [found[chunk.key] for chunk in layout.chunks], [origins[chunk.key] for chunk in layout.chunks]
+        """Load the chunks' caches, see `ChunkLoader.load`; under `model_lock`, by default the library's own."""
+        return self._loader.load(layout, model_lock or self.model_lock)

@@ -1,28 +1,20 @@
 """From a filled cache to text: a decode loop that anybody may stop.
 
-In come a cache, the last token's logits and settings; out come pieces of an answer, the last with the reason why it
-ended. Begin reading with `decode.py`; `interrupt.py` is how a call is stopped from outside.
+In come a prefill to call and settings; out come pieces of an answer, the last with the reason why it ended. Begin
+reading with `answer.py`, one answer from beginning to end; `decode.py` is its loop, `sampling.py` how a token is
+chosen, `interrupt.py` how a call is stopped from outside.
 """
 
-from prophetkv_rag.generation.decode import (
-    FinishReason,
-    GenerationResult,
-    SamplingSettings,
-    StreamChunk,
-    decode_tokens,
-    end_token_ids,
-    stopped_before_prefill,
-)
-from prophetkv_rag.generation.interrupt import Interrupted, InterruptibleLock
+from prophetkv_rag.generation.answer import stream_answer
+from prophetkv_rag.generation.decode import GenerationResult, StreamChunk, end_token_ids
+from prophetkv_rag.generation.interrupt import InterruptibleLock
+from prophetkv_rag.generation.sampling import SamplingSettings
 
 __all__ = [
-    "FinishReason",
     "GenerationResult",
-    "Interrupted",
     "InterruptibleLock",
     "SamplingSettings",
     "StreamChunk",
-    "decode_tokens",
     "end_token_ids",
-    "stopped_before_prefill",
+    "stream_answer",
 ]

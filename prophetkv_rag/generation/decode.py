@@ -1,7 +1,7 @@
 """Generation from a filled cache: a plain decode loop over the model's own forward, as an iterator.
 
 One loop serves `generate` and `stream`. It is a generator, so closing it stops at once and frees the cache; there is no
-background thread. Sampling uses transformers' own logits processors.
+background thread.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from prophetkv_rag.errors import DeadlineError, InputError
 from prophetkv_rag.generation.interrupt import Interrupted, InterruptibleLock
+from prophetkv_rag.generation.sampling import Sampler, SamplingSettings
 from prophetkv_rag.report import ReuseReport
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
@@ -42,36 +41,6 @@ class StreamChunk:
     report: ReuseReport
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingSettings:
-    """How tokens are chosen; `temperature` 0 is greedy. `stop` may be one string.
-
-    Raises:
-        InputError: If a value is outside what is allowed.
-    """
-
-    max_new_tokens: int = 256
-    stop: Sequence[str] = ()
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        if self.max_new_tokens < 1:
-            msg = f"max_new_tokens is {self.max_new_tokens}; it must be at least 1"
-            raise InputError(msg)
-        if self.temperature < 0:
-            msg = f"temperature is {self.temperature}; it must be 0 (greedy) or more"
-            raise InputError(msg)
-        if not 0 < self.top_p <= 1:
-            msg = f"top_p is {self.top_p}; it must be above 0 and at most 1"
-            raise InputError(msg)
-        if any(not stop for stop in self.stop):
-            msg = "a stop string is empty; leave it out"
-            raise InputError(msg)
-
-
 def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """Return the tokens that end an answer: the generation config's, and the tokenizer's own."""
     found: set[int] = set()
@@ -82,27 +51,6 @@ def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
         elif value is not None:
             found.update(int(token) for token in value)
     return frozenset(found)
-
-
-class _Sampler:
-    def __init__(self, settings: SamplingSettings, device: torch.device) -> None:
-        self.greedy = settings.temperature == 0
-        self.warpers = LogitsProcessorList()
-        if not self.greedy:
-            self.warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
-            if settings.top_p < 1:
-                self.warpers.append(TopPLogitsWarper(settings.top_p))
-        self.generator = torch.Generator(device=device)
-        if settings.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(settings.seed)
-
-    def __call__(self, input_ids: torch.Tensor, logits: torch.Tensor) -> int:
-        if self.greedy:
-            return int(logits.argmax(dim=-1))
-        weights = torch.softmax(self.warpers(input_ids, logits), dim=-1)
-        return int(torch.multinomial(weights, 1, generator=self.generator))
 
 
 class _TextBuffer:
@@ -157,7 +105,7 @@ def decode_tokens(
     Yields:
         Pieces with new text; the last one carries the finish reason (its delta may be empty).
     """
-    sampler, buffer, generated = _Sampler(settings, logits.device), _TextBuffer(settings.stop), list[int]()
+    sampler, buffer, generated = Sampler(settings, logits.device), _TextBuffer(settings.stop), list[int]()
     finish_reason: FinishReason | None = None
     while finish_reason is None:
         finish_reason = model_lock.reason
@@ -185,18 +133,3 @@ def decode_tokens(
         buffer.shown = max(buffer.shown, len(text))
         if delta or finish_reason is not None:
             yield StreamChunk(delta, text, tuple(generated), finish_reason, report)
-
-
-def stopped_before_prefill(interrupted: Interrupted) -> StreamChunk:
-    """Return the only piece of an answer that was cancelled before its prefill: empty, with an empty report.
-
-    Raises:
-        DeadlineError: If it was not cancelled but came too late.
-    """
-    if interrupted.reason == "deadline":
-        msg = "the deadline passed before the prompt was prefilled; give a longer deadline_s, or call again later"
-        raise DeadlineError(msg)
-    report = ReuseReport(
-        "none", 0.0, prompt_tokens=0, chunk_tokens=0, reused_tokens=0, recomputed_tokens=0, fresh_tokens=0
-    )
-    return StreamChunk("", "", (), "cancelled", report)

@@ -2,18 +2,20 @@
 
 In comes a causal language model; out goes what the probe found out about it (`ModelSupport`) and passes that run its
 own forward with our attention, over caches that take rows in place. No model class is patched or named. Begin reading
-with `attention.py` (how a layer's call reaches us), then `cache_layers.py` (where its rows go), `passes.py` (what is
-done with them), `forward.py` (how a pass is run) and `probe.py` (why a model may be trusted with all that).
+with `attention.py` (how a layer's call reaches us), then `cache_layers.py` (where its rows go), `encode_pass.py` and
+`rows_pass.py` (what is done with them), `forward.py` (how a pass is run) and `probe.py` (why a model may be trusted
+with all that; the `probe_*.py` answer its questions).
 """
 
 from prophetkv_rag.model.attention import AttentionCall, model_lock
 from prophetkv_rag.model.cache_layers import RowsLayer, cache_of, complete_cache, resumable_cache
+from prophetkv_rag.model.encode_pass import EncodePass
 from prophetkv_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
 from prophetkv_rag.model.forward import backbone, decoder_layers, run_pass
 from prophetkv_rag.model.loading import load_model
-from prophetkv_rag.model.passes import EncodePass, RowsPass, ScoringPass
 from prophetkv_rag.model.probe import probe_model
 from prophetkv_rag.model.rope import RopeTables, Rotation
+from prophetkv_rag.model.rows_pass import RowsPass, ScoringPass
 from prophetkv_rag.model.support import LayerSupport, ModelSupport
 
 __all__ = [

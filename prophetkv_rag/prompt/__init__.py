@@ -2,17 +2,20 @@
 
 In comes a prompt as applications make it: a string, chat messages, or a `Prompt` of segments; out comes a
 `PromptLayout`: every token's id, the spans that come from chunk caches, and the tokens that ask. Begin reading with
-`prompt.py` and `layout.py`; `chunk_index.py` finds chunk texts verbatim, `tokens.py` is the tokenizer as we use it.
+`prompt.py`, `layout.py` and `reader.py`, which goes from one to the other; `question.py` finds who asks,
+`chunk_index.py` finds chunk texts verbatim (by `rolling_hash.py`), `tokens.py` is the tokenizer as we use it.
 """
 
 from prophetkv_rag.prompt.chunk_index import ChunkIndex, text_entry
-from prophetkv_rag.prompt.layout import Message, PromptLayout, PromptReader, question_of
-from prophetkv_rag.prompt.prompt import Prompt, TextOrIds
+from prophetkv_rag.prompt.layout import PromptLayout
+from prophetkv_rag.prompt.prompt import AnyPrompt, Prompt, TextOrIds
+from prophetkv_rag.prompt.question import question_of
+from prophetkv_rag.prompt.reader import PromptReader
 from prophetkv_rag.prompt.tokens import Tokens
 
 __all__ = [
+    "AnyPrompt",
     "ChunkIndex",
-    "Message",
     "Prompt",
     "PromptLayout",
     "PromptReader",

@@ -14,19 +14,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
+from prophetkv_rag.prompt.rolling_hash import LONG_ANCHOR, SHORT_ANCHOR, anchor_size, window_hashes
 from prophetkv_rag.store import EntryColumns, TextEntry
 
 logger = logging.getLogger(__name__)
 
-LONG_ANCHOR = 32
-"""Characters hashed into the anchor of a text that has at least as many."""
-SHORT_ANCHOR = 8
-"""Characters hashed into the anchor of a shorter text; texts shorter than this are never matched."""
-
-_MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that no character of the window is shifted out of the 64 bits
 _DIGEST_BYTES = 32
 _DIGEST_COST = 500  # characters that sha256 reads in the time of one more digest and look-up
 _MAX_COST = 100_000_000  # about a quarter of a second of searching, far beyond any prompt that is not made for it
@@ -58,8 +50,8 @@ def text_entry(text: str) -> TextEntry | None:
     stripped = text.strip()
     if len(stripped) < SHORT_ANCHOR:
         return None
-    size = _anchor_size(len(stripped))
-    anchor = int(_window_hashes(stripped[:size])[size][0])
+    size = anchor_size(len(stripped))
+    anchor = int(window_hashes(stripped[:size])[size][0])
     return TextEntry(anchor, len(stripped), hashlib.sha256(_utf8(stripped)).hexdigest())
 
 
@@ -116,7 +108,7 @@ class ChunkIndex:
                 places = [
                     (anchor, length)
                     for anchor, length in zip(columns.anchors, columns.lengths, strict=True)
-                    if _anchor_size(length) == size
+                    if anchor_size(length) == size
                 ]
                 table.update(places)
                 if len(table) < len(places):
@@ -129,7 +121,7 @@ class ChunkIndex:
             for digest in (found,) if isinstance(found, bytes) else found:
                 self._texts.pop(digest)
                 length = self._sizes.pop(digest)
-                _forget_length(self._anchors[_anchor_size(length)], self._begins.pop(digest), length)
+                _forget_length(self._anchors[anchor_size(length)], self._begins.pop(digest), length)
 
     def find(self, prompt: str) -> list[Match]:
         """Find registered texts in `prompt`: from left to right, the longest at each place, without overlaps.
@@ -138,7 +130,7 @@ class ChunkIndex:
         costs one digest per distinct length; a prompt that is made to have very many such places is searched up to a
         fixed amount of work only, and the rest of it is then prefilled like any other text.
         """
-        hashes = _window_hashes(prompt)
+        hashes = window_hashes(prompt)
         matches: list[Match] = []
         with self._lock:
             search = _Search(prompt, self._texts)
@@ -167,7 +159,7 @@ class ChunkIndex:
         if known == key:
             return
         if known is None:
-            _note_length(self._anchors[_anchor_size(length)], anchor, length)
+            _note_length(self._anchors[anchor_size(length)], anchor, length)
             self._begins[digest], self._sizes[digest] = anchor, length
         else:
             self._forget(known, digest)
@@ -260,28 +252,6 @@ def _tell_apart(table: dict[int, _Lengths], places: list[tuple[int, int]]) -> No
     for anchor, length in places:
         if anchor in shared:
             _note_length(table, anchor, length)
-
-
-def _anchor_size(length: int) -> int:
-    return LONG_ANCHOR if length >= LONG_ANCHOR else SHORT_ANCHOR
-
-
-def _window_hashes(text: str) -> dict[int, NDArray[np.int64]]:
-    """Polynomial hash (mod 2^64) of every window of 8 and of 32 characters, by doubling the window: 1, 2, 4, ...
-
-    Returns:
-        Window size -> `[max(len(text) - size + 1, 0)]`, int64 (SQLite has no unsigned integers).
-    """
-    hashes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64)
-    found: dict[int, NDArray[np.int64]] = {}
-    width = 1
-    while width < LONG_ANCHOR:
-        shift = np.uint64(pow(_MULTIPLIER, width, 1 << 64))
-        hashes = hashes[:-width] * shift + hashes[width:]
-        width *= 2
-        if width in (SHORT_ANCHOR, LONG_ANCHOR):
-            found[width] = hashes.view(np.int64)
-    return found
 
 
 def _utf8(text: str) -> bytes:

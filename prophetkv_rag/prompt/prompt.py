@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 TextOrIds: TypeAlias = str | Sequence[int]
+
+Message: TypeAlias = Mapping[str, Any]
+"""A chat message, as chat templates take it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +36,7 @@ class Prompt:
     query: TextOrIds | None = None
     glue: TextOrIds = ""
     leads: Sequence[TextOrIds] = ()
+
+
+AnyPrompt: TypeAlias = str | Sequence[Message] | Prompt
+"""Text as it is, chat messages, or segments."""

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from html import escape
 from typing import Protocol
 
-from prophetkv_rag.report.parts import ChunkReport, Timings
+from prophetkv_rag.report.chunk_report import ChunkReport
+from prophetkv_rag.report.timings import Timings
 from prophetkv_rag.report.view import PromptView, SegmentView, TokenView
 
 

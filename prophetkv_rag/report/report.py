@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from prophetkv_rag.report.chunk_report import ChunkReport, ChunkTier
 from prophetkv_rag.report.html import fragment, page
-from prophetkv_rag.report.parts import ChunkReport, ChunkTier, Timings
+from prophetkv_rag.report.timings import Timings
 from prophetkv_rag.report.view import PromptView
 
 

@@ -3,7 +3,7 @@
 In come a `PromptLayout` and the chunks' caches; out comes a `PrefillResult`: a standard `past_key_values`, the last
 token's logits and the report. Begin reading with `prefill.py`, which goes through the others in this order:
 `assemble.py` (caches to their new positions), `stage_one.py` (what the question attends to), `selection/` (which tokens
-are recomputed), `recompute.py` (those run again, in place).
+are recomputed), `recompute.py` (those run again, in place), `accounting.py` (the report).
 """
 
 from prophetkv_rag.reuse.assemble import assemble_caches

@@ -1,4 +1,4 @@
-"""From a laid-out prompt to a filled KV cache: load, assemble, stage I, stage II, report."""
+"""From a laid-out prompt to a filled KV cache: load, assemble, stage I, stage II."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from prophetkv_rag.chunks import ChunkLibrary
 from prophetkv_rag.config import ProphetKVConfig, check_recompute_ratio
 from prophetkv_rag.generation import InterruptibleLock
 from prophetkv_rag.model import ModelSupport, RowsLayer, resumable_cache
-from prophetkv_rag.prompt import Message, Prompt, PromptLayout, PromptReader
-from prophetkv_rag.report import ChunkReport, PromptView, ReuseReport, Timings, ViewedChunk, end_stage
+from prophetkv_rag.prompt import AnyPrompt, PromptLayout, PromptReader
+from prophetkv_rag.report import PromptView, ReuseReport, Timings, end_stage
+from prophetkv_rag.reuse.accounting import attach_view, ends_with_chunk, report_full_prefill, report_reuse
 from prophetkv_rag.reuse.assemble import assemble_caches
 from prophetkv_rag.reuse.recompute import recompute_rows
 from prophetkv_rag.reuse.selection import QueryContext, Strategy, make_strategy
@@ -30,7 +31,7 @@ class PrefillResult:
     Attributes:
         past_key_values: A transformers cache with one row for each of the prompt's N tokens. `generate` continues from
             it and computes the last token once more, for its logits; a decode loop of one's own that starts from
-            `logits` feeds the next token to `attention.complete_cache(past_key_values)`.
+            `logits` feeds the next token to `model.complete_cache(past_key_values)`.
         input_ids: `[1, N]`, int64.
         logits: `[1, vocab]` of the last token, fp32.
         report: What was reused and how long it took.
@@ -63,7 +64,7 @@ class Prefiller:
 
     def run(
         self,
-        prompt: str | Sequence[Message] | Prompt,
+        prompt: AnyPrompt,
         strategy: str | Strategy | None,
         recompute_ratio: float | None,
         query: str | None,
@@ -106,22 +107,10 @@ class Prefiller:
         logits = _settled(output.logits[:, -1].float())
         timings.recompute = end_stage("recompute", running, strategy=strategy.name, rows=layout.num_tokens)
         timings.ttft = time.perf_counter() - started
-        report = ReuseReport(
-            strategy=strategy.name,
-            recompute_ratio=1.0,
-            prompt_tokens=layout.num_tokens,
-            chunk_tokens=layout.num_chunk_tokens,
-            reused_tokens=0,
-            recomputed_tokens=layout.num_chunk_tokens,
-            fresh_tokens=layout.num_tokens - layout.num_chunk_tokens,
-            row_layers=layout.num_tokens * len(self.support.layers),
-            charged_ratio=1.0,
-            chunks=[ChunkReport(chunk.key, len(chunk.input_ids), "unused") for chunk in layout.chunks],
-            timings_s=timings,
-        )
+        report = report_full_prefill(layout, strategy.name, timings, num_layers=len(self.support.layers))
         filled = resumable_cache([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
         recomputed = layout.is_chunk.nonzero()[:, 0]
-        self._attach_view(report, layout, recomputed)
+        attach_view(report, layout, recomputed, tokenizer=self.reader.tokens.tokenizer)
         return PrefillResult(filled, input_ids, logits, report, recomputed.to(logits.device))
 
     def reuse(
@@ -179,29 +168,18 @@ class Prefiller:
         else:
             timings.suffix = seconds
         timings.ttft = time.perf_counter() - started
-        # A chunk token at the very end of the prompt is always computed, as its logits are needed.
         recomputed = done.rows[context.is_chunk[done.rows]]
-        num_recomputed = recomputed.shape[0] + int(layout.chunks[-1].stop == layout.num_tokens)
-        num_layers, row_layers = len(self.support.layers), context.row_layers + done.row_layers
-        num_fresh = layout.num_tokens - layout.num_chunk_tokens
-        unavoidable = (num_fresh - layout.known_prefix) * num_layers
-        report = ReuseReport(
-            strategy=strategy.name,
-            recompute_ratio=ratio,
-            prompt_tokens=layout.num_tokens,
-            chunk_tokens=layout.num_chunk_tokens,
-            reused_tokens=layout.num_chunk_tokens - num_recomputed,
-            recomputed_tokens=num_recomputed,
-            fresh_tokens=num_fresh,
-            row_layers=row_layers,
-            charged_ratio=(row_layers - unavoidable) / (layout.num_chunk_tokens * num_layers),
-            chunks=[
-                ChunkReport(chunk.key, len(chunk.input_ids), *origin)
-                for chunk, origin in zip(layout.chunks, origins, strict=True)
-            ],
-            timings_s=timings,
+        report = report_reuse(
+            layout,
+            strategy.name,
+            ratio,
+            timings,
+            origins,
+            num_recomputed=recomputed.shape[0] + int(ends_with_chunk(layout)),
+            row_layers=context.row_layers + done.row_layers,
+            num_layers=len(self.support.layers),
         )
-        self._attach_view(report, layout, recomputed, context.scores)
+        attach_view(report, layout, recomputed, context.scores, tokenizer=self.reader.tokens.tokenizer)
         cache = resumable_cache([layer.keys for layer in layers], [layer.values for layer in layers])
         return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed)
 
@@ -212,22 +190,6 @@ class Prefiller:
         for layer, (keys, values) in zip(layers, self.library.prefix.layers, strict=True):
             layer.keys[0, :, :num_rows] = keys[:, :num_rows]
             layer.values[0, :, :num_rows] = values[:, :num_rows]
-
-    def _attach_view(
-        self, report: ReuseReport, layout: PromptLayout, recomputed: torch.Tensor, scores: torch.Tensor | None = None
-    ) -> None:
-        """Keep copies of the few numbers that a view is made of; text is made of them when somebody looks."""
-        rows = recomputed.cpu()
-        if layout.chunks and layout.chunks[-1].stop == layout.num_tokens:  # always computed, as its logits are needed
-            rows = torch.cat([rows, rows.new_tensor([layout.num_tokens - 1])])
-        chunks = [
-            ViewedChunk(chunk.key, chunk.start, chunk.stop, found.status)
-            for chunk, found in zip(layout.chunks, report.chunks, strict=True)
-        ]
-        kept = None if scores is None else scores.cpu().numpy().copy()
-        report.attach_view(
-            PromptView(layout.input_ids.numpy().copy(), chunks, kept, rows.numpy().copy(), self.reader.tokens.tokenizer)
-        )
 
     def query_context(self, layout: PromptLayout, layers: Sequence[RowsLayer], ratio: float) -> QueryContext:
         """Return what a strategy sees of a prompt over the given caches."""

@@ -1,21 +1,13 @@
 """Where chunk caches are kept: the contract, a cache and its key, and the store in RAM.
 
 In comes a `ChunkCache` under a key that names the model and every token; the same comes out again, or nothing: a store
-never hands out what it cannot prove. Begin reading with `base.py` (the contract) and `chunk_cache.py`. The rooms behind
-build the store on disk, each on those before it: `encryption/`, `blobs/` (a cache as one file), `catalog/` (the list of
-them), `remote/` (the tier behind the disk) and `disk/`, which is opened by `open_disk_store`.
+never hands out what it cannot prove. Begin reading with `base.py` (the contract) and `chunk_cache.py`; `text_entry.py`
+is how prompts find a chunk again, `reports.py` what a store tells of itself. The rooms behind build the store on disk,
+each on those before it: `encryption/`, `blobs/` (a cache as one file), `catalog/` (the list of them), `remote/` (the
+tier behind the disk) and `disk/`, which is opened by `open_disk_store`.
 """
 
-from prophetkv_rag.store.base import (
-    ChunkStore,
-    EntryColumns,
-    Lookup,
-    Policy,
-    RemoteStats,
-    StoreStats,
-    TextEntry,
-    VerifyReport,
-)
+from prophetkv_rag.store.base import ChunkStore, Lookup, Policy
 from prophetkv_rag.store.chunk_cache import LAYOUT_VERSION, CacheIdentity, ChunkCache
 from prophetkv_rag.store.failures import Failures
 from prophetkv_rag.store.files import (
@@ -31,6 +23,8 @@ from prophetkv_rag.store.files import (
 from prophetkv_rag.store.keys import check_key, is_key
 from prophetkv_rag.store.memory import MemoryStore
 from prophetkv_rag.store.packed_cache import PackedCache, PackedRows
+from prophetkv_rag.store.reports import RemoteStats, StoreStats, VerifyReport
+from prophetkv_rag.store.text_entry import EntryColumns, TextEntry
 
 __all__ = [
     "LAYOUT_VERSION",

@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store.failures import Failures
+from prophetkv_rag.store.reports import StoreStats, VerifyReport
+from prophetkv_rag.store.text_entry import EntryColumns, TextEntry
 
 if TYPE_CHECKING:
     from prophetkv_rag.store.chunk_cache import ChunkCache
@@ -21,136 +22,12 @@ Tier = Literal["ram", "disk", "remote"]
 """Where a cache was when a prompt asked for it."""
 
 
-@dataclass(frozen=True, slots=True)
-class TextEntry:
-    """How a chunk's text is recognised in a prompt, without keeping the text (see `chunk_index`).
-
-    Attributes:
-        anchor: 64-bit hash of the first characters, as a signed integer (SQLite's range).
-        length: Length of the stripped text in characters.
-        digest: sha256 of the stripped text in UTF-8, hex.
-    """
-
-    anchor: int
-    length: int
-    digest: str
-
-
-class EntryColumns(NamedTuple):
-    """Many chunks' keys and text entries, as columns: 100,000 objects less to make and to collect."""
-
-    keys: Sequence[str]
-    anchors: Sequence[int]
-    lengths: Sequence[int]
-    digests: Sequence[str]
-
-    @classmethod
-    def of(cls, entries: Iterable[tuple[str, TextEntry]]) -> EntryColumns:
-        """Turn (key, entry) pairs into columns."""
-        pairs = list(entries)
-        return cls(
-            [key for key, _ in pairs],
-            [entry.anchor for _, entry in pairs],
-            [entry.length for _, entry in pairs],
-            [entry.digest for _, entry in pairs],
-        )
-
-    def pairs(self) -> Iterator[tuple[str, TextEntry]]:
-        """Return (key, entry) pairs."""
-        return zip(self.keys, map(TextEntry, self.anchors, self.lengths, self.digests), strict=True)
-
-
 class Lookup(NamedTuple):
     """What a look-up came to: the verified cache or `None`, whether a bad blob was there, and where the cache was."""
 
     cache: ChunkCache | None = None
     was_corrupt: bool = False
     tier: Tier | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteStats:
-    """A remote tier: what the catalog knows to be there, and counts since the store was opened.
-
-    Attributes:
-        url: Without a password.
-        chunks, nbytes: Of this store's catalog.
-        other_bytes: What else was there when it was listed last (other machines' caches).
-        max_bytes: Its limit, or `None`.
-        all_hits: Caches that stores on this directory have ever read from there.
-        waiting: Uploads and deletes that are still to be done.
-        is_answering: Whether its last call did not fail.
-        hits, misses, bad: Reads, by what came of them; `bad` failed its checks.
-        failures: Calls that raised or took too long.
-        uploads, deletes: Blobs written and removed.
-    """
-
-    url: str
-    chunks: int
-    nbytes: int
-    other_bytes: int
-    max_bytes: int | None
-    all_hits: int
-    waiting: int
-    is_answering: bool
-    hits: int = 0
-    misses: int = 0
-    bad: int = 0
-    failures: int = 0
-    uploads: int = 0
-    deletes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class StoreStats:
-    """Counts since the store was opened, and what it holds now."""
-
-    chunks: int
-    tokens: int
-    nbytes: int
-    hits: int = 0
-    misses: int = 0
-    corrupt: int = 0
-    location: str = "memory"
-    remote: RemoteStats | None = None
-    ram_hits: int = 0
-    """Hits that needed no file."""
-    remote_hits: int = 0
-    """Hits that had to be brought from the remote tier; all others but `ram_hits` came from the disk."""
-    evictions: int = 0
-    """Caches that had to make room for others on disk."""
-    failed_writes: int = 0
-    """Caches that were wanted and could not be written: see `Failures`."""
-    ram_nbytes: int = 0
-    """K/V bytes held in RAM in front of the disk."""
-    max_nbytes: int | None = None
-    """Limit of `nbytes`."""
-    namespace_max_nbytes: int | None = None
-    """Limit of the bytes of each namespace."""
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
-    """Result of checking every blob. Only `bad` would ever matter to an answer, and such blobs are never used."""
-
-    checked: int
-    bad: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    orphans: tuple[str, ...] = ()
-    repaired: bool = False
-    catalog: str = ""
-    """What is wrong with the catalog itself; "" for nothing."""
-    remote_checked: int = 0
-    remote_bad: tuple[str, ...] = ()
-    remote_missing: tuple[str, ...] = ()
-    remote_error: str = ""
-    """Why the remote tier could not be checked; "" if it was, or there is none."""
-
-    @property
-    def num_faults(self) -> int:
-        """How much was found."""
-        lists = (self.bad, self.missing, self.orphans, self.remote_bad, self.remote_missing)
-        return sum(map(len, lists)) + bool(self.catalog) + bool(self.remote_error)
 
 
 class ChunkStore(ABC):

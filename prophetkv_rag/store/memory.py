@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.store.base import ChunkStore, Lookup, StoreStats, TextEntry, VerifyReport
+from prophetkv_rag.store.base import ChunkStore, Lookup
 from prophetkv_rag.store.chunk_cache import ChunkCache
 from prophetkv_rag.store.keys import check_key
+from prophetkv_rag.store.reports import StoreStats, VerifyReport
+from prophetkv_rag.store.text_entry import TextEntry
 
 logger = logging.getLogger(__name__)
 

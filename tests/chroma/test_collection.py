@@ -204,7 +204,7 @@ def test_a_write_that_fails_half_way_leaves_the_caches_of_what_stands_there(
         upsert(*args, **kwargs)
 
     monkeypatch.setattr(type(plain), "upsert", lambda self, *args, **kwargs: failing(*args, **kwargs))
-    monkeypatch.setattr(collection, "_max_batch_size", lambda: 1)
+    monkeypatch.setattr(collection._caches, "max_batch_size", lambda: 1)
     with pytest.raises(ConnectionError):
         collection.upsert(["a", "b"], embed(C, D), documents=[C, D])
     monkeypatch.undo()

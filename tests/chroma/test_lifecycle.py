@@ -14,8 +14,7 @@ from typing import Any
 import chromadb
 import pytest
 
-from prophetkv_rag import chroma
-from prophetkv_rag.chroma import PROPHETKV_ID, KVCachingCollection, default_blob_directory, open_store
+from prophetkv_rag.chroma import PROPHETKV_ID, KVCachingCollection, default_blob_directory, locks, open_store
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.store.disk.store import DiskStore
@@ -131,10 +130,10 @@ def test_locks_of_collections_that_are_gone_are_not_kept(caching_engine: Prophet
     plain = ephemeral_collection()
     one, two = (KVCachingCollection(plain, caching_engine) for _ in range(2))
     with one._lock as _:
-        assert one.owner in chroma._LOCKS
-        assert one._lock is two._lock is chroma._LOCKS[one.owner]
+        assert one.owner in locks._LOCKS
+        assert one._lock is two._lock is locks._LOCKS[one.owner]
     gc.collect()
-    assert one.owner not in chroma._LOCKS
+    assert one.owner not in locks._LOCKS
 
 
 def test_caches_are_kept_beside_chroma_and_found_again(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any, cast
 import pytest
 import torch
 
-from prophetkv_rag.generation.decode import SamplingSettings, StreamChunk, decode_tokens
+from prophetkv_rag.generation.decode import StreamChunk, decode_tokens
 from prophetkv_rag.generation.interrupt import InterruptibleLock
+from prophetkv_rag.generation.sampling import SamplingSettings
 
 END = 0
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from prophetkv_rag.prompt import chunk_index as module
 from prophetkv_rag.prompt.chunk_index import ChunkIndex, Match, text_entry
-from prophetkv_rag.store.base import EntryColumns
+from prophetkv_rag.store.text_entry import EntryColumns
 
 
 def key_of(text: str) -> str:

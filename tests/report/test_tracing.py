@@ -83,7 +83,7 @@ def test_an_error_marks_the_span(spans: InMemorySpanExporter) -> None:
         yield
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(tracing.generation(pieces()))
+        list(tracing.trace_generation(pieces()))
     [span] = spans.get_finished_spans()
     assert span.status.description == "out of memory"
     assert [event.name for event in span.events] == ["exception"]
@@ -97,9 +97,9 @@ def test_full_prefill_has_neither_load_nor_score(engine: ProphetKVEngine, spans:
 def test_without_the_package_nothing_happens(tmp_path: Path) -> None:
     """In a process where it cannot be imported."""
     code = (
-        "import sys, time; sys.modules['opentelemetry'] = None; from prophetkv_rag import tracing; "
-        "assert tracing._api() is None; assert tracing.stage('match', time.perf_counter()) >= 0; "
-        "assert list(tracing.generation(x for x in 'ab')) == ['a', 'b']; print('ok')"
+        "import sys, time; sys.modules['opentelemetry'] = None; from prophetkv_rag.report import tracing; "
+        "assert tracing._api() is None; assert tracing.end_stage('match', time.perf_counter()) >= 0; "
+        "assert list(tracing.trace_generation(x for x in 'ab')) == ['a', 'b']; print('ok')"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.stdout.strip() == "ok", result.stderr

@@ -50,13 +50,13 @@ def stage_two(context_tokens, num_rows, monkeypatch):
     chunks = [[20 + (start + i) % 60 for i in range(200)] for start in range(0, context_tokens, 200)]
     engine.add_chunks(chunks)
     counted = Operations()
-    recompute = prefill_module.recompute
+    recompute = prefill_module.recompute_rows
 
     def counting(*args, **kwargs):
         with counted:
             return recompute(*args, **kwargs)
 
-    monkeypatch.setattr(prefill_module, "recompute", counting)
+    monkeypatch.setattr(prefill_module, "recompute_rows", counting)
     result = engine.prefill(Prompt([3, 4, 5], chunks, SUFFIX), recompute_ratio=num_rows / context_tokens + 1e-9)
     monkeypatch.undo()
     assert result.report.recomputed_tokens == num_rows

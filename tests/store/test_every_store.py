@@ -12,11 +12,12 @@ import torch
 
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.prompt.chunk_index import text_entry
-from prophetkv_rag.store.base import ChunkStore, TextEntry
+from prophetkv_rag.store.base import ChunkStore
 from prophetkv_rag.store.chunk_cache import ChunkCache
 from prophetkv_rag.store.disk.ram import RamTier
 from prophetkv_rag.store.disk.store import DiskStore
 from prophetkv_rag.store.memory import MemoryStore
+from prophetkv_rag.store.text_entry import TextEntry
 from tests.store.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
 
 OTHER_FINGERPRINT = "0" * 64

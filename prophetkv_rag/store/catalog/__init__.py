@@ -7,7 +7,7 @@ chunk is charged to, `ranking.py` which is worth its bytes, `counts.py` what was
 
 from prophetkv_rag.store.catalog import namespaces
 from prophetkv_rag.store.catalog.catalog import UNKNOWN_OWNER, Catalog, CatalogRow, CorruptCatalogError
-from prophetkv_rag.store.catalog.counts import add_counts, all_counts, hits_by_tier
+from prophetkv_rag.store.catalog.counts import add_counts, all_counts, all_deletions, hits_by_tier
 from prophetkv_rag.store.catalog.file import damaged, set_aside
 from prophetkv_rag.store.catalog.ranking import Eviction, Ranking
 
@@ -20,6 +20,7 @@ __all__ = [
     "Ranking",
     "add_counts",
     "all_counts",
+    "all_deletions",
     "damaged",
     "hits_by_tier",
     "namespaces",

@@ -1,9 +1,10 @@
-"""What was ever counted on a directory: hits by tier, misses, evictions, writes that failed."""
+"""What was ever counted on a directory: hits by tier, misses, evictions, writes that failed, deletions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store.catalog.catalog import Catalog
 
 COUNTS = ("hits", "ram_hits", "remote_hits", "misses", "corrupt", "evictions", "failed_writes")
@@ -33,3 +34,13 @@ def hits_by_tier(counts: Mapping[str, int]) -> dict[str, int]:
     """Return how many caches prompts found in each tier, from counts by the names of `StoreStats`."""
     elsewhere = counts["ram_hits"] + counts["remote_hits"]
     return {"ram": counts["ram_hits"], "disk": counts["hits"] - elsewhere, "remote": counts["remote_hits"]}
+
+
+def all_deletions(catalog: Catalog) -> int:
+    """Return how many chunks any process has ever deleted; 0 if that cannot be read, as in an older catalog."""
+    try:
+        with catalog.transaction(is_write=False) as run:
+            found = run.execute("SELECT value FROM state WHERE name = 'deletes'").fetchone()
+    except StoreError:
+        return 0
+    return int(found[0]) if found else 0

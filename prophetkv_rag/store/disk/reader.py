@@ -14,7 +14,7 @@ from prophetkv_rag.errors import BlobError, StoreError
 from prophetkv_rag.store import ChunkCache, DirectoryLock
 from prophetkv_rag.store.blobs import BlobFiles, BlobFormat
 from prophetkv_rag.store.catalog import Catalog
-from prophetkv_rag.store.disk.parts import Counters
+from prophetkv_rag.store.disk.counters import Counters
 from prophetkv_rag.store.encryption import LockedBlobError
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store import DirectoryLock, TextEntry
 from prophetkv_rag.store.blobs import BlobFiles
 from prophetkv_rag.store.catalog import Catalog, CatalogRow, Ranking, namespaces
+from prophetkv_rag.store.disk.counters import Counters
 from prophetkv_rag.store.disk.leases import Leases
-from prophetkv_rag.store.disk.parts import Counters
 
 _USES_PER_FLUSH = 64
 

@@ -1,7 +1,7 @@
 """Chunk caches on disk with a RAM tier in front: one blob per chunk, a catalog, and locks between processes.
 
     <directory>/catalog.sqlite      which chunks there are, how their texts are recognised, their owners, their use
-    <directory>/blobs/, incoming/   see `blob_files`
+    <directory>/blobs/, incoming/   see `blobs.files`
     <directory>/leases/             what is being loaded, see `leases`
     <directory>/lock, space.lock    held while something is written, deleted; while room is made
 
@@ -32,15 +32,18 @@ from prophetkv_rag.store import (
     is_key,
 )
 from prophetkv_rag.store.blobs import BlobFiles, BlobFormat, check_format
-from prophetkv_rag.store.catalog import Eviction, Ranking, add_counts
+from prophetkv_rag.store.catalog import Eviction, Ranking, add_counts, all_deletions
 from prophetkv_rag.store.disk.cataloged import CatalogedStore
+from prophetkv_rag.store.disk.counters import Counters
+from prophetkv_rag.store.disk.directory import open_catalog
 from prophetkv_rag.store.disk.leases import Leases
-from prophetkv_rag.store.disk.parts import Counters, Later, check_settings, deletes, open_catalog
 from prophetkv_rag.store.disk.ram import RamTier
 from prophetkv_rag.store.disk.read_ahead import ReadAhead
 from prophetkv_rag.store.disk.reader import BlobReader
+from prophetkv_rag.store.disk.settings import check_settings
 from prophetkv_rag.store.disk.space import Limits, Space
 from prophetkv_rag.store.disk.upkeep import verify
+from prophetkv_rag.store.disk.write_behind import WriteBehind
 from prophetkv_rag.store.disk.writer import BlobWriter
 from prophetkv_rag.store.encryption import KeySource, load_key
 
@@ -102,9 +105,9 @@ class DiskStore(CatalogedStore):
         self._ram = RamTier(ram_bytes, namespace_ram_bytes)
         self._counters = Counters()
         self._seen: dict[str, int] = {}
-        self._later = Later(self._put_referenced, self.failures)
+        self._later = WriteBehind(self._put_referenced, self.failures)
         self.catalog = open_catalog(self.directory, self.files, self.directory_lock, read_only=policy == "read_only")
-        self._deletes = deletes(self.catalog)
+        self._deletes = all_deletions(self.catalog)
         lock = None if policy == "read_only" else self.directory_lock
         self._reader = BlobReader(
             self.files,
@@ -248,7 +251,7 @@ class DiskStore(CatalogedStore):
 
     def forget_deleted(self) -> None:
         """See `ChunkStore.forget_deleted`."""
-        found = deletes(self.catalog)
+        found = all_deletions(self.catalog)
         if found != self._deletes:
             self._deletes = found
             self._later.run(self._drop_unknown)

@@ -16,7 +16,6 @@ import pytest
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.chroma.store import open_store
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.store.base import RemoteStats
 from prophetkv_rag.store.blobs.blob import encode_blob
 from prophetkv_rag.store.disk.opening import open_disk_store
 from prophetkv_rag.store.disk.store import DiskStore
@@ -24,6 +23,7 @@ from prophetkv_rag.store.disk.tiered import TieredStore
 from prophetkv_rag.store.disk.upkeep import clear, gc, verify
 from prophetkv_rag.store.remote.breaker import Breaker
 from prophetkv_rag.store.remote.files import RemoteFiles
+from prophetkv_rag.store.reports import RemoteStats
 from tests.store.caches import FINGERPRINT, assert_same, found_in, ids_of, key_of, make_cache
 from tests.store.faulty_files import FaultyFileSystem, hanging, raising
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer

@@ -1,4 +1,4 @@
-"""What a report is made of: what became of each chunk, and what each stage took."""
+"""What became of one chunk of a prompt."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 ChunkStatus = Literal["hit", "miss", "corrupt", "unused"]
-
-
 ChunkTier = Literal["ram", "disk", "remote", "computed", ""]
 
 
@@ -25,20 +23,3 @@ class ChunkReport:
     tokens: int
     status: ChunkStatus
     tier: ChunkTier = ""
-
-
-@dataclass(slots=True)
-class Timings:
-    """Seconds on the wall clock, by stage. `ttft` is the whole prefill: from the prompt to the first token's logits.
-
-    `suffix` is the pass over the fresh tokens where it runs on its own (nothing is selected); when tokens are
-    recomputed, the fresh tokens ride in the same pass and their time is in `recompute`.
-    """
-
-    match: float = 0.0
-    load: float = 0.0
-    assemble: float = 0.0
-    score: float = 0.0
-    recompute: float = 0.0
-    suffix: float = 0.0
-    ttft: float = 0.0

@@ -1,0 +1,56 @@
+"""Opening the library of a model: what its caches depend on, and the prefix that every chunk is encoded behind."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from prophetkv_rag.chunks.encode import encode_prefix
+from prophetkv_rag.chunks.library import ChunkLibrary
+from prophetkv_rag.config import LEAD_IN_TOKENS, ProphetKVConfig
+from prophetkv_rag.model import ModelSupport, tokenizer_fingerprint
+from prophetkv_rag.prompt import Tokens
+from prophetkv_rag.store import CacheIdentity, ChunkStore
+
+
+def open_library(
+    model: Any,
+    support: ModelSupport,
+    tokens: Tokens,
+    store: ChunkStore,
+    config: ProphetKVConfig,
+    *,
+    fingerprint: str,
+    context_window: int,
+    model_lock: AbstractContextManager[Any],
+) -> ChunkLibrary:
+    """Open a model's chunks in a store.
+
+    Args:
+        model: The language model.
+        support: The probe's findings.
+        tokens: Its tokenizer.
+        store: Keeps the caches.
+        config: Says what chunks are encoded behind, and whose they are.
+        fingerprint: Of the model's weights.
+        context_window: Most positions of a prompt.
+        model_lock: Held while the model runs.
+    """
+    prefix_ids = tokens.encoding_prefix(
+        config,
+        # A lead-in must leave most of a short window to the chunk.
+        max_lead_in_tokens=min(LEAD_IN_TOKENS, context_window // 8),
+    )
+    return ChunkLibrary(
+        model,
+        support,
+        tokens,
+        store,
+        CacheIdentity(
+            fingerprint, tokenizer_fingerprint(tokens.tokenizer), prefix_ids, support.dtype, config.namespace
+        ),
+        encode_prefix(model, support, prefix_ids),
+        context_window=context_window,
+        batch_tokens=config.index_batch_tokens,
+        model_lock=model_lock,
+    )
