@@ -3,8 +3,8 @@
 In comes a causal language model; out goes what the probe found out about it (`ModelSupport`) and passes that run its
 own forward with our attention, over caches that take rows in place. No model class is patched or named. Begin reading
 with `attention.py` (how a layer's call reaches us), then `cache_layers.py` (where its rows go), `encode_pass.py` and
-`rows_pass.py` (what is done with them), `forward.py` (how a pass is run) and `probe.py` (why a model may be trusted
-with all that; the `probe_*.py` answer its questions).
+`rows_pass.py` (what is done with them), `forward.py` (how a pass is run) and `probe/` (why a model may be trusted with
+all that).
 """
 
 from prophetkv_rag.model.attention import AttentionCall, model_lock

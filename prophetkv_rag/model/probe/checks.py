@@ -13,7 +13,7 @@ from prophetkv_rag.errors import UnsupportedModelError
 from prophetkv_rag.model.cache_layers import RowsLayer, cache_of
 from prophetkv_rag.model.encode_pass import EncodePass
 from prophetkv_rag.model.forward import backbone, run_pass
-from prophetkv_rag.model.probe_tolerance import relative_error, tolerance_of
+from prophetkv_rag.model.probe.tolerance import relative_error, tolerance_of
 from prophetkv_rag.model.rows_pass import RowsPass
 from prophetkv_rag.model.support import LayerSupport
 

@@ -19,11 +19,11 @@ import torch
 
 from prophetkv_rag.errors import UnsupportedModelError
 from prophetkv_rag.model.attention import model_lock
-from prophetkv_rag.model.probe_calls import run_single_tokens
-from prophetkv_rag.model.probe_checks import check_encoding, check_rows
-from prophetkv_rag.model.probe_rotation import find_rotation, rotation_candidates
-from prophetkv_rag.model.probe_tolerance import relative_error, tolerance_of
-from prophetkv_rag.model.probe_window import window_of
+from prophetkv_rag.model.probe.calls import run_single_tokens
+from prophetkv_rag.model.probe.checks import check_encoding, check_rows
+from prophetkv_rag.model.probe.rotation import find_rotation, rotation_candidates
+from prophetkv_rag.model.probe.tolerance import relative_error, tolerance_of
+from prophetkv_rag.model.probe.window import window_of
 from prophetkv_rag.model.support import LayerSupport, ModelSupport
 
 NUM_TOKENS = 24

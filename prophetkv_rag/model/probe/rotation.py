@@ -8,7 +8,7 @@ import torch
 
 from prophetkv_rag.errors import UnsupportedModelError
 from prophetkv_rag.model.attention import AttentionCall
-from prophetkv_rag.model.probe_tolerance import relative_error, tolerance_of
+from prophetkv_rag.model.probe.tolerance import relative_error, tolerance_of
 from prophetkv_rag.model.rope import RopeTables, Rotation
 
 # An angle computed in fp32, as models do, is off by up to this much per position.

@@ -6,7 +6,7 @@ import torch
 
 from prophetkv_rag.errors import UnsupportedModelError
 from prophetkv_rag.model.attention import AttentionCall
-from prophetkv_rag.model.probe_calls import MaskRecorder
+from prophetkv_rag.model.probe.calls import MaskRecorder
 
 MAX_MASK_POSITIONS = 1 << 20
 
