@@ -95,11 +95,11 @@ class Unsealed:
         *,
         key: str,
     ) -> None:
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
-        if encryption_key is None:
+        if encryption_key is None:  # also where the package is not installed
             msg = "it is encrypted, and no key was given"
             raise LockedBlobError(msg)
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
         start = memoryview(bytearray(CLEAR_BYTES + HEADER_BYTES))
         count = read_into(start)
         clear, header = bytes(start[:CLEAR_BYTES]), bytes(start[CLEAR_BYTES:])
@@ -132,9 +132,10 @@ class Unsealed:
         from cryptography.exceptions import InvalidTag
 
         if not self._plain:
-            number, size, is_last = next(self._segments, (0, 0, False))
-            if not size:
+            segment = next(self._segments, None)
+            if segment is None:
                 return 0
+            number, size, is_last = segment
             sealed, nonce = self._scratch[: size + TAG_BYTES], _nonce(self._prefix, number, is_last)
             if self._read_into(sealed) != len(sealed):
                 msg = "it became shorter while it was read"

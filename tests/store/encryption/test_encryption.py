@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import struct
+import sys
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -37,6 +38,12 @@ from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 SECRET, OTHER_SECRET = bytes(range(32)), bytes(range(1, 33))
 MINE, OTHER = EncryptionKey(SECRET), EncryptionKey(OTHER_SECRET)
 PLAIN = encode_blob(make_cache(1), key=key_of(1), fingerprint=FINGERPRINT)
+TINKS = bytes.fromhex(
+    "504b565345414c3101fa4f169357907108712bf95da17adc289dba695b623a04c62e21f3eefcb63e679a9fd4baa9622ad1e97780"
+    "0ff7b48574683ab6550964a706dc6a4d4cfb1fc7f46ff264c0019b6dc6b519e0f2a7361cddee751683cbd3557dfaa18c6081fab4"
+    "fa59aef16980b0d15fed00496603a02eea29a3799869e26d6f60f5f8dd4ab5"
+)
+"""What Tink's own library wrote in segments of 80 bytes, as in `test_tink.py`, which needs Tink."""
 MODEL, TOKENIZER = tiny_llama(), tiny_tokenizer()
 TEXTS = [text_of(20, seed=seed) for seed in range(4)]
 PROMPT = "Read: " + " ".join(TEXTS) + " So?"
@@ -88,6 +95,19 @@ def test_it_is_the_documented_layout(monkeypatch: pytest.MonkeyPatch, segment_by
     assert decrypted_by_hand(sealed, SECRET, key_of(1), segment_bytes) == PLAIN
     assert_same(opened(sealed), make_cache(1))
     assert sealing.unseal(sealed, MINE, key=key_of(1)) == PLAIN
+
+
+def test_what_tink_wrote_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sealing, "SEGMENT_BYTES", 80)
+    assert sealing.unseal(TINKS, MINE, key="ab" * 32) == b"what Tink 1.16.1 wrote, in two segments"
+
+
+@pytest.mark.parametrize("plain", [b"", b"x"])
+def test_the_smallest_blobs_are_proven_too(plain: bytes) -> None:
+    sealed = seal(plain, MINE, key=key_of(1))
+    assert sealing.unseal(sealed, MINE, key=key_of(1)) == plain
+    with pytest.raises(BlobError, match="segment 0"):
+        sealing.unseal(sealed[:-1] + bytes([sealed[-1] ^ 1]), MINE, key=key_of(1))
 
 
 @pytest.mark.parametrize("blob_format", get_args(BlobFormat))
@@ -328,6 +348,18 @@ def test_a_stray_encrypted_blob_in_a_plain_store_is_left_alone(tmp_path: Path) -
     assert path.read_bytes()[:8] == b"PKVSEAL1"
     with pytest.raises(LockedBlobError, match="no key"):
         store.files.read(key_of(1), fingerprint=FINGERPRINT)
+
+
+def test_without_the_package_an_encrypted_blob_is_locked_and_a_key_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sealed = seal(PLAIN, MINE, key=key_of(1))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cryptography"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(LockedBlobError, match="no key"):
+        opened(sealed, None)
+    with pytest.raises(InputError, match=r"prophetkv-rag\[encryption\]"):
+        EncryptionKey(SECRET)
 
 
 def test_a_key_on_caches_in_clear(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
