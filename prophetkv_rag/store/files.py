@@ -101,6 +101,9 @@ class DirectoryLock:
     """Shared by every write, exclusive for deleting and repairing, so that repair never mistakes a write under way.
 
     A kill releases it. On Windows it does nothing: there, repair only while no other process writes.
+
+    By `flock` itself: filelock's shared lock is a transaction of SQLite, which takes 30 to 60 times as long, is polled
+    for, and raises in a child that was forked meanwhile and where threads share it.
     """
 
     def __init__(self, path: Path) -> None:
