@@ -13,6 +13,7 @@ from prophetkv_rag.store.failures import Failures
 from prophetkv_rag.store.files import (
     TEMPORARY_SUFFIX,
     DirectoryLock,
+    Source,
     can_write,
     make_private_directory,
     read_fully,
@@ -41,6 +42,7 @@ __all__ = [
     "PackedRows",
     "Policy",
     "RemoteStats",
+    "Source",
     "StoreStats",
     "TextEntry",
     "VerifyReport",

@@ -8,8 +8,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BytesIO, FileIO
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -42,7 +42,14 @@ def can_write(directory: Path, num_bytes: int) -> bool:
     return True
 
 
-def read_fully(file: FileIO | BytesIO, view: memoryview) -> int:
+class Source(Protocol):
+    """What is read from where it stands: a file, or what takes one apart."""
+
+    def readinto(self, view: memoryview, /) -> int | None:
+        """Fill as much of `view` as comes at once; returns how many bytes, 0 at the end."""
+
+
+def read_fully(file: Source, view: memoryview) -> int:
     """Fill `view` from where the file stands; returns how many bytes there were."""
     filled = 0
     while filled < len(view):
@@ -53,7 +60,7 @@ def read_fully(file: FileIO | BytesIO, view: memoryview) -> int:
     return filled
 
 
-def read_into_fresh(file: FileIO | BytesIO, num_bytes: int) -> memoryview:
+def read_into_fresh(file: Source, num_bytes: int) -> memoryview:
     """Read up to `num_bytes` into one fresh, writable buffer: a single copy, with nothing zeroed before."""
     view = np.empty(num_bytes, dtype=np.uint8).data
     return view[: read_fully(file, view)]
@@ -94,6 +101,9 @@ class DirectoryLock:
     """Shared by every write, exclusive for deleting and repairing, so that repair never mistakes a write under way.
 
     A kill releases it. On Windows it does nothing: there, repair only while no other process writes.
+
+    By `flock` itself: filelock's shared lock is a transaction of SQLite, which takes 30 to 60 times as long, is polled
+    for, and raises in a child that was forked meanwhile and where threads share it.
     """
 
     def __init__(self, path: Path) -> None:

@@ -8,7 +8,7 @@ its disk space for as long as the RAM tier holds it. `prophetkv-rag bench load` 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO, FileIO
 from pathlib import Path
@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from prophetkv_rag.errors import BlobError
-from prophetkv_rag.store import ChunkCache, read_fully, read_into_fresh
+from prophetkv_rag.store import ChunkCache, Source, read_fully, read_into_fresh
 from prophetkv_rag.store.blobs.blob import decode_body
 from prophetkv_rag.store.blobs.header import LENGTH_BYTES, MAX_HEADER_BYTES, BlobHeader, Expected, parse_header
-from prophetkv_rag.store.encryption import CLEAR_BYTES, SLACK_BYTES, EncryptionKey, Opener, is_sealed, parse_clear
+from prophetkv_rag.store.encryption import EncryptionKey, Unsealed, is_sealed
 
 _WILL_NEED: int | None = getattr(os, "POSIX_FADV_WILLNEED", None)
 """Tells the kernel that all of a file follows: from a cold disk, reading by tensors alone reads ahead too little."""
@@ -92,19 +92,29 @@ class _OpenBlob:
 
     Attributes:
         header: The header.
-        slack: Bytes that `fill` needs behind the tensors' own.
-        fill: Fills a buffer with the tensors' bytes; returns a function that does so as far as it is told to.
+        source: What its tensors are read from.
+        step: How many bytes are asked for at once, at least.
     """
 
     header: BlobHeader
-    slack: int
-    fill: Callable[[memoryview], Callable[[int], None]]
+    source: Source
+    step: int
 
     def decode(self, input_ids: Sequence[int] | None, packed: bool) -> ChunkCache:
         """Read and check the tensors."""
         nbytes = max((info.end for info in self.header.tensors.values()), default=0)
-        buffer = np.empty(nbytes + self.slack, dtype=np.uint8).data  # nothing is zeroed
-        return decode_body(self.header, buffer[:nbytes], input_ids, arrive=self.fill(buffer), packed=packed)
+        body, done = np.empty(nbytes, dtype=np.uint8).data, 0  # nothing is zeroed
+
+        def arrive(end: int) -> None:
+            nonlocal done
+            while done < end:
+                count = self.source.readinto(body[done : max(end, done + self.step)])
+                if not count:
+                    msg = "it became shorter while it was read"
+                    raise BlobError(msg)
+                done += count
+
+        return decode_body(self.header, body, input_ids, arrive=arrive, packed=packed)
 
 
 def _open(path: Path) -> FileIO:
@@ -112,53 +122,19 @@ def _open(path: Path) -> FileIO:
 
 
 def _open_blob(file: FileIO | BytesIO, file_bytes: int, key: str, encryption_key: EncryptionKey | None) -> _OpenBlob:
-    start = bytes(read_into_fresh(file, LENGTH_BYTES))
+    source: Source = file
+    start, nbytes, step = bytes(read_into_fresh(file, LENGTH_BYTES)), file_bytes, 0
     if is_sealed(start):
-        return _open_sealed(file, start, file_bytes, key, encryption_key)
-    if encryption_key is not None:
+        file.seek(0)
+        source = unsealed = Unsealed(lambda view: read_fully(file, view), file_bytes, encryption_key, key=key)
+        start, nbytes, step = bytes(read_into_fresh(source, LENGTH_BYTES)), unsealed.nbytes, unsealed.segment_bytes
+    elif encryption_key is not None:
         # Anybody who can write to the directory can make one, so it proves nothing; and it is not what was asked for.
         msg = "it is not encrypted, but this store has a key"
         raise BlobError(msg)
     size = int.from_bytes(start, "little")
-    if file_bytes < LENGTH_BYTES or size > min(file_bytes - LENGTH_BYTES, MAX_HEADER_BYTES):
-        msg = f"it is truncated, or no blob: {file_bytes} bytes, its header says {size}"
+    if nbytes < LENGTH_BYTES or size > min(nbytes - LENGTH_BYTES, MAX_HEADER_BYTES):
+        msg = f"it is truncated, or no blob: {nbytes} bytes, its header says {size}"
         raise BlobError(msg)
-    header = parse_header(bytes(read_into_fresh(file, size)), file_bytes - LENGTH_BYTES - size)
-
-    def fill(buffer: memoryview) -> Callable[[int], None]:
-        done = 0
-
-        def arrive(end: int) -> None:
-            nonlocal done
-            if read_fully(file, buffer[done:end]) < end - done:
-                msg = "it became shorter while it was read"
-                raise BlobError(msg)
-            done = max(done, end)
-
-        return arrive
-
-    return _OpenBlob(header, 0, fill)
-
-
-def _open_sealed(
-    file: FileIO | BytesIO, start: bytes, file_bytes: int, key: str, encryption_key: EncryptionKey | None
-) -> _OpenBlob:
-    clear = start + bytes(read_into_fresh(file, CLEAR_BYTES - len(start)))
-    sizes, encryption_key = parse_clear(clear, encryption_key, file_bytes)
-    opener = Opener(sizes, encryption_key, key, lambda view: read_fully(file, view))
-    head = opener.head()
-    if int.from_bytes(head[:LENGTH_BYTES], "little") != len(head) - LENGTH_BYTES:
-        msg = "its header is not as long as it says"
-        raise BlobError(msg)
-
-    def fill(buffer: memoryview) -> Callable[[int], None]:
-        segments, done = opener.body_into(buffer), 0
-
-        def arrive(end: int) -> None:
-            nonlocal done
-            while done < end:
-                done = next(segments)
-
-        return arrive
-
-    return _OpenBlob(parse_header(head[LENGTH_BYTES:], sizes.body), SLACK_BYTES, fill)
+    header = parse_header(bytes(read_into_fresh(source, size)), nbytes - LENGTH_BYTES - size)
+    return _OpenBlob(header, source, step)

@@ -4,30 +4,17 @@ In come a key (`load_key`) and the bytes of a blob; out come bytes that nobody r
 reading with `user_key.py`, then `sealing.py`.
 """
 
-from prophetkv_rag.store.encryption.sealing import (
-    CLEAR_BYTES,
-    MAGIC,
-    SLACK_BYTES,
-    LockedBlobError,
-    Opener,
-    is_sealed,
-    parse_clear,
-    seal,
-    unseal,
-)
+from prophetkv_rag.store.encryption.sealing import MAGIC, LockedBlobError, Unsealed, is_sealed, seal, unseal
 from prophetkv_rag.store.encryption.user_key import EncryptionKey, KeySource, load_key, write_new_key
 
 __all__ = [
-    "CLEAR_BYTES",
     "MAGIC",
-    "SLACK_BYTES",
     "EncryptionKey",
     "KeySource",
     "LockedBlobError",
-    "Opener",
+    "Unsealed",
     "is_sealed",
     "load_key",
-    "parse_clear",
     "seal",
     "unseal",
     "write_new_key",

@@ -1,4 +1,8 @@
-"""Whether something that has failed is worth asking again: not for a while, and twice as long after each failure."""
+"""Whether something that has failed is worth asking again: not for a while, and twice as long after each failure.
+
+The libraries for it (pybreaker, circuitbreaker, purgatory) know one pause, which does not grow, and wrap and raise in
+calls; here outcomes are told later, by other threads.
+"""
 
 from __future__ import annotations
 

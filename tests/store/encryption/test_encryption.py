@@ -10,7 +10,9 @@ import os
 import pickle
 import random
 import struct
+import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,7 +30,7 @@ from prophetkv_rag.store.disk.store import DiskStore
 from prophetkv_rag.store.disk.transfer import export_caches, import_caches
 from prophetkv_rag.store.disk.upkeep import clear
 from prophetkv_rag.store.encryption import sealing
-from prophetkv_rag.store.encryption.sealing import CLEAR_BYTES, LockedBlobError, seal
+from prophetkv_rag.store.encryption.sealing import CLEAR_BYTES, HEADER_BYTES, LockedBlobError, seal
 from prophetkv_rag.store.encryption.user_key import KEY_VARIABLE, EncryptionKey, load_key, write_new_key
 from tests.store.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
@@ -36,6 +38,12 @@ from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 SECRET, OTHER_SECRET = bytes(range(32)), bytes(range(1, 33))
 MINE, OTHER = EncryptionKey(SECRET), EncryptionKey(OTHER_SECRET)
 PLAIN = encode_blob(make_cache(1), key=key_of(1), fingerprint=FINGERPRINT)
+TINKS = bytes.fromhex(
+    "504b565345414c3101fa4f169357907108712bf95da17adc289dba695b623a04c62e21f3eefcb63e679a9fd4baa9622ad1e97780"
+    "0ff7b48574683ab6550964a706dc6a4d4cfb1fc7f46ff264c0019b6dc6b519e0f2a7361cddee751683cbd3557dfaa18c6081fab4"
+    "fa59aef16980b0d15fed00496603a02eea29a3799869e26d6f60f5f8dd4ab5"
+)
+"""What Tink's own library wrote in segments of 80 bytes, as in `test_tink.py`, which needs Tink."""
 MODEL, TOKENIZER = tiny_llama(), tiny_tokenizer()
 TEXTS = [text_of(20, seed=seed) for seed in range(4)]
 PROMPT = "Read: " + " ".join(TEXTS) + " So?"
@@ -62,31 +70,44 @@ def get(store: DiskStore, seed: int) -> tuple[Any, bool]:
 
 def decrypted_by_hand(data: bytes, secret: bytes, key: str, segment_bytes: int) -> bytes:
     """The documented layout, read with HMAC from the standard library and one-shot AES-GCM."""
-    magic, key_id, salt, head, body = struct.unpack("<8s16s32sQQ", data[:72])
-    assert magic == b"PKVSEAL1"
+    magic, key_id, header_bytes, salt, prefix = struct.unpack("<8s16sB32s7s", data[:64])
+    assert (magic, header_bytes) == (b"PKVSEAL1", 40)
 
     def hkdf(salt: bytes, info: bytes, length: int) -> bytes:
         extracted = hmac.digest(salt or bytes(32), secret, "sha256")
         return hmac.digest(extracted, info + b"\x01", "sha256")[:length]
 
     assert key_id == hkdf(b"", b"prophetkv-rag key id", 16)
-    cipher = aead.AESGCM(hkdf(salt, b"prophetkv-rag blob", 32))
-    plain, at, number = b"", 72, 0
-    for size in [head] + [min(segment_bytes, body - start) for start in range(0, body, segment_bytes)]:
-        nonce = number.to_bytes(12, "big")
-        plain += cipher.decrypt(nonce, data[at : at + size + 16], data[:72] + key.encode())
-        at, number = at + size + 16, number + 1
-    assert at == len(data)
+    cipher = aead.AESGCM(hkdf(salt, data[:24] + key.encode(), 32))
+    plain, at, number = b"", 64, 0
+    while at < len(data):
+        end = min(24 + (number + 1) * segment_bytes, len(data))
+        nonce = prefix + number.to_bytes(4, "big") + (b"\1" if end == len(data) else b"\0")
+        plain += cipher.decrypt(nonce, data[at:end], b"")
+        at, number = end, number + 1
     return plain
 
 
-@pytest.mark.parametrize("segment_bytes", [1, 100, 1 << 20])
+@pytest.mark.parametrize("segment_bytes", [57, 100, 1 << 20])
 def test_it_is_the_documented_layout(monkeypatch: pytest.MonkeyPatch, segment_bytes: int) -> None:
     monkeypatch.setattr(sealing, "SEGMENT_BYTES", segment_bytes)
     sealed = seal(PLAIN, MINE, key=key_of(1))
     assert decrypted_by_hand(sealed, SECRET, key_of(1), segment_bytes) == PLAIN
     assert_same(opened(sealed), make_cache(1))
     assert sealing.unseal(sealed, MINE, key=key_of(1)) == PLAIN
+
+
+def test_what_tink_wrote_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sealing, "SEGMENT_BYTES", 80)
+    assert sealing.unseal(TINKS, MINE, key="ab" * 32) == b"what Tink 1.16.1 wrote, in two segments"
+
+
+@pytest.mark.parametrize("plain", [b"", b"x"])
+def test_the_smallest_blobs_are_proven_too(plain: bytes) -> None:
+    sealed = seal(plain, MINE, key=key_of(1))
+    assert sealing.unseal(sealed, MINE, key=key_of(1)) == plain
+    with pytest.raises(BlobError, match="segment 0"):
+        sealing.unseal(sealed[:-1] + bytes([sealed[-1] ^ 1]), MINE, key=key_of(1))
 
 
 @pytest.mark.parametrize("blob_format", get_args(BlobFormat))
@@ -106,7 +127,7 @@ def test_every_format_comes_back_as_it_does_without_a_key(tmp_path: Path, blob_f
 def test_every_flipped_bit_is_noticed() -> None:
     sealed = seal(PLAIN, MINE, key=key_of(1))
     for offset in range(len(sealed)):
-        for bit in range(8) if offset < CLEAR_BYTES else (offset % 8,):
+        for bit in range(8) if offset < CLEAR_BYTES + HEADER_BYTES else (offset % 8,):
             damaged = bytearray(sealed)
             damaged[offset] ^= 1 << bit
             with pytest.raises(BlobError):
@@ -115,21 +136,37 @@ def test_every_flipped_bit_is_noticed() -> None:
 
 def test_truncated_at_any_length_or_lengthened_is_refused() -> None:
     sealed = seal(PLAIN, MINE, key=key_of(1))
-    for data in [sealed[:length] for length in range(len(sealed))] + [sealed + b"\0", sealed + sealed[-116:]]:
+    longer = [sealed + more for more in (b"\0", sealed[-16:], sealed[-100:], sealed[-116:])]
+    for data in [sealed[:length] for length in range(len(sealed))] + longer:
         with pytest.raises(BlobError):
             opened(data)
 
 
 def test_segments_fit_nowhere_else() -> None:
-    """Swapped within a blob, taken from another writing of the very same cache, or left out at the end."""
+    """Swapped within a blob, or taken from another writing of the very same cache."""
     one, two = seal(PLAIN, MINE, key=key_of(1)), seal(PLAIN, MINE, key=key_of(1))
-    head = CLEAR_BYTES + 16 + 8 + int.from_bytes(PLAIN[:8], "little")
-    swapped = one[:head] + one[head + 116 : head + 232] + one[head : head + 116] + one[head + 232 :]
-    mixed = one[:head] + two[head:]
-    for data in (swapped, mixed, one[:CLEAR_BYTES] + two[CLEAR_BYTES:]):
+    first, second = CLEAR_BYTES + 100, CLEAR_BYTES + 200
+    swapped = one[:first] + one[second : second + 100] + one[first:second] + one[second + 100 :]
+    mixed = one[:first] + two[first:]
+    for data in (swapped, mixed, one[: CLEAR_BYTES + HEADER_BYTES] + two[CLEAR_BYTES + HEADER_BYTES :]):
         assert len(data) == len(one)
         with pytest.raises(BlobError, match="segment"):
             opened(data)
+
+
+@pytest.mark.parametrize("left_out", ["the last", "all but the first", "one in the middle"])
+def test_segments_left_out_are_noticed_by_the_segments_themselves(left_out: str) -> None:
+    """Also where nobody knows how long the blob should be, which its header would tell."""
+    data = seal(PLAIN, MINE, key=key_of(1))
+    last = CLEAR_BYTES + 100 * ((len(data) - CLEAR_BYTES - 1) // 100)
+    middle = CLEAR_BYTES + 500
+    cut = {
+        "the last": data[:last],
+        "all but the first": data[: CLEAR_BYTES + 100],
+        "one in the middle": data[:middle] + data[middle + 100 :],
+    }[left_out]
+    with pytest.raises(BlobError, match="segment"):
+        sealing.unseal(cut, MINE, key=key_of(1))
 
 
 def test_swapped_and_renamed_blobs_are_refused() -> None:
@@ -160,18 +197,41 @@ def test_random_damage_never_gives_a_cache() -> None:
                 opened(bytes(data))
 
 
-def test_a_huge_claim_takes_no_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("intact", [CLEAR_BYTES + HEADER_BYTES, 10_000], ids=["start", "whole blob"])
+@pytest.mark.parametrize("file_bytes", [1 << 32, 1 << 42])
+def test_a_huge_file_takes_no_memory(tmp_path: Path, intact: int, file_bytes: int) -> None:
+    """Sparse, so that it is easily made. What is intact is the true beginning of a blob."""
     store = DiskStore(tmp_path, 0, encryption_key=SECRET)
     path = put(store, 1)
-    clear_part = bytearray(path.read_bytes()[:CLEAR_BYTES])
-    for head, body in ((1 << 40, 100), (500, 1 << 40), (0, 0), ((1 << 64) - 1, (1 << 64) - 1)):
-        clear_part[-16:] = struct.pack("<QQ", head, body)
-        path.write_bytes(clear_part)
-        with path.open("r+b") as file:
-            segments = -(-body // sealing.SEGMENT_BYTES)
-            file.truncate(min(CLEAR_BYTES + head + body + 16 * (1 + segments), 1 << 42))
+    path.write_bytes(path.read_bytes()[:intact])
+    with path.open("r+b") as file:
+        file.truncate(file_bytes)
+    tracemalloc.start()
+    with pytest.raises(BlobError):
+        store.files.read(key_of(1), fingerprint=FINGERPRINT)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("claim", [1 << 24, 1 << 40, (1 << 64) - 1])
+def test_a_huge_header_within_takes_no_memory(claim: int) -> None:
+    tracemalloc.start()
+    with pytest.raises(BlobError, match="its header says"):
+        opened(seal(claim.to_bytes(8, "little") + PLAIN[8:], MINE, key=key_of(1)))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("secret", [None, SECRET], ids=["no key", "key"])
+def test_any_bytes_are_a_bad_blob_and_no_other_error(secret: bytes | None) -> None:
+    generator = random.Random(7)
+    key = None if secret is None else EncryptionKey(secret)
+    start = seal(PLAIN, MINE, key=key_of(1))[: CLEAR_BYTES + HEADER_BYTES]
+    for _ in range(1500):
+        kept = generator.choice([0, 8, CLEAR_BYTES, CLEAR_BYTES + 1, len(start)])
+        size = generator.choice([0, 1, 15, 16, 17, 44, 100, 116, generator.randrange(2000)])
         with pytest.raises(BlobError):
-            store.files.read(key_of(1), fingerprint=FINGERPRINT)
+            opened(start[:kept] + generator.randbytes(size), key)
 
 
 def test_no_nonce_is_used_twice_with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,9 +243,9 @@ def test_no_nonce_is_used_twice_with_a_key(monkeypatch: pytest.MonkeyPatch) -> N
         keys[0] = derive(self, *arguments)
         return keys[0]
 
-    def nonce_and_note(number: int) -> bytes:
-        used.append((keys[0], nonce(number)))
-        return nonce(number)
+    def nonce_and_note(*arguments: Any) -> bytes:
+        used.append((keys[0], nonce(*arguments)))
+        return nonce(*arguments)
 
     monkeypatch.setattr(EncryptionKey, "derive", derive_and_note)
     monkeypatch.setattr(sealing, "_nonce", nonce_and_note)
@@ -288,6 +348,18 @@ def test_a_stray_encrypted_blob_in_a_plain_store_is_left_alone(tmp_path: Path) -
     assert path.read_bytes()[:8] == b"PKVSEAL1"
     with pytest.raises(LockedBlobError, match="no key"):
         store.files.read(key_of(1), fingerprint=FINGERPRINT)
+
+
+def test_without_the_package_an_encrypted_blob_is_locked_and_a_key_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sealed = seal(PLAIN, MINE, key=key_of(1))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cryptography"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(LockedBlobError, match="no key"):
+        opened(sealed, None)
+    with pytest.raises(InputError, match=r"prophetkv-rag\[encryption\]"):
+        EncryptionKey(SECRET)
 
 
 def test_a_key_on_caches_in_clear(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
