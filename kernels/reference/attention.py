@@ -1,4 +1,4 @@
-"""PyTorch implementations of the reuse path's operations; they are the CPU path and the kernels' reference.
+"""PyTorch: attention of scattered rows over the full cache, and its log-sum-exps.
 
 Shapes: H query heads, Hkv key/value heads, G = H // Hkv, m computed rows, n keys, D head dim.
 """
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from prophetkv_rag.kernels.reference_scores import log_sum_exp
-from prophetkv_rag.kernels.row_blocks import RowBlock, RowBlocks
+from prophetkv_rag.kernels.arguments import LogitInputs
+from prophetkv_rag.kernels.reference.logits import block_weights, exact_logits, packed, unpacked, weighted
+from prophetkv_rag.kernels.row_blocks import RowBlock
 
 
 @cache
@@ -31,121 +32,27 @@ def _flash_cpu() -> Any:
     return kernel if torch.equal(output, one) and abs(float(lse) - 8.0) < 1e-5 else None
 
 
-def rotate(
-    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Apply a rotary embedding to un-rotated states.
-
-    Args:
-        states: `[..., n, D]`; fp16, bf16 or fp32.
-        cos: `[n, r]` with 2r <= D, fp32; channels beyond 2r pass through.
-        sin: `[n, r]`, fp32.
-        interleaved: Pairs are (2i, 2i + 1) rather than (i, i + r).
-        out: Where to write, of the shape of `states` and any dtype; not `states` itself.
-
-    Returns:
-        `out`, or a new tensor of the shape and dtype of `states`; the rotation is done in fp32.
-    """
-    half = cos.shape[-1]
-    rotated = torch.empty_like(states) if out is None else out
-    if interleaved:
-        first, second = states[..., 0 : 2 * half : 2], states[..., 1 : 2 * half : 2]
-        out_first, out_second = rotated[..., 0 : 2 * half : 2], rotated[..., 1 : 2 * half : 2]
-    else:
-        first, second = states[..., :half], states[..., half : 2 * half]
-        out_first, out_second = rotated[..., :half], rotated[..., half : 2 * half]
-    first32, second32 = first.float(), second.float()
-    out_first.copy_(torch.addcmul(first32 * cos, second32, sin, value=-1))
-    out_second.copy_(torch.addcmul(second32 * cos, first32, sin))
-    if states.shape[-1] > 2 * half:
-        rotated[..., 2 * half :] = states[..., 2 * half :]
-    return rotated
-
-
-def _probabilities(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Softmax of `query [Hkv, G * m, D]` over `keys [Hkv, n, D]` in fp32; `sinks [Hkv, G * m, 1]` join it.
-
-    `mask` belongs to the last keys.
-    """
-    logits = torch.matmul(query, keys.transpose(1, 2)).float().mul_(scaling)
-    if softcap is not None:
-        logits = torch.tanh(logits.div_(softcap)).mul_(softcap)
-    logits[..., logits.shape[-1] - mask.shape[-1] :] += mask
-    if sinks is None:
-        return torch.softmax(logits, dim=-1)
-    joined = torch.cat([logits, sinks.float()], dim=-1)
-    return torch.softmax(joined, dim=-1)[..., :-1]
-
-
-def _pack(query: torch.Tensor, rows: slice, num_key_value_heads: int) -> torch.Tensor:
-    """`[H, m, D]` -> `[Hkv, G * rows, D]`: a group's heads become rows, so K and V are never repeated."""
-    block = query[:, rows]
-    return block.reshape(num_key_value_heads, -1, query.shape[-1])
-
-
-def _pack_sinks(sinks: torch.Tensor | None, num_rows: int, num_key_value_heads: int) -> torch.Tensor | None:
-    if sinks is None:
-        return None
-    per_row = sinks.reshape(num_key_value_heads, -1, 1).expand(-1, -1, num_rows)
-    return per_row.reshape(num_key_value_heads, -1, 1)
-
-
 def selected_rows_attention(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    blocks: RowBlocks,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
+    inputs: LogitInputs, values: torch.Tensor, sinks: torch.Tensor | None = None, lse: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention of scattered rows over the full cache, causal by position.
-
-    Args:
-        query: `[H, m, D]`, rotated, in the order of `blocks.rows`.
-        keys: `[Hkv, n, D]`, rotated; key i stands at position i.
-        values: `[Hkv, n, Dv]`.
-        blocks: The rows' positions, window and hidden keys.
-        scaling: Factor on the logits.
-        softcap: Gemma 2's logit soft-capping, or `None`.
-        sinks: `[H]`, gpt-oss's learned sink logits, or `None`.
-        lse: `[H, m]`, fp32: filled with the natural log-sum-exp of what each row sees, sinks included; or `None`.
-
-    Returns:
-        `[m, H, Dv]` in the dtype of `query`.
-    """
+    """Block by block; returns `[m, H, Dv]`."""
     if lse is not None:
-        lse.copy_(log_sum_exp(query, keys, blocks, scaling=scaling, softcap=softcap, sinks=sinks))
-    num_heads, num_rows, _ = query.shape
-    num_kv_heads = keys.shape[0]
-    output = query.new_empty(num_rows, num_heads, values.shape[-1])
-    for block in blocks:
-        packed = _pack(query, block.rows, num_kv_heads)
-        if softcap is None and sinks is None:
-            attended = _attend_block(packed, keys, values, block, scaling)
+        lse.copy_(log_sum_exp(inputs, sinks=sinks))
+    output = inputs.query.new_empty(inputs.num_rows, inputs.heads, values.shape[-1])
+    for block in inputs.blocks:
+        if inputs.softcap is None and sinks is None:
+            attended = _attend_block(inputs, values, block)
         else:
-            num_block_rows = block.rows.stop - block.rows.start
-            block_sinks = _pack_sinks(sinks, num_block_rows, num_kv_heads)
-            weights = _probabilities(packed, keys[:, block.keys], block.mask, scaling, softcap, block_sinks)
-            attended = torch.matmul(weights.to(values.dtype), values[:, block.keys])
-        output[block.rows] = attended.reshape(num_heads, -1, values.shape[-1]).transpose(0, 1)
+            attended = weighted(block_weights(inputs, block, sinks), values, block)
+        output[block.rows] = unpacked(attended, inputs.heads)
     return output
 
 
-def _attend_block(
-    packed: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, block: RowBlock, scaling: float
-) -> torch.Tensor:
-    """Attend from `packed [Hkv, G * rows, D]` to the block's keys; returns `[Hkv, G * rows, Dv]`."""
-    query, mask = packed[None], block.mask.to(packed.dtype)
+def _attend_block(inputs: LogitInputs, values: torch.Tensor, block: RowBlock) -> torch.Tensor:
+    """Attend from the block's rows to its keys; returns `[Hkv, G * rows, Dv]`."""
+    keys, scaling = inputs.keys, inputs.scaling
+    query = packed(inputs, block)[None]
+    mask = block.mask.to(query.dtype)
     plain_keys, plain_values = keys[None, :, block.plain], values[None, :, block.plain]
     masked_keys, masked_values = keys[None, :, block.masked], values[None, :, block.masked]
     if plain_keys.shape[2] == 0:
@@ -166,57 +73,12 @@ def _attend_block(
     return joined[0]
 
 
-def attend_and_score(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    blocks: RowBlocks,
-    *,
-    mass: torch.Tensor,
-    context: torch.Tensor,
-    scoring_rows: torch.Tensor,
-    context_softmax: bool,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+def log_sum_exp(
+    inputs: LogitInputs, context: torch.Tensor | None = None, sinks: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention as `selected_rows_attention`, adding up the attention mass that each context key receives.
-
-    Args:
-        query: `[H, m, D]`.
-        keys: `[Hkv, n, D]`.
-        values: `[Hkv, n, Dv]`.
-        blocks: The rows' positions, window and hidden keys.
-        mass: `[Hkv, n]`, fp32: added to, so that layers may share it: the weights that a key/value head's queries of
-            the scoring rows give each context key, summed; other keys' stay as they are.
-        context: `[n]`, bool: the keys to score.
-        scoring_rows: `[m]`, bool: the rows that ask.
-        context_softmax: Whether each row's weights are normalised over the visible context keys only, or are the
-            attention really paid (over everything the row sees, sinks included).
-        scaling: Factor on the logits.
-        softcap: Logit soft-capping, or `None`.
-        sinks: `[H]` sink logits, or `None`.
-
-    Returns:
-        `[m, H, Dv]` in the dtype of `query`.
-    """
-    num_heads, num_rows, _ = query.shape
-    num_kv_heads = keys.shape[0]
-    output = query.new_empty(num_rows, num_heads, values.shape[-1])
-    context_columns = context.float()
-    for block in blocks:
-        rows, span = block.rows, block.keys
-        packed = _pack(query, rows, num_kv_heads)
-        block_sinks = _pack_sinks(sinks, rows.stop - rows.start, num_kv_heads)
-        weights = _probabilities(packed, keys[:, span], block.mask, scaling, softcap, block_sinks)
-        attended = torch.matmul(weights.to(values.dtype), values[:, span])
-        output[rows] = attended.reshape(num_heads, -1, values.shape[-1]).transpose(0, 1)
-
-        # Softmax over the context alone = the full row's weights divided by their context part. A row that sees no
-        # context (a sliding window past it) has no say: its part is 0 and stays 0.
-        weight_of_row = scoring_rows[rows].float().repeat(num_heads).reshape(num_kv_heads, 1, -1)
-        if context_softmax:
-            context_part = torch.matmul(weights, context_columns[span]).unsqueeze(1)
-            weight_of_row = weight_of_row / context_part.clamp_min(torch.finfo(torch.float32).tiny)
-        mass[:, span].addcmul_(torch.matmul(weight_of_row, weights)[:, 0], context_columns[span])
-    return output
+    """Block by block; returns `[H, m]` in fp32."""
+    lse = inputs.query.new_empty(inputs.query.shape[:2], dtype=torch.float32)
+    for block in inputs.blocks:
+        of_block = torch.logsumexp(exact_logits(inputs, block, context), dim=-1)
+        lse[:, block.rows] = of_block.reshape(inputs.heads, -1)
+    return lse if sinks is None else torch.logaddexp(lse, sinks.float()[:, None])

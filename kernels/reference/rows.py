@@ -1,4 +1,4 @@
-"""PyTorch implementations of what moves rows: chunk caches into a cache, fresh rows into a cache."""
+"""PyTorch: what moves rows, rotating them on the way: chunk caches into a cache, fresh rows into a cache."""
 
 from __future__ import annotations
 
@@ -6,8 +6,40 @@ from collections.abc import Sequence
 
 import torch
 
-from prophetkv_rag.kernels.reference import rotate
+from prophetkv_rag.kernels.arguments import Angles, States
 from prophetkv_rag.kernels.row_source import RowSource
+
+
+def rotate(states: torch.Tensor, angles: Angles, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Turn `[..., n, D]` in fp32, the two channels of every pair at once."""
+    cos, sin, interleaved = angles
+    half = cos.shape[-1]
+    rotated = torch.empty_like(states) if out is None else out
+    if interleaved:
+        one, other = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    else:
+        one, other = slice(half), slice(half, 2 * half)
+    first, second = states[..., one].float(), states[..., other].float()
+    rotated[..., one].copy_(torch.addcmul(first * cos, second, sin, value=-1))
+    rotated[..., other].copy_(torch.addcmul(second * cos, first, sin))
+    if states.shape[-1] > 2 * half:
+        rotated[..., 2 * half :] = states[..., 2 * half :]
+    return rotated
+
+
+def rope_gather(out: States, sources: Sequence[RowSource], starts: Sequence[int], angles: Angles | None) -> None:
+    """One chunk after the other."""
+    first = 0
+    for source, start in zip(sources, starts, strict=True):
+        source.check()
+        last, rows = first + source.num_tokens, slice(start, start + source.num_tokens)
+        keys = _dequantised(source.keys, source.key_scale, source.key_low)
+        if angles is None:
+            out.key[:, rows] = keys
+        else:
+            rotate(keys, angles.of_rows(first, last), out.key[:, rows])
+        out.value[:, rows] = _dequantised(source.values, source.value_scale, source.value_low)
+        first = last
 
 
 def _dequantised(rows: torch.Tensor, scale: torch.Tensor | None, low: torch.Tensor | None) -> torch.Tensor:
@@ -19,71 +51,12 @@ def _dequantised(rows: torch.Tensor, scale: torch.Tensor | None, low: torch.Tens
     return numbers if low is None else numbers.add_(low)
 
 
-def rope_gather(
-    key_out: torch.Tensor,
-    value_out: torch.Tensor,
-    sources: Sequence[RowSource],
-    starts: Sequence[int],
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    *,
-    interleaved: bool = False,
-) -> None:
-    """Put chunks' caches into one cache: dequantise, rotate keys, copy values.
-
-    Args:
-        key_out: `[Hkv, n, D]`; rows outside the chunks are left as they are.
-        value_out: `[Hkv, n, Dv]`.
-        sources: The chunks, on the cache's device.
-        starts: Row of the cache for each chunk's first token.
-        cos: `[tokens of all chunks, r]` with 2r <= D, fp32, in the chunks' order; `None` to not rotate.
-        sin: Alike.
-        interleaved: As in `rotate`.
-    """
-    first = 0
-    for source, start in zip(sources, starts, strict=True):
-        source.check()
-        last, rows = first + source.num_tokens, slice(start, start + source.num_tokens)
-        keys = _dequantised(source.keys, source.key_scale, source.key_low)
-        if cos is None or sin is None:
-            key_out[:, rows] = keys
-        else:
-            rotate(keys, cos[first:last], sin[first:last], interleaved=interleaved, out=key_out[:, rows])
-        value_out[:, rows] = _dequantised(source.values, source.value_scale, source.value_low)
-        first = last
-
-
-def rope_scatter(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rows: torch.Tensor,
-    key_out: torch.Tensor,
-    value_out: torch.Tensor,
-    *,
-    query: torch.Tensor | None = None,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    interleaved: bool = False,
-) -> torch.Tensor | None:
-    """Write fresh rows into the cache, rotating queries and keys if they are not rotated yet.
-
-    Args:
-        key: `[b, Hkv, m, D]`.
-        value: `[b, Hkv, m, Dv]`.
-        rows: `[m]`, int64, all different: where each goes.
-        key_out: `[b, Hkv, n, D]`; other rows are left as they are.
-        value_out: `[b, Hkv, n, Dv]`.
-        query: `[b, H, m, D]`, to be rotated too, or `None`.
-        cos: `[m, r]`, fp32; `None` if queries and keys are rotated already.
-        sin: Alike.
-        interleaved: As in `rotate`.
-
-    Returns:
-        The rotated queries, or `None` if none were given.
-    """
-    if cos is not None and sin is not None:
-        key = rotate(key, cos, sin, interleaved=interleaved)
-        query = None if query is None else rotate(query, cos, sin, interleaved=interleaved)
-    key_out.index_copy_(2, rows, key)
-    value_out.index_copy_(2, rows, value)
+def rope_scatter(fresh: States, rows: torch.Tensor, out: States, angles: Angles | None) -> torch.Tensor | None:
+    """Rotate, then copy; returns the queries."""
+    key, query = fresh.key, fresh.query
+    if angles is not None:
+        key = rotate(key, angles)
+        query = None if query is None else rotate(query, angles)
+    out.key.index_copy_(2, rows, key)
+    out.value.index_copy_(2, rows, fresh.value)
     return query

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from prophetkv_rag.kernels import query_scores, rope_gather, rope_scatter, sparse_attention, tiles
+from prophetkv_rag.kernels.triton import attention, gather, scatter, scores, tiles
 
 HERE = Path(__file__).parent
 LIMITS = json.loads((HERE / "compiled_limits.json").read_text("utf-8"))
@@ -82,11 +82,10 @@ def test_shipped_configurations_compile_well(target):
 def test_no_length_of_a_prompt_is_compiled_in():
     """Else every new length, or every second, would wait for the compiler inside its query."""
     kernels = (
-        sparse_attention.sparse_attention_kernel,
-        query_scores.query_scores_kernel,
-        query_scores.log_sum_exp_kernel,
-        rope_gather.rope_gather_kernel,
-        rope_scatter.rope_scatter_kernel,
+        attention.attention_kernel,
+        scores.scores_kernel,
+        gather.gather_kernel,
+        scatter.scatter_kernel,
     )
     # What is left: the model's own shape, the tile, and a multiple of the tile.
     allowed = {"scaling", "softcap", "keys_per_split"}
