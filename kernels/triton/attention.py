@@ -127,14 +127,16 @@ def attention_kernel(
     peak = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_ROWS,), tl.float32)
     keys, values = key_ptr + kv_head * key_stride_head, value_ptr + kv_head * value_stride_head
-    # Keys that every row sees, then the others; hidden ones may be anywhere, and a window may end anywhere.
+    # Keys that every row sees, then the others; hidden ones may be anywhere, and a window may end anywhere. Without
+    # values the second loop spilled registers, and a context, which is what log-sum-exps are over, hides keys anyway.
+    HAS_PLAIN: tl.constexpr = VALUE_DIM > 0 and (not HAS_WINDOW and not HAS_HIDDEN)
     plain_stop = start
-    if not HAS_WINDOW and not HAS_HIDDEN:
+    if HAS_PLAIN:
         plain_stop = tl.maximum(
             start, tl.minimum((lowest + 1) // BLOCK_KEYS * BLOCK_KEYS, stop // BLOCK_KEYS * BLOCK_KEYS)
         )
     for IS_MASKED in tl.static_range(2):
-        if IS_MASKED or (not HAS_WINDOW and not HAS_HIDDEN):
+        if IS_MASKED or HAS_PLAIN:
             total, peak, mass = _attend_keys(
                 total, peak, mass, query, position, keys, values, hidden_ptr, key_stride_row, value_stride_row,
                 plain_stop if IS_MASKED else start, stop if IS_MASKED else plain_stop, scaling, softcap, window,

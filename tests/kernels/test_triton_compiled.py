@@ -37,6 +37,7 @@ def jobs(target: str) -> list[tuple[str, str, dict[str, object]]]:
         ("log_sum_exp", {**SMALL, "window": True}),
         ("attention", {**SMALL, "window": True, "lse": True}),
         ("log_sum_exp", {**PLAIN, "hidden": True}),
+        ("log_sum_exp", {"dtype": "fp32", "dim": 128, "groups": 4}),  # as a second loop, without a mask, it spilled
         ("attention", {"dtype": "fp32", "dim": 256, "groups": 4, "hidden": True, "lse": True}),
         (
             "gather",
@@ -52,6 +53,7 @@ def jobs(target: str) -> list[tuple[str, str, dict[str, object]]]:
             base = {"dtype": "bf16" if size == 2 else "fp32", "dim": dim, "groups": 4}
             chosen += [("attention", {**base, **flags}) for flags in (*ATTENTION_FLAGS, EVERYTHING)]
             chosen += [(kind, {**base, "hidden": True}) for kind in ("scores", "log_sum_exp")]
+            chosen.append(("log_sum_exp", base))
         for dim, half in ((64, 32), (80, 16), (96, 48), (256, 128)):
             for source in ("bf16", "fp16", "fp32", "int8", "uint8"):
                 chosen.append(
