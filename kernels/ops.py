@@ -1,29 +1,28 @@
-"""The tensor operations of the reuse path, and the one place where an implementation is picked.
+"""The tensor operations of the reuse path: what each takes and gives.
 
-Every operation has a PyTorch implementation (`reference.py`, `reference_rows.py`, `reference_scores.py`), which is also
-the CPU path, and a Triton kernel of the same signature, which runs whenever the tensors are on a CUDA or ROCm device.
-`PROPHETKV_KERNELS=reference` (or `triton`, or `auto`) and `force` override that, for debugging.
+Every operation has a PyTorch implementation (`reference/`), which is also the CPU path, and a Triton kernel
+(`triton/`), which runs whenever the tensors are on a CUDA or ROCm device. Both have the operation's name and take the
+same arguments, tied up as in `arguments.py`; `switch.py` picks. `PROPHETKV_KERNELS=reference` (or `triton`, or `auto`)
+and `force` override that, for debugging.
+
+Shapes: H query heads, Hkv key/value heads, m computed rows, n keys, D head dim (Dv of values).
 """
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
-from importlib.metadata import version
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from prophetkv_rag.kernels import reference, reference_rows, reference_scores
+from prophetkv_rag.kernels import reference, switch
+from prophetkv_rag.kernels.arguments import Angles, LogitInputs, Scoring, States
 from prophetkv_rag.kernels.row_blocks import RowBlocks
 from prophetkv_rag.kernels.row_source import RowSource
+from prophetkv_rag.kernels.switch import CHOICES, VARIABLE, force, in_use
 
 __all__ = [
     "CHOICES",
+    "VARIABLE",
     "RowBlocks",
     "RowSource",
     "add_query_scores",
@@ -37,102 +36,27 @@ __all__ = [
     "selected_rows_attention",
 ]
 
-logger = logging.getLogger(__name__)
-
-CHOICES = ("auto", "triton", "reference")
-VARIABLE = "PROPHETKV_KERNELS"
-
-_forced: str | None = None
-
-
-def _checked(choice: str, source: str) -> str:
-    if choice not in CHOICES:
-        msg = f"{source} is {choice!r}; allowed: {', '.join(CHOICES)}"
-        raise ValueError(msg)
-    return choice
-
-
-def _choice() -> str:
-    return _forced or _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
-
-
-@contextmanager
-def force(choice: str) -> Iterator[None]:
-    """Use one implementation inside the block, in all threads: `"triton"`, `"reference"`, or `"auto"`.
-
-    `"triton"` makes tensors on a CPU take the kernels too, which works in Triton's interpreter only.
-
-    Raises:
-        ValueError: For any other choice.
-    """
-    global _forced
-    previous, _forced = _forced, _checked(choice, "the implementation")
-    try:
-        yield
-    finally:
-        _forced = previous
-
-
-@cache
-def _triton_ops() -> Any:
-    """Return the module of Triton kernels, or `None`, said once, where Triton is missing."""
-    if importlib.util.find_spec("triton") is None:
-        logger.warning("triton is not installed: GPU tensors take the PyTorch code, which is slower")
-        return None
-    from prophetkv_rag.kernels import triton_ops
-
-    return triton_ops
-
-
-@cache
-def _say_once(reason: str) -> None:
-    logger.warning("the Triton kernels are not used: %s", reason)
-
-
-def _triton_for(*tensors: torch.Tensor) -> Any:
-    """Return the module of Triton kernels if these tensors take them, else `None`."""
-    choice = _choice()
-    if choice == "reference" or (choice == "auto" and not tensors[0].is_cuda):
-        return None
-    kernels = _triton_ops()
-    if kernels is None:
-        return None
-    reason = kernels.why_not(tensors)
-    if reason is not None:
-        _say_once(reason)
-        return None
-    return kernels
-
-
-def in_use(device: torch.device | str) -> str:
-    """Name the implementation that tensors on `device` take, for reports: `"triton 3.7.1"` or `"pytorch"`.
-
-    Raises:
-        ValueError: If the environment variable is none of `CHOICES`.
-    """
-    choice = _choice()
-    is_gpu = torch.device(device).type == "cuda"
-    if choice == "reference" or (choice == "auto" and not is_gpu) or _triton_ops() is None:
-        return "pytorch"
-    return f"triton {version('triton')}"
-
-
-def _run(name: str, instead: Any, tensors: Sequence[torch.Tensor], *arguments: Any, **options: Any) -> Any:
-    """Call the Triton launcher `name`, or the function of that name in `instead`."""
-    kernels = _triton_for(*tensors)
-    if kernels is None:
-        return getattr(instead, name)(*arguments, **options)
-    # Triton launches on the current device, wherever the tensors are.
-    with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
-        return getattr(kernels, name)(*arguments, **options)
-
 
 def rotate(
     states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """See `reference.rotate`."""
-    rotated: torch.Tensor = _run("rotate", reference, (states,), states, cos, sin, interleaved=interleaved, out=out)
-    return rotated
+    """Apply a rotary embedding to un-rotated states.
+
+    Args:
+        states: `[..., n, D]`; fp16, bf16 or fp32.
+        cos: `[n, r]` with 2r <= D, fp32; channels beyond 2r pass through.
+        sin: `[n, r]`, fp32.
+        interleaved: Pairs are (2i, 2i + 1) rather than (i, i + r).
+        out: Where to write, of the shape of `states` and any dtype; not `states` itself.
+
+    Returns:
+        `out`, or a new tensor of the shape and dtype of `states`; the rotation is done in fp32.
+    """
+    return switch.run(reference.rotate, (states,), states, Angles(cos, sin, interleaved), out)
+
+
+def _angles(cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool) -> Angles | None:
+    return None if cos is None or sin is None else Angles(cos, sin, interleaved)
 
 
 def rope_gather(
@@ -145,15 +69,26 @@ def rope_gather(
     *,
     interleaved: bool = False,
 ) -> None:
-    """See `reference_rows.rope_gather`."""
-    arguments = (key_out, value_out, sources, starts, cos, sin)
+    """Put chunks' caches into one cache: dequantise, rotate keys, copy values.
+
+    Args:
+        key_out: `[Hkv, n, D]`; rows outside the chunks are left as they are.
+        value_out: `[Hkv, n, Dv]`.
+        sources: The chunks, on the cache's device.
+        starts: Row of the cache for each chunk's first token.
+        cos: `[tokens of all chunks, r]` with 2r <= D, fp32, in the chunks' order; `None` to not rotate.
+        sin: Alike.
+        interleaved: As in `rotate`.
+    """
+    caches, angles = (key_out, value_out), _angles(cos, sin, interleaved)
+    arguments = (States(*caches), sources, starts, angles)
     unknown = next((source.unknown_dtype for source in sources if source.unknown_dtype is not None), None)
-    if unknown is not None:
-        if _triton_for(key_out, value_out) is not None:
-            _say_once(f"chunks are stored as {unknown}")
-        reference_rows.rope_gather(*arguments, interleaved=interleaved)
+    if unknown is None:
+        switch.run(reference.rope_gather, caches, *arguments)
         return
-    _run("rope_gather", reference_rows, (key_out, value_out), *arguments, interleaved=interleaved)
+    if switch.kernels_for(caches) is not None:
+        switch.say_once(f"chunks are stored as {unknown}")
+    reference.rope_gather(*arguments)
 
 
 def rope_scatter(
@@ -162,37 +97,129 @@ def rope_scatter(
     rows: torch.Tensor,
     key_out: torch.Tensor,
     value_out: torch.Tensor,
-    **options: Any,
+    *,
+    query: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    interleaved: bool = False,
 ) -> torch.Tensor | None:
-    """See `reference_rows.rope_scatter`."""
-    tensors = (key, value, key_out, value_out)
-    arguments = (key, value, rows, key_out, value_out)
-    query: torch.Tensor | None = _run("rope_scatter", reference_rows, tensors, *arguments, **options)
-    return query
+    """Write fresh rows into the cache, rotating queries and keys if they are not rotated yet.
+
+    Args:
+        key: `[b, Hkv, m, D]`.
+        value: `[b, Hkv, m, Dv]`.
+        rows: `[m]`, int64, all different: where each goes.
+        key_out: `[b, Hkv, n, D]`; other rows are left as they are.
+        value_out: `[b, Hkv, n, Dv]`.
+        query: `[b, H, m, D]`, to be rotated too, or `None`.
+        cos: `[m, r]`, fp32; `None` if queries and keys are rotated already.
+        sin: Alike.
+        interleaved: As in `rotate`.
+
+    Returns:
+        The rotated queries, or `None` if none were given.
+    """
+    tensors, angles = (key, value, key_out, value_out), _angles(cos, sin, interleaved)
+    fresh, out = States(key, value, query), States(key_out, value_out)
+    return switch.run(reference.rope_scatter, tensors, fresh, rows, out, angles)
 
 
 def selected_rows_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: RowBlocks, **options: Any
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    blocks: RowBlocks,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `reference.selected_rows_attention`."""
-    tensors = (query, keys, values)
-    output: torch.Tensor = _run("selected_rows_attention", reference, tensors, *tensors, blocks, **options)
-    return output
+    """Attention of scattered rows over the full cache, causal by position.
+
+    Args:
+        query: `[H, m, D]`, rotated, in the order of `blocks.rows`.
+        keys: `[Hkv, n, D]`, rotated; key i stands at position i.
+        values: `[Hkv, n, Dv]`.
+        blocks: The rows' positions, window and hidden keys.
+        scaling: Factor on the logits.
+        softcap: Gemma 2's logit soft-capping, or `None`.
+        sinks: `[H]`, gpt-oss's learned sink logits, or `None`.
+        lse: `[H, m]`, fp32: filled with the natural log-sum-exp of what each row sees, sinks included; or `None`.
+
+    Returns:
+        `[m, H, Dv]` in the dtype of `query`.
+    """
+    inputs = LogitInputs(query, keys, blocks, scaling, softcap)
+    return switch.run(reference.selected_rows_attention, (query, keys, values), inputs, values, sinks, lse)
 
 
 def attend_and_score(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: RowBlocks, **options: Any
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    blocks: RowBlocks,
+    *,
+    mass: torch.Tensor,
+    context: torch.Tensor,
+    scoring_rows: torch.Tensor,
+    context_softmax: bool,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `reference.attend_and_score`."""
-    tensors = (query, keys, values)
-    output: torch.Tensor = _run("attend_and_score", reference, tensors, *tensors, blocks, **options)
-    return output
+    """Attention as `selected_rows_attention`, adding up the attention mass that each context key receives.
+
+    Args:
+        query: As there, like all that is not named here.
+        keys: Alike.
+        values: Alike.
+        blocks: Alike.
+        mass: `[Hkv, n]`, fp32: added to, so that layers may share it: the weights that a key/value head's queries of
+            the scoring rows give each context key, summed; other keys' stay as they are.
+        context: `[n]`, bool: the keys to score.
+        scoring_rows: `[m]`, bool: the rows that ask.
+        context_softmax: Whether each row's weights are normalised over the visible context keys only, or are the
+            attention really paid (over everything the row sees, sinks included).
+        scaling: As there.
+        softcap: Alike.
+        sinks: Alike.
+
+    Returns:
+        `[m, H, Dv]` in the dtype of `query`.
+    """
+    inputs = LogitInputs(query, keys, blocks, scaling, softcap)
+    scoring = Scoring(mass, context, scoring_rows, context_softmax)
+    return switch.run(reference.attend_and_score, (query, keys, values), inputs, values, sinks, scoring)
 
 
-def log_sum_exp(query: torch.Tensor, keys: torch.Tensor, blocks: RowBlocks, **options: Any) -> torch.Tensor:
-    """See `reference_scores.log_sum_exp`."""
-    lse: torch.Tensor = _run("log_sum_exp", reference_scores, (query, keys), query, keys, blocks, **options)
-    return lse
+def log_sum_exp(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    blocks: RowBlocks,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    context: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Natural logarithm of the softmax's denominator, per head and row.
+
+    Args:
+        query: `[H, m, D]`.
+        keys: `[Hkv, n, D]`.
+        blocks: The rows' positions, window and hidden keys.
+        scaling: Factor on the logits.
+        softcap: Logit soft-capping, or `None`.
+        context: `[n]`, bool: keys that count; `None` for all.
+        sinks: `[H]` sink logits, or `None`.
+
+    Returns:
+        `[H, m]`, fp32; -inf for a row that sees no key that counts.
+    """
+    return switch.run(
+        reference.log_sum_exp, (query, keys), LogitInputs(query, keys, blocks, scaling, softcap), context, sinks
+    )
 
 
 def add_query_scores(
@@ -201,7 +228,22 @@ def add_query_scores(
     keys: torch.Tensor,
     lse: torch.Tensor,
     blocks: RowBlocks,
-    **options: Any,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    context: torch.Tensor | None = None,
 ) -> None:
-    """See `reference_scores.add_query_scores`."""
-    _run("add_query_scores", reference_scores, (query, keys), mass, query, keys, lse, blocks, **options)
+    """Add `exp(logit - lse)`, summed over rows and a group's heads, to each key's mass.
+
+    Args:
+        mass: `[Hkv, n]`, fp32; added to, so that layers may share it.
+        query: `[H, m, D]`.
+        keys: `[Hkv, n, D]`.
+        lse: `[H, m]`, fp32; inf for a row that does not ask.
+        blocks: The rows' positions, window and hidden keys.
+        scaling: Factor on the logits.
+        softcap: Logit soft-capping, or `None`.
+        context: `[n]`, bool: keys to score; `None` for all.
+    """
+    inputs = LogitInputs(query, keys, blocks, scaling, softcap)
+    switch.run(reference.add_query_scores, (query, keys), inputs, mass, lse, context)

@@ -21,7 +21,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from prophetkv_rag.kernels import query_scores, rope_gather, rope_scatter, sparse_attention, tiles
+from prophetkv_rag.kernels.triton import tiles
+from prophetkv_rag.kernels.triton.attention import attention_kernel
+from prophetkv_rag.kernels.triton.gather import gather_kernel
+from prophetkv_rag.kernels.triton.scatter import scatter_kernel
+from prophetkv_rag.kernels.triton.scores import scores_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,15 +65,18 @@ def attention_constants(dim: int, groups: int, tile: tiles.Tile, **flags: bool) 
     }  # fmt: skip
 
 
-def attention(target: str, dtype: str, dim: int, groups: int, tile: Any = None, **flags: bool) -> Any:
-    tile = tiles.Tile(*tile) if tile else tiles.ATTENTION[target, SIZES[dtype], max(64, tiles.padded(dim))]
+def attention(
+    target: str, dtype: str, dim: int, groups: int, tile: Any = None, table: Any = tiles.ATTENTION, **flags: bool
+) -> Any:
+    tile = tiles.Tile(*tile) if tile else table[target, SIZES[dtype], max(64, tiles.padded(dim))]
+    value_dim = dim if table is tiles.ATTENTION else 0
     constants = attention_constants(dim, groups, tile, **flags) | {
         "HAS_SINKS": flags.get("sinks", False), "HAS_LSE": flags.get("lse", False),
-        "VALUE_DIM": dim, "BLOCK_VALUE": tiles.padded_head(dim),
+        "VALUE_DIM": value_dim, "BLOCK_VALUE": tiles.padded_head(value_dim),
     }  # fmt: skip
     pointers = dict.fromkeys(("query_ptr", "key_ptr", "value_ptr", "out_ptr", "sinks_ptr"), dtype)
     pointers |= {"rows_ptr": "i64", "hidden_ptr": "u8", "lse_ptr": "fp32"}
-    return build(sparse_attention.sparse_attention_kernel, target, pointers, constants, tile)
+    return build(attention_kernel, target, pointers, constants, tile)
 
 
 def scores(target: str, dtype: str, dim: int, groups: int, tile: Any = None, **flags: bool) -> Any:
@@ -77,14 +84,12 @@ def scores(target: str, dtype: str, dim: int, groups: int, tile: Any = None, **f
     pointers = {"query_ptr": dtype, "key_ptr": dtype, "rows_ptr": "i64", "lse_ptr": "fp32", "hidden_ptr": "u8"}
     pointers |= {"bounds_ptr": "i64", "mass_ptr": "fp32"}
     constants = attention_constants(dim, groups, tile, **flags)
-    return build(query_scores.query_scores_kernel, target, pointers, constants, tile)
+    return build(scores_kernel, target, pointers, constants, tile)
 
 
 def log_sum_exp(target: str, dtype: str, dim: int, groups: int, tile: Any = None, **flags: bool) -> Any:
-    tile = tiles.Tile(*tile) if tile else tiles.LOG_SUM_EXP[target, SIZES[dtype], max(64, tiles.padded(dim))]
-    pointers = {"query_ptr": dtype, "key_ptr": dtype, "rows_ptr": "i64", "lse_ptr": "fp32", "hidden_ptr": "u8"}
-    constants = attention_constants(dim, groups, tile, **flags)
-    return build(query_scores.log_sum_exp_kernel, target, pointers, constants, tile)
+    """The kernel of attention without values."""
+    return attention(target, dtype, dim, groups, tile, tiles.LOG_SUM_EXP, lse=True, **flags)
 
 
 def rows(dim: int) -> tiles.Tile:
@@ -108,13 +113,13 @@ def gather(
         "KEY_SCALE_TYPE": DTYPES[scale_type], "VALUE_SCALE_TYPE": DTYPES[scale_type],
         "HAS_KEY_LOW": low, "HAS_VALUE_LOW": low, "IS_ALIGNED": True,
         "IS_KEY_FP8": source == "uint8" and not low, "IS_VALUE_FP8": source == "uint8" and not low,
-        "KEY_DIM": dim, "VALUE_DIM": dim, "HALF": half, "BLOCK_HALF": tiles.padded(half),
+        "DIM": dim, "VALUE_DIM": dim, "HALF": half, "BLOCK_HALF": tiles.padded(half),
         "BLOCK_REST": tiles.padded(dim - 2 * half), "BLOCK_VALUE": tiles.padded(dim), "INTERLEAVED": interleaved,
         "TILE": tiles.ROW_TILE,
     }  # fmt: skip
     pointers = {"source_ptr": "i64", "tile_ptr": "i64", "key_ptr": dtype, "value_ptr": dtype}
     pointers |= {"cos_ptr": "fp32", "sin_ptr": "fp32"}
-    return build(rope_gather.rope_gather_kernel, target, pointers, constants, rows(dim))
+    return build(gather_kernel, target, pointers, constants, rows(dim))
 
 
 def scatter(target: str, dtype: str, dim: int, half: int, heads: int = 32, kv_heads: int = 8) -> Any:
@@ -123,7 +128,7 @@ def scatter(target: str, dtype: str, dim: int, half: int, heads: int = 32, kv_he
         "BLOCK_HALF": tiles.padded(half), "BLOCK_REST": tiles.padded(dim - 2 * half),
         "BLOCK_VALUE": tiles.padded(dim), "INTERLEAVED": False, "TILE": tiles.ROW_TILE,
     }  # fmt: skip
-    fn = rope_scatter.rope_scatter_kernel
+    fn = scatter_kernel
     pointers = {name: dtype for name in fn.arg_names if name.endswith("_ptr")}
     pointers |= {"rows_ptr": "i64", "cos_ptr": "fp32", "sin_ptr": "fp32"}
     return build(fn, target, pointers, constants, rows(dim))

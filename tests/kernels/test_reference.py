@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from prophetkv_rag.kernels import ops, reference, row_blocks
+from prophetkv_rag.kernels import ops, row_blocks
+from prophetkv_rag.kernels.reference import attention
 
 SHAPES = [  # heads, kv heads, rows, keys, head dim
     (4, 4, 1, 1, 8),
@@ -99,7 +100,7 @@ def test_plain_and_masked_keys_are_joined(monkeypatch, joined):
     monkeypatch.setattr(row_blocks, "MIN_PLAIN_KEYS", 8)
     monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 32)
     if not joined:
-        monkeypatch.setattr(reference, "_flash_cpu", lambda: None)
+        monkeypatch.setattr(attention, "_flash_cpu", lambda: None)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2)):
         query, key, value, positions = (
             tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in make((4, 2, 70, 200, 16))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prophetkv_rag.kernels import ops
+from prophetkv_rag.kernels import ops, switch
 from tests.kernels.oracle import SCORE_TOLERANCE, TOLERANCE, Case, error
 from tests.kernels.triton_cases import ATTENTION, DEVICE, GATHER, SCATTER, SCORES, case_of, check_gather, check_scatter
 
@@ -65,7 +65,7 @@ def test_layers_add_up_in_place():
 
 def test_an_unknown_stored_dtype_is_gathered_by_pytorch(monkeypatch):
     said = []
-    monkeypatch.setattr(ops, "_say_once", said.append)
+    monkeypatch.setattr(switch, "say_once", said.append)
     keys = torch.ones(1, 2, 16, dtype=torch.float64)
     out = torch.zeros(2, 1, 4, 16)
     ops.rope_gather(out[0], out[1], [ops.RowSource(keys, keys)], [1], None, None)

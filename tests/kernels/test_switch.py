@@ -11,7 +11,7 @@ import torch
 from prophetkv_rag import InputError, ProphetKVEngine
 from prophetkv_rag.cli.app import main
 from prophetkv_rag.evaluation.speed import kernel_bench
-from prophetkv_rag.kernels import ops, reference, reference_rows, reference_scores
+from prophetkv_rag.kernels import ops, reference, switch
 from tests.tiny import tiny_llama
 
 
@@ -19,7 +19,7 @@ def test_tensors_on_a_cpu_take_pytorch(monkeypatch):
     def refuse():
         raise AssertionError("Triton was asked for")
 
-    monkeypatch.setattr(ops, "_triton_ops", refuse)
+    monkeypatch.setattr(switch, "triton_kernels", refuse)
     assert ops.in_use("cpu") == "pytorch"
     states, table = torch.ones(1, 2, 8), torch.ones(2, 4)
     assert ops.rotate(states, table, table, interleaved=False).shape == states.shape
@@ -35,13 +35,13 @@ def test_tensors_on_a_gpu_take_triton():
 
 def test_both_implementations_take_the_same_arguments():
     """Of every operation; `tile` and `splits`, which override what a device suggests, come on top."""
-    triton_ops = pytest.importorskip("prophetkv_rag.kernels.triton_ops")
-    names = [name for name in triton_ops.__all__ if name != "why_not"]
-    assert set(names) == set(ops.__all__) - {"CHOICES", "RowBlocks", "RowSource", "force", "in_use"}
+    triton = pytest.importorskip("prophetkv_rag.kernels.triton")
+    names = reference.__all__
+    assert set(names) == set(triton.__all__) - {"why_not"}
+    assert set(names) == set(ops.__all__) - {"CHOICES", "VARIABLE", "RowBlocks", "RowSource", "force", "in_use"}
     for name in names:
-        module = next(m for m in (reference_rows, reference_scores, reference) if hasattr(m, name))
-        expected = inspect.signature(getattr(module, name)).parameters
-        found = dict(inspect.signature(getattr(triton_ops, name)).parameters)
+        expected = inspect.signature(getattr(reference, name)).parameters
+        found = dict(inspect.signature(getattr(triton, name)).parameters)
         for own in ("tile", "splits"):
             found.pop(own, None)
         assert {n: (p.kind, p.default) for n, p in found.items()} == {
@@ -50,13 +50,13 @@ def test_both_implementations_take_the_same_arguments():
 
 
 def test_without_triton_a_gpu_takes_pytorch_and_it_is_said(monkeypatch, caplog):
-    ops._triton_ops.cache_clear()
-    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
+    switch.triton_kernels.cache_clear()
+    monkeypatch.setattr(switch.importlib.util, "find_spec", lambda name: None)
     try:
         assert ops.in_use("cuda") == "pytorch"
         assert ops.in_use("cuda") == "pytorch"
     finally:
-        ops._triton_ops.cache_clear()
+        switch.triton_kernels.cache_clear()
     assert [record.message for record in caplog.records] == [
         "triton is not installed: GPU tensors take the PyTorch code, which is slower"
     ]

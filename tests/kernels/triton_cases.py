@@ -12,8 +12,8 @@ import os
 import pytest
 import torch
 
-from prophetkv_rag.kernels import ops
-from prophetkv_rag.kernels.tiles import Tile
+from prophetkv_rag.kernels import ops, switch
+from prophetkv_rag.kernels.triton.tiles import Tile
 from tests.kernels.oracle import NAN, SCORE_TOLERANCE, TOLERANCE, Case, error, rotated
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,7 +40,7 @@ def _only_triton(monkeypatch):
     def refuse(reason):
         raise AssertionError(reason)
 
-    monkeypatch.setattr(ops, "_say_once", refuse)
+    monkeypatch.setattr(switch, "say_once", refuse)
     with ops.force("triton"):
         yield
 
@@ -103,15 +103,14 @@ TILES = [
 @pytest.mark.parametrize("options", [{}, {"window": 60, "sinks": True}, {"hidden": True}], ids=str)
 @pytest.mark.parametrize(("tile", "splits"), TILES, ids=str)
 def test_attention_by_any_tiles_and_splits(tile, splits, options):
-    from prophetkv_rag.kernels.triton_ops import selected_rows_attention
+    from prophetkv_rag.kernels.triton import selected_rows_attention
 
     case = case_of((14, 2, 30, 230, 64, F32, options), seed=1)
     truth, true_lse, _ = case.attention()
     lse = torch.full((case.heads, case.rows), NAN, device=DEVICE)
     found = selected_rows_attention(
-        case.query, case.key, case.value, case.blocks(),
-        **case.settings, sinks=case.sink_logits, lse=lse, tile=tile, splits=splits,
-    )  # fmt: skip
+        case.inputs(), case.value, sinks=case.sink_logits, lse=lse, tile=tile, splits=splits
+    )
     assert error(found, truth) < TOLERANCE[F32]
     assert error(lse, true_lse) < 1e-6
 
@@ -119,22 +118,13 @@ def test_attention_by_any_tiles_and_splits(tile, splits, options):
 @pytest.mark.parametrize("splits", [1, 3])
 def test_a_row_that_sees_nothing_is_zero(splits):
     """All its keys are hidden; the parts of a split softmax then have nothing to be shares of."""
-    from prophetkv_rag.kernels.triton_ops import selected_rows_attention
+    from prophetkv_rag.kernels.triton import selected_rows_attention
 
     case = case_of((8, 2, 5, 400, 64, F32, {"hidden": True}), seed=2)
     case.hidden_keys[: case.positions[1] + 1] = True
     truth, _, _ = case.attention()
     lse = torch.full((case.heads, case.rows), NAN, device=DEVICE)
-    found = selected_rows_attention(
-        case.query,
-        case.key,
-        case.value,
-        case.blocks(),
-        **case.settings,
-        lse=lse,
-        tile=Tile(16, 32, 4, 1),
-        splits=splits,
-    )
+    found = selected_rows_attention(case.inputs(), case.value, lse=lse, tile=Tile(16, 32, 4, 1), splits=splits)
     assert bool((found[:2] == 0).all())
     assert bool(lse[:, :2].isneginf().all())
     assert error(found[2:], truth[2:]) < TOLERANCE[F32]
@@ -142,18 +132,10 @@ def test_a_row_that_sees_nothing_is_zero(splits):
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_log_sum_exps_with_sinks(splits):
-    from prophetkv_rag.kernels.triton_ops import log_sum_exp
+    from prophetkv_rag.kernels.triton import log_sum_exp
 
     case = case_of((8, 2, 19, 133, 64, F32, {"sinks": True, "window": 200}))
-    lse = log_sum_exp(
-        case.query,
-        case.key,
-        case.blocks(),
-        **case.settings,
-        sinks=case.sink_logits,
-        tile=Tile(16, 16, 4, 1),
-        splits=splits,
-    )
+    lse = log_sum_exp(case.inputs(), sinks=case.sink_logits, tile=Tile(16, 16, 4, 1), splits=splits)
     assert error(lse, case.attention()[1]) < 1e-6
 
 
@@ -219,14 +201,14 @@ def top(scores: torch.Tensor, number: int) -> set[int]:
 @pytest.mark.parametrize("splits", [1, 4])
 def test_layers_add_up_in_place(splits):
     """Two layers into one buffer, from the log-sum-exps of the kernel that exists for models that give none."""
-    from prophetkv_rag.kernels.triton_ops import log_sum_exp
+    from prophetkv_rag.kernels.triton import log_sum_exp
 
     cases = [case_of((8, 2, 19, 300, 64, BF16, {}), seed=seed) for seed in (1, 2)]
     mass = torch.zeros(2, 300, device=DEVICE)
     truth = torch.zeros(300, dtype=torch.float64)
     for case in cases:
         _, true_lse, weights = case.attention()
-        lse = log_sum_exp(case.query, case.key, case.blocks(), **case.settings, splits=splits)
+        lse = log_sum_exp(case.inputs(), splits=splits)
         assert error(lse, true_lse) < 1e-6
         ops.add_query_scores(mass, case.query, case.key, lse, case.blocks(), **case.settings)
         truth += weights.sum(dim=(0, 1))
@@ -283,7 +265,7 @@ def test_gather(setting):
     check_gather(setting)
 
 
-def check_gather(setting, *, gather=ops.rope_gather, around=None):
+def check_gather(setting, *, around=None):
     dtype, key_scale, value_scale, dim, half, interleaved, value_dim, out_dtype = setting
     generator = torch.Generator().manual_seed(3)
     heads, lengths, starts, capacity = 2, (33, 1, 70), (5, 40, 50), 130
@@ -312,11 +294,11 @@ def check_gather(setting, *, gather=ops.rope_gather, around=None):
     key_out, value_out = key_out.to(DEVICE), value_out.to(DEVICE)
     tables = (cos, sin) if half else (None, None)
     if around is None:
-        gather(key_out, value_out, sources, starts, *tables, interleaved=interleaved)
+        ops.rope_gather(key_out, value_out, sources, starts, *tables, interleaved=interleaved)
     else:  # the kernel finds the sources by their addresses
         sources = [source.as_plain() for source in sources]
         with around(*(tensor for source in sources for tensor in source if tensor is not None)):
-            gather(key_out, value_out, sources, starts, *tables, interleaved=interleaved)
+            ops.rope_gather(key_out, value_out, sources, starts, *tables, interleaved=interleaved)
     filled = torch.zeros(capacity, dtype=torch.bool)
     for length, start in zip(lengths, starts, strict=True):
         filled[start : start + length] = True
@@ -359,7 +341,7 @@ def test_scatter(setting):
     check_scatter(setting)
 
 
-def check_scatter(setting, *, scatter=ops.rope_scatter):
+def check_scatter(setting):
     heads, kv_heads, num_rows, dim, half, interleaved, dtype, batch = setting
     generator = torch.Generator().manual_seed(4)
 
@@ -373,7 +355,7 @@ def check_scatter(setting, *, scatter=ops.rope_scatter):
     tables = {"cos": angles.cos().float().to(DEVICE), "sin": angles.sin().float().to(DEVICE)} if half else {}
     before = torch.randn(2, batch, kv_heads, num_rows * 2 + 3, dim, generator=generator).to(dtype).to(DEVICE)
     key_out, value_out = before.clone()
-    turned = scatter(key, value, rows, key_out, value_out, query=query, interleaved=interleaved, **tables)
+    turned = ops.rope_scatter(key, value, rows, key_out, value_out, query=query, interleaved=interleaved, **tables)
     untouched = torch.ones(before.shape[3], dtype=torch.bool, device=DEVICE)
     untouched[rows] = False
     for out, old in zip((key_out, value_out), before, strict=True):

@@ -11,7 +11,7 @@ import torch
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.evaluation.speed.kernel_bench import count_lines, measure_kernels
 from prophetkv_rag.evaluation.speed.kernel_works import Shape
-from prophetkv_rag.kernels import ops, triton_ops
+from prophetkv_rag.kernels import ops, switch, triton
 from prophetkv_rag.store.disk.store import DiskStore
 from prophetkv_rag.store.packed_cache import PackedRows
 from tests import families
@@ -45,12 +45,12 @@ def launched(monkeypatch):
         return counted
 
     for name in LAUNCHERS:
-        monkeypatch.setattr(triton_ops, name, counting(name, getattr(triton_ops, name)))
+        monkeypatch.setattr(triton, name, counting(name, getattr(triton, name)))
 
     def refuse(reason):
         raise AssertionError(reason)
 
-    monkeypatch.setattr(ops, "_say_once", refuse)
+    monkeypatch.setattr(switch, "say_once", refuse)
     return counts
 
 

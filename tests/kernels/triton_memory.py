@@ -10,8 +10,9 @@ import pytest
 import torch
 from triton.runtime.errors import InterpreterError
 
-from prophetkv_rag.kernels import ops, query_scores, rope_gather, rope_scatter, row_moves, sparse_attention
-from prophetkv_rag.kernels.tiles import Tile
+from prophetkv_rag.kernels import ops, switch, triton
+from prophetkv_rag.kernels.triton import attention, gather, logits, row_moves, scatter, scores
+from prophetkv_rag.kernels.triton.tiles import Tile
 from tests.kernels.interpreter import MemoryFault, repair, sanitizer
 from tests.kernels.oracle import NAN, SCORE_TOLERANCE, TOLERANCE, Case, error
 from tests.kernels.triton_cases import GATHER, SCATTER, check_gather, check_scatter
@@ -26,9 +27,8 @@ def check_attention(module, splits=1, **options):
     lse = torch.full((case.heads, case.rows), NAN)
     with sanitizer():
         found = module.selected_rows_attention(
-            case.query, case.key, case.value, case.blocks(),
-            **case.settings, sinks=case.sink_logits, lse=lse, tile=TILE, splits=splits,
-        )  # fmt: skip
+            case.inputs(), case.value, sinks=case.sink_logits, lse=lse, tile=TILE, splits=splits
+        )
     truth, true_lse, _ = case.attention()
     assert error(found, truth) < TOLERANCE[case.dtype]
     assert error(lse, true_lse) < 1e-5
@@ -39,17 +39,21 @@ def check_scores(module, **options):
     mass, truth = torch.zeros(2, 133), torch.zeros(133, dtype=torch.float64)
     for case in cases:
         with sanitizer():
-            lse = module.log_sum_exp(case.query, case.key, case.blocks(), **case.settings, tile=TILE, splits=2)
-            module.add_query_scores(mass, case.query, case.key, lse, case.blocks(), **case.settings, tile=TILE)
+            lse = module.log_sum_exp(case.inputs(), tile=TILE, splits=2)
+            module.add_query_scores(case.inputs(), mass, lse, tile=TILE)
         truth += case.attention()[2].sum(dim=(0, 1))
     assert error(mass.sum(0), truth) < SCORE_TOLERANCE
 
 
 def check_rows(gather, scatter):
-    for setting in (GATHER[6], GATHER[10], GATHER[14]):
-        check_gather(setting, gather=gather, around=sanitizer)
-    with sanitizer():
-        check_scatter(SCATTER[2], scatter=scatter)
+    """By way of `ops`, with these modules' launchers in place of the shipped ones."""
+    with pytest.MonkeyPatch.context() as patch, ops.force("triton"):
+        patch.setattr(triton, "rope_gather", gather.rope_gather)
+        patch.setattr(triton, "rope_scatter", scatter.rope_scatter)
+        for setting in (GATHER[6], GATHER[10], GATHER[14]):
+            check_gather(setting, around=sanitizer)
+        with sanitizer():
+            check_scatter(SCATTER[2])
 
 
 @pytest.mark.parametrize(
@@ -64,16 +68,16 @@ def check_rows(gather, scatter):
     ids=str,
 )
 def test_attention_stays_inside(options):
-    check_attention(sparse_attention, **options)
+    check_attention(attention, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 31}, {"hidden": True}], ids=str)
 def test_scores_stay_inside(options):
-    check_scores(query_scores, **options)
+    check_scores(scores, **options)
 
 
 def test_rows_stay_inside():
-    check_rows(rope_gather.rope_gather, rope_scatter.rope_scatter)
+    check_rows(gather, scatter)
 
 
 def mutated(module, old: str, new: str, folder: Path):
@@ -89,35 +93,50 @@ def mutated(module, old: str, new: str, folder: Path):
     return loaded
 
 
-FIRST_ROW = "packed = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)"
+def planted(original, old: str, new: str, folder: Path):
+    """The modules of kernels, those that hold or import the replaced piece loaded anew."""
+    changed = {original: mutated(original, old, new, folder)}
+    for module in (attention, scores, gather, scatter):
+        for source, copy in list(changed.items()):
+            line = f"from {source.__name__} import"
+            if module not in changed and line in Path(module.__file__).read_text("utf-8"):
+                changed[module] = mutated(module, line, f"from {copy.__name__} import", folder)
+    return [changed.get(module, module) for module in (attention, scores, gather, scatter)]
+
+
+FIRST_ROW = "packed_rows(tile * BLOCK_ROWS,"
 BUGS = {
-    "a row does not see itself": ("(key <= position)", "(key < position)"),
-    "too many keys without a mask": ("(lowest + 1) // BLOCK_KEYS", "(lowest + BLOCK_KEYS) // BLOCK_KEYS"),
-    "no rescaling": ("total * rescale[:, None], input", "total, input"),
+    "a row does not see itself": (logits, "(key <= position)", "(key < position)"),
+    "too many keys without a mask": (attention, "(lowest + 1) // BLOCK_KEYS", "(lowest + BLOCK_KEYS) // BLOCK_KEYS"),
+    "no rescaling": (attention, "total * rescale[:, None], input", "total, input"),
     "wrong head": (
+        logits,
         "head = kv_head * GROUPS + packed % GROUPS",
         "head = kv_head + packed % GROUPS * tl.num_programs(1)",
     ),
     "a store without its mask": (
+        attention,
         "mask=valid[:, None] & (value_channel",
         "mask=(valid | True)[:, None] & (value_channel",
     ),
-    "values of the tail not masked": ("value_mask = in_range[:, None]", "value_mask = (in_range | True)[:, None]"),
+    "values of the tail not masked": (
+        attention,
+        "value_offsets, in_range[:, None]",
+        "value_offsets, (in_range | True)[:, None]",
+    ),
     # The numbers come out right: two programs compute the same row. Only the race check sees it.
-    "tiles overlap": (FIRST_ROW, FIRST_ROW.replace("BLOCK_ROWS + tl", "(BLOCK_ROWS - 1) + tl")),
+    "tiles overlap": (attention, FIRST_ROW, FIRST_ROW.replace("BLOCK_ROWS", "(BLOCK_ROWS - 1)")),
 }
 MORE_BUGS = {
-    "layers overwrite each other": (query_scores, "before + total", "total + 0 * before"),
-    "a row tile skips": (query_scores, "* GROUPS\n    total", "* (GROUPS - 1)\n    total"),
-    "log-sum-exp of one part only": (query_scores, "torch.logsumexp(parts, dim=0)", "parts[0]"),
+    "layers overwrite each other": (scores, "before + total", "total + 0 * before"),
+    "a row tile skips": (scores, "* GROUPS\n    total", "* (GROUPS - 1)\n    total"),
+    "log-sum-exp of one part only": (attention, "torch.logsumexp(parts, dim=0)", "parts[0]"),
+    "a scored row does not see itself": BUGS["a row does not see itself"],
+    "scores of the wrong head": BUGS["wrong head"],
     "fp8 loses its sign": (row_moves, "((code & 0x80) << 8) | ", ""),
-    "a scale of another row": (rope_gather, 'src_row if KEY_SCALE == "row"', 'src_row + 1 if KEY_SCALE == "row"'),
-    "lows of another head": (
-        rope_gather,
-        "lows + scale_row,\n            in_tile,\n            KEY_DIM",
-        "lows,\n            in_tile,\n            KEY_DIM",
-    ),
-    "values' lows in place of keys'": (rope_gather, "tl.load(source + 4)", "tl.load(source + 5)"),
+    "a scale of another row": (gather, 'src_row if SCALE == "row"', 'src_row + 1 if SCALE == "row"'),
+    "lows of another head": (gather, "lows + scale_row,", "lows,"),
+    "values' lows in place of keys'": (gather, "tl.load(source + 4 + PART)", "tl.load(source + 5)"),
     "a row's low left out": (
         row_moves,
         "number + tl.load(low_ptr + scale_rows",
@@ -133,18 +152,14 @@ MORE_BUGS = {
         "number = number * tl.load(scale_ptr + channels, mask=in_head, other=0.0).to(tl.float32)[None, :]",
         "number = (number + 1) * tl.load(scale_ptr + channels, mask=in_head, other=0.0).to(tl.float32)[None, :]",
     ),
-    "keys go to their own index": (
-        rope_scatter,
-        "target * key_out_stride_row",
-        "(row + 0 * target) * key_out_stride_row",
-    ),
+    "rows go to their own index": (scatter, "target * dst_stride_row", "(row + 0 * target) * dst_stride_row"),
 }
 CAUGHT = (AssertionError, InterpreterError, MemoryFault)
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bugs_of_attention_are_caught(name, tmp_path):
-    module = mutated(sparse_attention, *BUGS[name], tmp_path)
+    module, *_ = planted(*BUGS[name], tmp_path)
     with pytest.raises(CAUGHT) as caught:
         check_attention(module)
     expected = {"a store without its mask": "outside every tensor", "tiles overlap": "two programs write one address"}
@@ -154,18 +169,9 @@ def test_planted_bugs_of_attention_are_caught(name, tmp_path):
 @pytest.mark.parametrize("name", MORE_BUGS)
 def test_planted_bugs_of_the_others_are_caught(name, tmp_path):
     original, old, new = MORE_BUGS[name]
-    module = mutated(original, old, new, tmp_path)
-    gather, scatter = rope_gather.rope_gather, rope_scatter.rope_scatter
-    if original is row_moves:
-        gather = mutated(
-            rope_gather, "from prophetkv_rag.kernels.row_moves", f"from {module.__name__}", tmp_path
-        ).rope_gather
-    elif original is rope_gather:
-        gather = module.rope_gather
-    elif original is rope_scatter:
-        scatter = module.rope_scatter
+    _, scoring, *moving = planted(original, old, new, tmp_path)
     with pytest.raises(CAUGHT):
-        check_scores(module) if original is query_scores else check_rows(gather, scatter)
+        check_rows(*moving) if original in (gather, scatter, row_moves) else check_scores(scoring)
 
 
 def test_the_sanitizer_sees_races_and_undefined_lanes(tmp_path):
@@ -197,7 +203,7 @@ def test_the_switch_says_why_not():
     case = Case(4, 2, 3, 9, 300)
     reasons = []
     with pytest.MonkeyPatch.context() as patch, ops.force("triton"):
-        patch.setattr(ops, "_say_once", reasons.append)
+        patch.setattr(switch, "say_once", reasons.append)
         ops.selected_rows_attention(
             case.query, case.key.nan_to_num(), case.value.nan_to_num(), case.blocks(), scaling=1.0
         )

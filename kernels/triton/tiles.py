@@ -127,18 +127,3 @@ def num_splits(num_programs: int, num_key_blocks: int, device: torch.device) -> 
     """Into how many ranges of keys to cut the work of few rows, so that every processor gets some."""
     wanted = -(-2 * num_processors(device) // num_programs)
     return max(1, min(wanted, num_key_blocks // 4))
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """`ieee` for fp32, unless the user allowed TF32 (`torch.set_float32_matmul_precision`); NVIDIA only."""
-    if dtype != torch.float32 or torch.version.hip is not None:
-        return "ieee"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def must_be_dense(**tensors: torch.Tensor | None) -> None:
-    """Raise `ValueError` for a tensor that the kernels, which know no strides of it, would read or write wrongly."""
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_contiguous():
-            msg = f"{name} must be contiguous; it is {list(tensor.shape)} with strides {list(tensor.stride())}"
-            raise ValueError(msg)
