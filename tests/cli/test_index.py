@@ -107,22 +107,30 @@ def test_an_interrupted_change_of_models_is_noticed(
     run: Run, docs: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prophetkv_rag.chroma import KVCachingCollection
+    from prophetkv_rag.chroma.caches import CollectionCaches
 
     count = index_tiny(run, docs)["total_chunks"]
     other = save_tiny(tmp_path / "other", seed=5)
     proxies: list[KVCachingCollection] = []
-    renew = KVCachingCollection._renew
+    renewed: list[int] = []
+    cache_existing, renew = KVCachingCollection.cache_existing, CollectionCaches.renew
 
-    def interrupted(self: KVCachingCollection, stored: Any) -> None:
+    def watched(self: KVCachingCollection) -> None:
         proxies.append(self)
-        if len(proxies) == 2:
+        cache_existing(self)
+
+    def interrupted(self: CollectionCaches, stored: Any, progress: Any) -> None:
+        renewed.append(len(stored))
+        if len(renewed) == 2:
             raise KeyboardInterrupt
-        renew(self, stored)
+        renew(self, stored, progress)
 
     with monkeypatch.context() as patched:
-        patched.setattr("prophetkv_rag.chroma.collection._QUERY_SIZE", 2)
-        patched.setattr(KVCachingCollection, "_renew", interrupted)
+        patched.setattr("prophetkv_rag.chroma.collection.QUERY_SIZE", 2)
+        patched.setattr(KVCachingCollection, "cache_existing", watched)
+        patched.setattr(CollectionCaches, "renew", interrupted)
         run("ask", "Who?", "--model", other, "--max-new-tokens", 1, status=130)
+    assert renewed == [2, 2]
     assert proxies[0].progress is None
     # The first two chunks' caches are the other model's by now; the settings must not say that all are the first's.
     answer = run("ask", "Who?", "--model", tiny_model, "--top-k", 50, "--max-new-tokens", 1, "--json")
