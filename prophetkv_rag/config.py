@@ -27,7 +27,7 @@ class ProphetKVConfig:
     is the paper's literal reading.
 
     Attributes:
-        strategy: Name of the selection strategy (`prophetkv_rag.reuse.selection.available_strategies()`).
+        strategy: Name of the selection strategy (`prophetkv_rag.reuse.available_strategies()`).
         recompute_ratio: Fraction of the chunk tokens that is recomputed at query time, in [0, 1]; the paper's p.
             0.0 is plain reuse, 1.0 is full prefill.
         score_softmax: *Open (a).* Softmax of stage I over the `"context"` keys only (Algorithm 1, the paper's reading),

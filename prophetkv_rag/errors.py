@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose; user mistakes are also `ValueError`s."""
+"""The errors that callers catch; user mistakes are also `ValueError`s."""
 
 from __future__ import annotations
 

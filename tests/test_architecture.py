@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_public_api import PUBLIC
+
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = {
     "kernels": "prophetkv_rag.kernels",
@@ -153,11 +155,32 @@ def test_packages_take_only_what_is_handed_on() -> None:
         parent, _, last = target.rpartition(".")
         names = handed_on(target) if target in PACKAGES else handed_on(parent)
         is_handed_on = (name if target in PACKAGES else last) in names
-        # The folder `kernels` must hand on nothing by itself (below); its one public module is the switch.
-        is_the_switch = target == "prophetkv_rag.kernels.ops"
-        if not (is_module_by_itself or is_handed_on or is_the_switch):
+        # The folder `kernels` must hand on nothing by itself (below); `ops` is its face.
+        is_the_kernels_face = target == "prophetkv_rag.kernels.ops"
+        if not (is_module_by_itself or is_handed_on or is_the_kernels_face):
             taken.append(f"{module} -> {target}: {name}")
     assert taken == []
+
+
+def test_nothing_is_handed_on_in_vain() -> None:
+    """What a package hands on is taken by another one, by a program of ours, or is public."""
+    programs = [path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+    taken = {(target, name) for module, target, name in inner_imports() if package_of(module) != package_of(target)}
+    taken |= {(target.rpartition(".")[0], target.rpartition(".")[2]) for target, name in taken if name is None}
+    for path in programs:
+        taken |= {
+            (node.module, alias.name)
+            for node in ast.walk(ast.parse(path.read_text("utf-8")))
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+    vain = {
+        f"{package}.{name}"
+        for package in {f"prophetkv_rag.{line}" for line in MAY_IMPORT} & PACKAGES - PUBLIC.keys()
+        for name in handed_on(package)
+        if (package, name) not in taken
+    }
+    assert vain == set()
 
 
 def test_no_import_cycle() -> None:

@@ -1,4 +1,8 @@
-"""LangChain: a chat model, a completion model and a Chroma store that reuse the KV caches of retrieved chunks."""
+"""LangChain: a chat model, a completion model and a Chroma store that reuse the KV caches of retrieved chunks.
+
+Begin reading with `chat.py` and `settings.py`; `messages.py` makes of LangChain's messages what the engine takes,
+`tool_*.py` are calls of tools. `vector_store.py` is index time.
+"""
 
 from prophetkv_rag.integrations.langchain.chat import ChatProphetKV
 from prophetkv_rag.integrations.langchain.embedding import MiniLMEmbeddings

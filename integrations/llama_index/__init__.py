@@ -1,4 +1,8 @@
-"""LlamaIndex: a language model and a Chroma vector store that reuse the KV caches of retrieved chunks."""
+"""LlamaIndex: a language model and a Chroma vector store that reuse the KV caches of retrieved chunks.
+
+Begin reading with `llm.py`: `predict.py` keeps the question apart, `prompts.py` and `messages.py` make of LlamaIndex's
+prompts what the engine takes, `engine_calls.py` calls it. `vector_store.py` is index time.
+"""
 
 from prophetkv_rag.integrations.llama_index.altered import AlteredTextCache
 from prophetkv_rag.integrations.llama_index.embedding import MiniLMEmbedding

@@ -2,12 +2,11 @@
 
 In come a chromadb collection and an engine; out comes a collection that both frameworks' Chroma classes work on
 unchanged. Begin reading with `collection.py`, the proxy; `caches.py` keeps the caches in step with what it writes and
-deletes, `records.py` is Chroma's arguments as columns, `store.py` says where a client's caches lie. The only place that
-knows chromadb.
+deletes, `records.py` is Chroma's arguments as columns, `locks.py` keeps two writers of one collection apart,
+`store.py` says where a client's caches lie.
 """
 
 from prophetkv_rag.chroma.collection import KVCachingCollection
-from prophetkv_rag.chroma.records import PROPHETKV_ID
 from prophetkv_rag.chroma.store import default_blob_directory, live_references, open_store
 
-__all__ = ["PROPHETKV_ID", "KVCachingCollection", "default_blob_directory", "live_references", "open_store"]
+__all__ = ["KVCachingCollection", "default_blob_directory", "live_references", "open_store"]

@@ -69,7 +69,7 @@ def open_store(client: Any, directory: str | Path | None = None, **settings: Any
 def live_references(client: Any) -> dict[str, set[str]]:
     """Return, for every collection of a Chroma client (by id), the cache keys that its records carry.
 
-    This is what `store.upkeep.gc` goes by.
+    This is what `store.disk.gc` goes by.
     """
     live: dict[str, set[str]] = {}
     for collection in client.list_collections():

@@ -45,9 +45,9 @@ class DatabaseSettings:
             (`ProphetKVConfig.prompt_template`); databases made by early versions stand behind the chat template's.
         cache_limit: Most bytes of caches on disk, or `None`.
         namespace_limit: Most bytes of each namespace's caches on disk, or `None`.
-        cache_format: How caches are written (`store.formats`).
+        cache_format: How caches are written (`store.blobs.formats`).
         cache_policy: `"eager"` or `"on_first_use"` (`DiskStore`).
-        remote: URL of the tier behind the disk (`store.tiered`); "" for none.
+        remote: URL of the tier behind the disk (`store.disk.tiered`); "" for none.
         remote_limit: Most bytes of caches there, or `None`.
         remote_timeout: Seconds that a query waits for it; `None` for the default.
         key_file: Path of the file with the key that caches are encrypted with; "" for none (then the environment

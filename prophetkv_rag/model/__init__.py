@@ -16,12 +16,11 @@ from prophetkv_rag.model.loading import load_model
 from prophetkv_rag.model.probe import probe_model
 from prophetkv_rag.model.rope import RopeTables, Rotation
 from prophetkv_rag.model.rows_pass import RowsPass, ScoringPass
-from prophetkv_rag.model.support import LayerSupport, ModelSupport
+from prophetkv_rag.model.support import ModelSupport
 
 __all__ = [
     "AttentionCall",
     "EncodePass",
-    "LayerSupport",
     "ModelSupport",
     "RopeTables",
     "Rotation",

@@ -15,7 +15,8 @@ class RowsLayer(DynamicLayer):
     """A cache layer with room for the whole prompt, into which a pass writes its rows in place.
 
     `keys` `[1, Hkv, n, D]` and `values` `[1, Hkv, n, Dv]` are filled with stale rows before the pass. `rows` is the
-    position of each computed row; the rows of the last `update` are also kept for strategies that look at deviations.
+    position of each computed row; with `keep_stale` the rows of the last
+    `update` are kept too, for strategies that look at deviations.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Loading a local model and its tokenizer."""
+"""Loading a model and its tokenizer: from a folder, a GGUF file, or under a hub name."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Rotary position embeddings from float64 tables: how stored, un-rotated keys get their positions, exactly once.
 
 Angles computed in fp32, as models do, are off by 5e-4 at position 8000; a table built in float64 and rounded once is
-not. Which rotation a layer uses is found by the probe (`probe.py`), not by the model's name.
+not. Which rotation a layer uses is found by the probe (`probe/rotation.py`), not by the model's name.
 """
 
 from __future__ import annotations

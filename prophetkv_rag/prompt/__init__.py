@@ -8,7 +8,7 @@ In comes a prompt as applications make it: a string, chat messages, or a `Prompt
 
 from prophetkv_rag.prompt.chunk_index import ChunkIndex, text_entry
 from prophetkv_rag.prompt.layout import PromptLayout
-from prophetkv_rag.prompt.prompt import AnyPrompt, Prompt, TextOrIds
+from prophetkv_rag.prompt.prompt import AnyPrompt, Prompt
 from prophetkv_rag.prompt.question import question_of
 from prophetkv_rag.prompt.reader import PromptReader
 from prophetkv_rag.prompt.tokens import Tokens
@@ -19,7 +19,6 @@ __all__ = [
     "Prompt",
     "PromptLayout",
     "PromptReader",
-    "TextOrIds",
     "Tokens",
     "question_of",
     "text_entry",

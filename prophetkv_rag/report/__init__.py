@@ -9,7 +9,7 @@ from prophetkv_rag.report.chunk_report import ChunkReport, ChunkStatus, ChunkTie
 from prophetkv_rag.report.report import ReuseReport
 from prophetkv_rag.report.timings import Timings
 from prophetkv_rag.report.tracing import end_stage, trace_generation
-from prophetkv_rag.report.view import PromptView, SegmentView, TokenView, ViewedChunk
+from prophetkv_rag.report.view import PromptView, SegmentView, ViewedChunk
 
 __all__ = [
     "ChunkReport",
@@ -19,7 +19,6 @@ __all__ = [
     "ReuseReport",
     "SegmentView",
     "Timings",
-    "TokenView",
     "ViewedChunk",
     "end_stage",
     "trace_generation",

@@ -31,7 +31,7 @@ class PrefillResult:
     Attributes:
         past_key_values: A transformers cache with one row for each of the prompt's N tokens. `generate` continues from
             it and computes the last token once more, for its logits; a decode loop of one's own that starts from
-            `logits` feeds the next token to `model.complete_cache(past_key_values)`.
+            `logits` feeds the next token to `prophetkv_rag.model.complete_cache(past_key_values)`.
         input_ids: `[1, N]`, int64.
         logits: `[1, vocab]` of the last token, fp32.
         report: What was reused and how long it took.

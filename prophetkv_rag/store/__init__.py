@@ -3,7 +3,7 @@
 In comes a `ChunkCache` under a key that names the model and every token; the same comes out again, or nothing: a store
 never hands out what it cannot prove. Begin reading with `base.py` (the contract) and `chunk_cache.py`; `text_entry.py`
 is how prompts find a chunk again, `reports.py` what a store tells of itself. The rooms behind build the store on disk,
-each on those before it: `encryption/`, `blobs/` (a cache as one file), `catalog/` (the list of them), `remote/` (the
+in this order: `encryption/`, `blobs/` (a cache as one file), `catalog/` (the list of them), `remote/` (the
 tier behind the disk) and `disk/`, which is opened by `open_disk_store`.
 """
 

@@ -56,7 +56,7 @@ class ChunkCache:
     def owned(self) -> ChunkCache:
         """Return the cache in contiguous CPU tensors that own their memory, copied where they do not yet.
 
-        The engine cuts chunks out of whole batches; keeping such a view would keep the whole padded batch alive.
+        `chunks.encode` cuts chunks out of whole batches; keeping such a view would keep the whole padded batch alive.
         """
         return self.mapped(_owned)
 

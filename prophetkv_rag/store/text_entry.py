@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class TextEntry:
-    """How a chunk's text is recognised in a prompt, without keeping the text (see `chunk_index`).
+    """How a chunk's text is recognised in a prompt, without keeping the text (see `prompt.chunk_index`).
 
     Attributes:
         anchor: 64-bit hash of the first characters, as a signed integer (SQLite's range).

@@ -14,7 +14,8 @@ from typing import Any
 
 import chromadb
 
-from prophetkv_rag.chroma import PROPHETKV_ID, KVCachingCollection
+from prophetkv_rag.chroma import KVCachingCollection
+from prophetkv_rag.chroma.records import PROPHETKV_ID
 from prophetkv_rag.engine import ProphetKVEngine
 from tests.tiny import text_of
 

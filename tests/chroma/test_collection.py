@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prophetkv_rag.chroma import PROPHETKV_ID, KVCachingCollection
+from prophetkv_rag.chroma import KVCachingCollection
+from prophetkv_rag.chroma.records import PROPHETKV_ID
 from prophetkv_rag.engine import ProphetKVEngine
 from tests.chroma.clients import TOO_LONG, A, B, C, D, add, assert_caches_are, embed, key_of
 

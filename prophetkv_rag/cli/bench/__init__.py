@@ -1,4 +1,4 @@
-"""`prophetkv-rag bench ...`: one module per command."""
+"""`prophetkv-rag bench ...`: a module for each command, what `ttft` prints, and the conditions that all tell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`prophetkv-rag cache ...`: looking after the chunk caches of a database; one module per command."""
+"""`prophetkv-rag cache ...`: looking after the chunk caches of a database. Begin with `opened.py`."""
 
 from __future__ import annotations
 

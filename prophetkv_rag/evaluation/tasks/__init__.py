@@ -1,4 +1,4 @@
-"""Quality tasks: where prompts come from, and how answers are marked.
+"""Quality tasks: where prompts come from.
 
 Out come `TaskExample`s (what stands before, the context, what stands after): RULER's 13 tasks, LongBench v1, questions
 with passages, files of one's own. Begin reading with `example.py` and `loading.py`. Importing this package loads no

@@ -1,8 +1,8 @@
 """One chunk cache as one file: written completely or not at all, and read with every byte checked.
 
 In comes a `ChunkCache`; out comes the same from its file, or a `BlobError` that says what is wrong with it. Begin
-reading with `header.py` and `blob.py` (what is in it), then `formats.py` (exact, 16-bit, fp8, int8), `file.py`
-(reading) and `files.py` (the directory of them).
+reading with `header.py` and `blob.py` (what is in it), then `formats.py` (as the model made them, or smaller),
+`file.py` (reading) and `files.py` (the directory of them).
 """
 
 from prophetkv_rag.store.blobs.blob import decode_blob, encode_blob

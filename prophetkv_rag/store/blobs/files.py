@@ -38,7 +38,7 @@ class BlobFiles:
         self.incoming = directory / "incoming"
         self.encryption_key = encryption_key
         self.locked_by: str | None = None
-        """Why no blob here may be used, written or dropped (see `key_mark`)."""
+        """Why no blob here may be used, written or dropped (see `disk.key_mark`)."""
         self.keeps_packed = False
         """Whether `read` and `decode` leave packed what kernels can read so (see `blob.decode_body`)."""
 

@@ -1,6 +1,6 @@
 """The list of a store's chunks: which there are, how their texts are recognised, who refers to them.
 
-One SQLite file that several processes may share; it knows nothing of blobs or places. In come rows, out come rows and
+One SQLite file that several processes may share; it opens no blob and no remote. In come rows, out come rows and
 the order in which they are evicted. Begin reading with `schema.py`, then `catalog.py`; `namespaces.py` says whom a
 chunk is charged to, `ranking.py` which is worth its bytes, `counts.py` what was ever counted.
 """

@@ -11,18 +11,16 @@ puts the remote behind it. What people do with a store by hand follows: `upkeep.
 from prophetkv_rag.store.disk.key_mark import must_be_unlocked
 from prophetkv_rag.store.disk.leases import writing
 from prophetkv_rag.store.disk.opening import open_disk_store
-from prophetkv_rag.store.disk.rekeying import RekeyReport, rekey
+from prophetkv_rag.store.disk.rekeying import rekey
 from prophetkv_rag.store.disk.statistics import Usage, nameless, usage
 from prophetkv_rag.store.disk.store import DiskStore
 from prophetkv_rag.store.disk.tiered import TieredStore
-from prophetkv_rag.store.disk.transfer import ImportReport, export_caches, import_caches
+from prophetkv_rag.store.disk.transfer import export_caches, import_caches
 from prophetkv_rag.store.disk.upkeep import GcReport, clear, gc
 
 __all__ = [
     "DiskStore",
     "GcReport",
-    "ImportReport",
-    "RekeyReport",
     "TieredStore",
     "Usage",
     "clear",

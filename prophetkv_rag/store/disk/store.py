@@ -65,8 +65,8 @@ class DiskStore(CatalogedStore):
         namespace_ram_bytes: The same for the RAM tier.
         policy: `"eager"` stores caches as chunks are added, until the disk tier is full; `"on_first_use"` when a prompt
             first has them; `"read_only"` never, and changes nothing at all (the directory need not be writable).
-        eviction: What goes first where room is needed: the lowest `"value"` (see `ranking`), or `"lru"`.
-        blob_format: How blobs are written (see `formats`); blobs of another lossy format are computed again.
+        eviction: What goes first where room is needed: the lowest `"value"` (see `catalog.ranking`), or `"lru"`.
+        blob_format: How blobs are written (see `blobs.formats`); blobs of another lossy format are computed again.
         encryption_key: Blobs are encrypted with it, and others are not used: 32 bytes, or the path of a private file
             with them; `None` for what the environment variable `PROPHETKV_CACHE_KEY` says, if anything.
 

@@ -1,4 +1,4 @@
-"""Looking after a store on disk: `verify` and `gc`. They may run while other processes index and answer."""
+"""Looking after a store on disk: `verify`, `gc` and `clear`. They may run while other processes index and answer."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def gc(store: CatalogedStore, live: Live | None = None, *, grace_s: float = GRAC
     Args:
         store: Opened for writing.
         live: For every owner that there is, the keys its records carry, or a function that reads that now (see
-            `chroma_store.live_references`). References of other owners, and to other keys, are dropped first, but not
+            `chroma.live_references`). References of other owners, and to other keys, are dropped first, but not
             those of `"engine"` and of owners with a colon in their name, which are no collections. `None` to believe
             the references as they are. With a function, what is being written is left alone whatever the clock says.
         grace_s: What was noted less long ago is left alone, as its record may be being written.
