@@ -14,7 +14,8 @@ from typing import Any
 import chromadb
 import pytest
 
-from prophetkv_rag.chroma import PROPHETKV_ID, KVCachingCollection, default_blob_directory, locks, open_store
+from prophetkv_rag.chroma import KVCachingCollection, default_blob_directory, locks, open_store
+from prophetkv_rag.chroma.records import PROPHETKV_ID
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.store.disk.store import DiskStore
