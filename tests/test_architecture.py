@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "prophetkv_rag": "lazy errors config report generation prompt reuse engine",
     "evaluation": "lazy errors kernels config model defaults store store.blobs store.catalog store.disk prompt reuse "
     "profile engine",
-    "server": "lazy errors report generation store engine",
+    "server": "lazy errors report generation store prompt engine",
     "integrations.shared": "errors",
     "integrations.llama_index": "errors config report generation defaults store prompt engine chroma "
     "integrations.shared",
