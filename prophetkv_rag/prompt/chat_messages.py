@@ -98,13 +98,10 @@ def _plain(number: int, message: Any) -> dict[str, Any]:
     if not content and isinstance(refusal, str):
         content = refusal
     plain["content"] = content_text(content, message["role"])
-    calls = [*(plain.pop("tool_calls", None) or ()), *_legacy_call(plain.pop("function_call", None))]
+    given, legacy = plain.pop("tool_calls", None), plain.pop("function_call", None)
+    calls = [*(given if isinstance(given, (list, tuple)) else ()), {"function": legacy}]
     template_calls = [call for call in map(_template_call, calls) if call is not None]
     return plain | ({"tool_calls": template_calls} if template_calls else {})
-
-
-def _legacy_call(function: Any) -> list[dict[str, Any]]:
-    return [{"type": "function", "function": function}] if function else []
 
 
 def _template_call(call: Any) -> dict[str, Any] | None:

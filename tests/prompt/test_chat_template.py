@@ -1,7 +1,8 @@
-"""Messages fitted to chat templates that refuse some roles and orders, by the one function that everybody renders with."""
+"""Messages fitted to chat templates that refuse some roles and orders, by the one function that all use."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ def test_no_more_is_rearranged_than_the_template_demands() -> None:
 
 def test_calls_that_a_template_refuses_become_words() -> None:
     text = tokens_with(NO_SYSTEM).render(HISTORIES["two_calls"])
-    first, second = ('{"name": "look_up", "arguments": {"what": "%s"}}' % what for what in ("lighthouse", "museum"))
+    first, second = (json.dumps({"name": "look_up", "arguments": {"what": what}}) for what in ("lighthouse", "museum"))
     assert f"<|im_start|>assistant\nLet me see.\n\n{first}\n\n{second}<|im_end|>" in text
     assert "<|im_start|>user\nIn 1862.\n\nAt ten.<|im_end|>" in text
     # Those that it takes are its own, with arguments as an object.
