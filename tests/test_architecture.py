@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "evaluation": "lazy errors kernels config model defaults store store.blobs store.catalog store.disk prompt reuse "
     "profile engine",
     "server": "lazy errors report generation store prompt engine",
-    "integrations.shared": "errors",
+    "integrations.shared": "",
     "integrations.llama_index": "errors config report generation defaults store prompt engine chroma "
     "integrations.shared",
     "integrations.langchain": "errors config report generation defaults store prompt engine chroma integrations.shared",
