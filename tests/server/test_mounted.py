@@ -133,6 +133,16 @@ def test_a_prefix_that_looks_like_a_path_opens_nothing(root: str) -> None:
             assert all(answer.json() == {"status": "ok"} for answer in opened)
 
 
+def test_a_path_that_only_begins_like_the_prefix_is_another_path() -> None:
+    ours = our_app(api_keys=(KEY,))
+    ours.root_path = "/api"  # FastAPI's own setting; the proxy may strip it or not
+    with served(ours) as url:
+        assert httpx.get(f"{url}/api/health").json() == httpx.get(f"{url}/health").json() == {"status": "ok"}
+        assert [httpx.get(url + path).status_code for path in ("/api//health", "/apihealth", "/api/api/health")] == [
+            401
+        ] * 3
+
+
 def test_a_lifespan_of_the_outer_application_is_enough() -> None:
     ours = our_app()
 
