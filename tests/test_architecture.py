@@ -45,8 +45,8 @@ MAY_IMPORT = {
     "prophetkv_rag": "lazy errors config report generation prompt reuse engine",
     "evaluation": "lazy errors kernels config model defaults store store.blobs store.catalog store.disk prompt reuse "
     "profile engine",
-    "server": "lazy errors report generation store engine",
-    "integrations.shared": "errors",
+    "server": "lazy errors report generation store prompt engine",
+    "integrations.shared": "",
     "integrations.llama_index": "errors config report generation defaults store prompt engine chroma "
     "integrations.shared",
     "integrations.langchain": "errors config report generation defaults store prompt engine chroma integrations.shared",

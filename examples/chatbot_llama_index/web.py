@@ -162,7 +162,7 @@ async def _server_sent(request: Request, events: Any, cancel: threading.Event) -
             event: Event = step.result()
             if event is end:
                 return
-            yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+            yield f"data: {json.dumps(event)}\n\n"  # ASCII: many clients end lines at more than \n
     except ProphetKVError as error:
         yield f"data: {json.dumps({'type': 'error', 'error': str(error)})}\n\n"
     except Exception:

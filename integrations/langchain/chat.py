@@ -23,7 +23,7 @@ from prophetkv_rag.integrations.langchain.responses import metadata, usage
 from prophetkv_rag.integrations.langchain.settings import EngineModel, cancel_on_leave
 from prophetkv_rag.integrations.langchain.tool_format import find_tool_format
 from prophetkv_rag.integrations.langchain.tool_run import ToolRun, check_choice
-from prophetkv_rag.integrations.shared import fit_template, iterate_in_thread
+from prophetkv_rag.integrations.shared import iterate_in_thread
 
 if TYPE_CHECKING:
     from langchain_core.language_models.model_profile import ModelProfile
@@ -119,12 +119,12 @@ class ChatProphetKV(EngineModel, BaseChatModel):
         return self.bind(tools=shown, tool_choice=tool_choice, **kwargs)
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """Tokens of the whole prompt, as the model's chat template renders it."""
-        tokenizer = self._ready_engine().tokenizer
+        """Tokens of the whole prompt, as the model's chat template renders it; no messages are none."""
+        if not messages:
+            return 0
         shown = [convert_to_openai_tool(tool) for tool in tools or ()]
-        fitted = fit_template(to_template_messages(messages), tokenizer, tools=shown)
-        text = tokenizer.apply_chat_template(fitted, tools=shown or None, tokenize=False, add_generation_prompt=True)
-        return len(self.get_token_ids(text))
+        tokens = self._ready_engine().library.tokens
+        return len(self.get_token_ids(tokens.render(to_template_messages(messages), tools=shown)))
 
     def _generate(
         self,
@@ -190,7 +190,7 @@ class ChatProphetKV(EngineModel, BaseChatModel):
     def _text_pieces(
         self, messages: Sequence[BaseMessage], settings: dict[str, Any]
     ) -> Generator[ChatGenerationChunk, None, None]:
-        prompt = fit_template(to_template_messages(messages), self._ready_engine().tokenizer)
+        prompt = to_template_messages(messages)
         with closing(self._run(prompt, settings)) as chunks:
             for chunk in chunks:
                 if chunk.finish_reason is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, FunctionMessage, ToolMessage
 
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.prompt import content_text
 
 if TYPE_CHECKING:
     from prophetkv_rag.prompt import ChunkIndex
@@ -16,10 +17,8 @@ if TYPE_CHECKING:
 ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
 """LangChain's message types and the roles that chat templates know."""
 
-NOT_FOR_THE_MODEL = frozenset(
-    {"tool_call", "tool_call_chunk", "invalid_tool_call", "tool_use", "reasoning", "thinking", "non_standard"}
-)
-"""Blocks of an assistant's message that are left out: its tool calls stand in `tool_calls`, too."""
+_OTHER_NAMES = {**ROLES, "developer": "system"}
+"""What a `ChatMessage` may call these roles; others reach the template as they are."""
 
 _DOCUMENT_REPR = re.compile(r"""Document\((?:id=[^,\n]{1,200}, )?metadata=\{.*?page_content=['"]""", re.DOTALL)
 
@@ -27,21 +26,13 @@ _DOCUMENT_REPR = re.compile(r"""Document\((?:id=[^,\n]{1,200}, )?metadata=\{.*?p
 def to_template_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     """Return messages with `role` and `content`, and where there are any, tool calls and what answers them.
 
+    What an assistant's message holds beside text (thoughts, citations, server-side tools) is left out; the calls stand
+    in `tool_calls`. The engine fits the messages to the model's chat template.
+
     Raises:
-        InputError: If a message holds something that is not text.
+        InputError: If another message holds something that is not text.
     """
     return [_to_dict(message) for message in messages]
-
-
-def message_text(message: BaseMessage) -> str:
-    """Return the text of a message: its text blocks, a line break between two.
-
-    Raises:
-        InputError: If a block is an image, audio, a file or the like.
-    """
-    if isinstance(message.content, str):
-        return message.content
-    return "\n".join(_block_texts(message, message.content))
 
 
 def holds_document_repr(messages: Iterable[dict[str, Any]], chunk_index: ChunkIndex) -> bool:
@@ -60,30 +51,18 @@ def _glue(text: str, chunk_index: ChunkIndex) -> str:
     return "\0".join([*parts, text[end:]])
 
 
-def _block_texts(message: BaseMessage, blocks: Iterable[Any]) -> Iterable[str]:
-    for block in blocks:
-        if isinstance(block, str):
-            yield block
-            continue
-        kind = block.get("type")
-        if kind in ("text", "input_text", "output_text") or (kind is None and "text" in block):
-            yield str(block.get("text", ""))
-        elif kind == "json" and isinstance(message, ToolMessage):
-            yield str(block.get("json"))
-        elif not (isinstance(message, AIMessage) and kind in NOT_FOR_THE_MODEL):
-            msg = (
-                f"a {message.type} message holds a block of type {kind!r}; "
-                "this model reads text only, so pass strings or blocks of type 'text'"
-            )
-            raise InputError(msg)
+def _role(message: BaseMessage) -> str | None:
+    if isinstance(message, ChatMessage):
+        return _OTHER_NAMES.get(message.role, message.role)
+    return ROLES.get(message.type)
 
 
 def _to_dict(message: BaseMessage) -> dict[str, Any]:
-    role = message.role if isinstance(message, ChatMessage) else ROLES.get(message.type)
+    role = _role(message)
     if role is None:
         msg = f"a message of type {message.type!r} cannot be shown to the model; allowed: {', '.join(ROLES)}, chat"
         raise InputError(msg)
-    plain: dict[str, Any] = {"role": role, "content": message_text(message)}
+    plain: dict[str, Any] = {"role": role, "content": content_text(message.content, role)}
     if isinstance(message, AIMessage) and message.tool_calls:
         plain["tool_calls"] = [
             {
@@ -93,6 +72,9 @@ def _to_dict(message: BaseMessage) -> dict[str, Any]:
             }
             for call in message.tool_calls
         ]
+    elif isinstance(message, AIMessage):  # OpenAI's models say these apart; the engine reads both
+        apart = {key: message.additional_kwargs.get(key) for key in ("refusal", "function_call")}
+        plain |= {key: value for key, value in apart.items() if value}
     if isinstance(message, ToolMessage):
         plain["tool_call_id"] = message.tool_call_id
     if isinstance(message, (ToolMessage, FunctionMessage)) and message.name:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.langchain.tool_calls import Answer, is_complete, read_answer, shown_part
 from prophetkv_rag.integrations.langchain.tool_format import find_tool_format
-from prophetkv_rag.integrations.shared import fit_template
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine
@@ -35,11 +34,9 @@ class ToolRun:
 
         self.format = find_tool_format(engine.tokenizer)
         self.names = [tool["function"]["name"] for tool in tools]
-        self.messages = fit_template(messages, engine.tokenizer, tools=tools)
-        self.question = question_of(self.messages, engine.chunk_index)
-        rendered = engine.tokenizer.apply_chat_template(
-            self.messages, tools=list(tools), tokenize=False, add_generation_prompt=True
-        )
+        self.messages = messages
+        self.question = question_of(messages, engine.chunk_index)
+        rendered = engine.library.tokens.render(messages, tools=tools)
         forced = check_choice(choice, self.names)
         self.start = "" if forced is None else self._forced_start(tools, forced)
         self.prompt = rendered + self.start

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def from_messages(llm: EngineLLM, messages: Sequence[ChatMessage]) -> str | list[Message]:
     """Return template messages, or text where the model or the caller has another format."""
     if llm.engine.has_chat_template and llm.messages_to_prompt is generic_messages_to_prompt:
-        return to_template_messages(messages, llm.engine.tokenizer)
+        return to_template_messages(messages)
     for message in messages:
         message_text(message)  # refuses images, which a text format would silently leave out
     return llm.messages_to_prompt(messages)
@@ -44,5 +44,5 @@ def template_tokens(engine: ProphetKVEngine) -> int:
         return 0
     messages = [ChatMessage(role=role, content="x") for role in ("system", "user")]
     tokens = engine.library.tokens
-    rendered = tokens.render(to_template_messages(messages, engine.tokenizer))
+    rendered = tokens.render(to_template_messages(messages))
     return len(tokens.fresh(rendered, first=True)) - len(messages)

@@ -22,7 +22,7 @@ def prompt_template_of(tokenizer: Any, template: BasePromptTemplate | None = Non
         template: The engine's own template, with `{context_str}`; `None` for LlamaIndex's default.
 
     Raises:
-        InputError: If the template is of another kind, or the chat template refuses its messages.
+        InputError: If the template is of another kind, or holds something that is no text.
     """
     is_chat = bool(getattr(tokenizer, "chat_template", None))
     if template is None:
@@ -35,5 +35,5 @@ def prompt_template_of(tokenizer: Any, template: BasePromptTemplate | None = Non
         msg = f"a {type(template).__name__} is not supported; give a PromptTemplate or a ChatPromptTemplate"
         raise InputError(msg)
     if is_chat:
-        return to_template_messages(messages, tokenizer)
+        return to_template_messages(messages)
     return template.get_template() if isinstance(template, PromptTemplate) else messages_to_prompt(messages)

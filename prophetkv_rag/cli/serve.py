@@ -57,6 +57,13 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help=f"File with the API keys, one a line; else the variable {KEY_VARIABLE}.")
     ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Web pages of this origin (https://chat.example.com) may call the server; repeatable; * for any.",
+        ),
+    ] = None,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; further ones get status 429.")] = 32,
     max_body: Annotated[int, typer.Option(min=1, help="Longest request body, in KiB.")] = 8192,
     deadline: Annotated[float | None, typer.Option(help="Longest time for a request, waiting included, in s.")] = None,
@@ -85,6 +92,7 @@ def serve(
     settings = ServerSettings(
         model_name="model",
         api_keys=_api_keys(api_key_file),
+        cors_origins=tuple(cors_origin or ()),
         max_queue=max_queue,
         max_body_bytes=max_body * 1024,
         deadline_s=deadline,
@@ -96,6 +104,14 @@ def serve(
         console.print(
             f"warning: listening on {host} without an API key: everybody who reaches this port can use the model and "
             f"the chunks; set {KEY_VARIABLE} or --api-key-file",
+            markup=False,
+            soft_wrap=True,
+        )
+    if not settings.api_keys and "*" in settings.cors_origins:
+        console.print(
+            "warning: --cors-origin is * and there is no API key: every web page that somebody opens on a machine that "
+            "reaches this port can use the model and the chunks; name the origins, or set "
+            f"{KEY_VARIABLE} or --api-key-file",
             markup=False,
             soft_wrap=True,
         )

@@ -4,8 +4,10 @@ In comes a prompt as applications make it: a string, chat messages, or a `Prompt
 `PromptLayout`: every token's id, the spans that come from chunk caches, and the tokens that ask. Begin reading with
 `prompt.py`, `layout.py` and `reader.py`, which goes from one to the other; `question.py` finds who asks,
 `chunk_index.py` finds chunk texts verbatim (by `rolling_hash.py`), `tokens.py` is the tokenizer as we use it.
+Chat messages of any origin become plain ones (`chat_messages.py`), fitted to the model's template (`chat_template.py`).
 """
 
+from prophetkv_rag.prompt.chat_messages import content_text, plain_messages
 from prophetkv_rag.prompt.chunk_index import ChunkIndex, text_entry
 from prophetkv_rag.prompt.layout import PromptLayout
 from prophetkv_rag.prompt.prompt import AnyPrompt, Prompt
@@ -20,6 +22,8 @@ __all__ = [
     "PromptLayout",
     "PromptReader",
     "Tokens",
+    "content_text",
+    "plain_messages",
     "question_of",
     "text_entry",
 ]

@@ -13,6 +13,7 @@ from itertools import takewhile
 import torch
 
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.prompt.chat_messages import plain_messages
 from prophetkv_rag.prompt.chunk_index import ChunkIndex
 from prophetkv_rag.prompt.layout import ChunkSpan, PromptLayout
 from prophetkv_rag.prompt.prompt import AnyPrompt, Prompt, TextOrIds
@@ -60,7 +61,7 @@ class PromptReader:
             return self._read_parts(prompt, query)
         if isinstance(prompt, str):
             return self._read_text(prompt, query)
-        messages = list(prompt)
+        messages = plain_messages(list(prompt))
         text = self.tokens.render(messages)
         return self._read_text(text, query if query is not None else question_of(messages, self.chunk_index))
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from prophetkv_rag.config import PLACEHOLDER, ProphetKVConfig
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.prompt.prompt import TextOrIds
+from prophetkv_rag.prompt.chat_messages import plain_messages
+from prophetkv_rag.prompt.chat_template import render_messages
+from prophetkv_rag.prompt.prompt import Message, TextOrIds
 
 logger = logging.getLogger(__name__)
 
@@ -86,27 +88,24 @@ class Tokens:
             offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return [row for row, (left, right) in enumerate(offsets) if left < stop and right > start and right > left]
 
-    def render(self, messages: Sequence[Any], *, chat_template: str | None = None) -> str:
-        """Render chat messages with the model's own template, up to the open assistant turn."""
-        if not messages:
-            msg = "the prompt is empty; give at least one message"
-            raise InputError(msg)
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+    ) -> str:
+        """Render chat messages with the model's own template, up to the open assistant turn.
+
+        Raises:
+            InputError: If there are no messages, no template, or the template takes them in no arrangement.
+        """
+        plain = plain_messages(messages)
         tokenizer = self._require("a chat")
         if not self.has_chat_template:
             msg = "the tokenizer has no chat template; give the prompt as one string, or set tokenizer.chat_template"
             raise InputError(msg)
-        try:
-            return str(
-                tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    chat_template=chat_template,
-                )
-            )
-        except Exception as error:  # templates raise their own errors for roles they do not know
-            msg = f"the model's chat template rejects these messages: {error}"
-            raise InputError(msg) from error
+        return render_messages(tokenizer, plain, tools=tools, chat_template=chat_template)
 
     def encoding_prefix(self, config: ProphetKVConfig, *, max_lead_in_tokens: int) -> tuple[int, ...]:
         """Return the token ids that chunks are encoded behind; see `ProphetKVConfig`.

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.server.chat import ChatService
 from prophetkv_rag.server.chunks import ChunkService
-from prophetkv_rag.server.errors import install_handlers, model_not_found
+from prophetkv_rag.server.errors import NO_RETRY, ErrorBoundary, install_handlers, model_not_found
 from prophetkv_rag.server.gate import Gate
 from prophetkv_rag.server.metrics import ServerMetrics
 from prophetkv_rag.server.schemas import ChatRequest, DeleteChunks, Namespace, PutChunks
@@ -25,6 +26,8 @@ from prophetkv_rag.server.work_queue import WorkQueue
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,10 @@ class Services:
 
 
 def create_app(engine: ProphetKVEngine, settings: ServerSettings) -> FastAPI:
-    """Make the application. It starts its threads and ends them with its lifespan; the engine stays the caller's.
+    """Make the application; it may be mounted in another one. The engine stays the caller's.
+
+    Its threads start and end with its lifespan. Mounted applications get no lifespan: their threads start with the
+    first work and end with the process.
 
     Raises:
         InputError: If the model's tokenizer has no chat template.
@@ -71,7 +77,16 @@ def create_app(engine: ProphetKVEngine, settings: ServerSettings) -> FastAPI:
     # No pages of interactive documentation: they load scripts from other hosts.
     app = FastAPI(title="prophetkv-rag", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.services = services
+    app.add_middleware(ErrorBoundary)
     app.add_middleware(Gate, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes)
+    if settings.cors_origins:  # outermost: browsers ask without a key, and want to read refusals too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "HEAD", "POST", "PUT", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=(*NO_RETRY, "Retry-After"),
+        )
     install_handlers(app)
     _add_routes(app, services, settings)
     return app
@@ -79,6 +94,15 @@ def create_app(engine: ProphetKVEngine, settings: ServerSettings) -> FastAPI:
 
 def _add_routes(app: FastAPI, services: Services, settings: ServerSettings) -> None:
     model = {"id": settings.model_name, "object": "model", "created": 0, "owned_by": "prophetkv-rag"}
+
+    def get(path: str) -> Callable[[Handler], Handler]:
+        """Answer GET, and HEAD, which monitors and load balancers send; servers leave its body out."""
+
+        def add(handler: Handler) -> Handler:
+            app.head(path, include_in_schema=False)(handler)
+            return app.get(path)(handler)
+
+        return add
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
@@ -88,11 +112,11 @@ def _add_routes(app: FastAPI, services: Services, settings: ServerSettings) -> N
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         return await services.chat.answer(request, body)
 
-    @app.get("/v1/models")
+    @get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model]}
 
-    @app.get("/v1/models/{name:path}")
+    @get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
         if name != settings.model_name:
             raise model_not_found(name, settings.model_name)
@@ -106,15 +130,15 @@ def _add_routes(app: FastAPI, services: Services, settings: ServerSettings) -> N
     async def delete_chunks(body: DeleteChunks) -> dict[str, Any]:
         return await services.chunks.delete(body)
 
-    @app.get("/v1/chunks")
+    @get("/v1/chunks")
     async def chunk_stats(namespace: Annotated[Namespace | None, Query()] = None) -> dict[str, Any]:
         return await services.chunks.stats(namespace)
 
-    @app.get("/health")
+    @get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/metrics")
+    @get("/metrics")
     async def metrics() -> Response:
         text = await asyncio.to_thread(generate_latest, services.metrics.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)

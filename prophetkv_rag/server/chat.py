@@ -30,6 +30,9 @@ _LEAST_TEMPERATURE = 1e-3
 
 _LEAST_TOP_P = 1e-6
 
+_LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+"""Where many clients end a line (Python's `splitlines`) although event streams do not; JSON escapes the other ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -199,7 +202,8 @@ class _Envelope:
 
 
 def _data(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text.translate(_LINE_BREAKS)}\n\n"
 
 
 def _finish_reason(last: StreamChunk) -> str:

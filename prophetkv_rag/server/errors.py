@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prophetkv_rag.errors import ContextWindowError, DeadlineError, InputError, StoreError
 
@@ -113,6 +114,34 @@ def _code_of(kind: str) -> str:
     if kind == "missing":
         return "missing_required_parameter"
     return "invalid_type" if kind.endswith("_type") else "invalid_value"
+
+
+class ErrorBoundary:
+    """Answers what nobody foresaw, inside of all other middleware.
+
+    Starlette answers such errors outside of it, where the answer gets no CORS headers, so that a browser hides it; and
+    an application that we are mounted in would log and answer them once more.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Stand in front of `app`."""
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        has_begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception as error:
+            if scope["type"] != "http" or has_begun:
+                raise
+            await as_api_error(error).response()(scope, receive, send)
 
 
 def install_handlers(app: FastAPI) -> None:

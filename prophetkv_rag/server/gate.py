@@ -38,7 +38,7 @@ class Gate:
             return
         try:
             headers = Headers(scope=scope)
-            self._check_key(scope["path"], headers)
+            self._check_key(_route_path(scope), headers)
             body = await self._read_body(headers, receive)
         except ApiError as error:
             await error.response()(scope, receive, send)
@@ -89,6 +89,17 @@ class Gate:
     def _too_long(self) -> ApiError:
         message = f"the request body is longer than {self._max_body_bytes} bytes; send less at once"
         return ApiError(message, status=413, code="request_too_large", headers={"Connection": "close"})
+
+
+def _route_path(scope: Scope) -> str:
+    """Return the path that our routes see: without the prefix we are mounted under, or a proxy serves us under.
+
+    It must read a scope as Starlette's router does: a path that the router takes for another one than `/health` must
+    not pass without a key.
+    """
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    rest = path.removeprefix(root)
+    return rest if root and path.startswith(root) and rest[:1] in ("", "/") else path
 
 
 def _digest(key: str) -> bytes:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from prophetkv_rag.prompt import content_text
 
 Namespace = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 """Who refers to chunks: the cache of a chunk lives as long as one namespace (or local collection) has it."""
 
 _MAX_STOPS = 16
+_TOO_DEEP = "is nested too deeply"
 
 
 def _encodable(text: str) -> str:
@@ -30,32 +34,45 @@ class _Body(BaseModel):
 
 
 class ChatMessage(_Body):
-    """One message; a content of several text parts is joined by line breaks."""
+    """One message; a content of several text parts is joined by line breaks.
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    Of what an assistant said earlier, in a history that other models may have written, nothing is refused.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Any = None
+    refusal: Any = None
+    tool_calls: Any = None
+    function_call: Any = None
+    tool_call_id: Any = None
+    name: Any = None
 
     @field_validator("content")
     @classmethod
-    def _to_text(cls, content: Any) -> str:
-        if content is None:
-            return ""
-        if isinstance(content, str):
-            return _encodable(content)
-        if not isinstance(content, list):
-            msg = "must be a string or a list of text parts"
-            raise ValueError(msg)
-        texts = []
-        for part in content:
-            if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type") != "text":
-                msg = 'a part must be {"type": "text", "text": "..."}; this model reads text only'
-                raise ValueError(msg)
-            texts.append(_encodable(part["text"]))
-        return "\n".join(texts)
+    def _to_text(cls, content: Any, info: ValidationInfo) -> str:
+        try:
+            return _encodable(content_text(content, info.data.get("role", "user")))
+        except RecursionError:
+            raise ValueError(_TOO_DEEP) from None
 
-    def for_template(self) -> dict[str, str]:
-        """What the model's chat template gets."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+    @field_validator("refusal", "tool_calls", "function_call", "tool_call_id", "name")
+    @classmethod
+    def _check_text(cls, value: Any) -> Any:
+        try:
+            _encodable(json.dumps(value, ensure_ascii=False))
+        except RecursionError:
+            raise ValueError(_TOO_DEEP) from None
+        return value
+
+    def for_template(self) -> dict[str, Any]:
+        """What the engine fits to the model's chat template."""
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        own: tuple[str, ...] = {
+            "assistant": ("refusal", "tool_calls", "function_call"),
+            "tool": ("tool_call_id", "name"),
+        }.get(role, ())
+        given = {key: getattr(self, key) for key in own}
+        return {"role": role, "content": self.content} | {key: value for key, value in given.items() if value}
 
 
 class StreamOptions(_Body):

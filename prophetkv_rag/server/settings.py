@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from prophetkv_rag.errors import InputError
+
+_ORIGIN = re.compile(r"\*|null|(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://[^/\\?#@\sA-Z]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +22,8 @@ class ServerSettings:
         max_body_bytes: Longest request body.
         deadline_s: Longest time for a request, waiting included; `None` for no limit. A request may ask for less.
         default_max_tokens: Longest answer where a request does not say, in tokens.
+        cors_origins: Web pages of these origins (`https://chat.example.com`) may call the server from a browser; `"*"`
+            for those of any.
         ping_s: A stream that has nothing to say for so long sends a comment, so that no proxy closes it.
 
     Raises:
@@ -31,6 +36,7 @@ class ServerSettings:
     max_body_bytes: int = 8 * 1024 * 1024
     deadline_s: float | None = None
     default_max_tokens: int = 512
+    cors_origins: tuple[str, ...] = ()
     ping_s: float = 10.0
 
     def __post_init__(self) -> None:
@@ -40,6 +46,13 @@ class ServerSettings:
         if any(not key.strip() for key in self.api_keys):
             msg = "an API key is empty; give at least one character, or no key for no check"
             raise InputError(msg)
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
+                msg = (
+                    f"{origin!r} is no origin as browsers send them; give scheme, host and, unless it is the scheme's "
+                    "own, port, in lower case: https://chat.example.com, http://localhost:3000; or * for any"
+                )
+                raise InputError(msg)
         for name, least in (("max_queue", 0), ("max_body_bytes", 1), ("default_max_tokens", 1)):
             value = getattr(self, name)
             if value < least:

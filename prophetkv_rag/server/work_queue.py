@@ -7,6 +7,7 @@ in a bounded queue; giving up frees it at once, and giving up what runs already 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import math
 import threading
@@ -88,7 +89,11 @@ class Ticket(AsyncIterator[T], Generic[T]):
 
 
 class WorkQueue:
-    """A bounded queue and its thread; `start` and `stop` are the application's."""
+    """A bounded queue and its thread.
+
+    `start`, `close` and `stop` are the application's, in its lifespan. Without one (an application that is mounted in
+    another gets none) the first work starts the thread, and the end of the process stops it.
+    """
 
     def __init__(self, name: str, *, max_waiting: int) -> None:
         """Make a queue in which `max_waiting` tickets may wait while one is worked on."""
@@ -97,20 +102,28 @@ class WorkQueue:
         self._changed = threading.Condition()
         self._waiting: deque[Ticket[object]] = deque()
         self._running: Ticket[object] | None = None
-        self._is_open = False
+        self._is_closed = False
         self._thread: threading.Thread | None = None
         self._usual_s = 1.0  # how long a ticket takes, averaged over the last few
 
     def start(self) -> None:
-        """Take work from now on."""
-        self._is_open = True
-        self._thread = threading.Thread(target=self._serve, name=f"prophetkv-{self.name}")
+        """Take work from now on, also after a `stop`."""
+        with self._changed:
+            self._is_closed = False
+            self._ensure_thread()
+
+    def _ensure_thread(self) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            return
+        # A thread that nobody stops must not keep the process: it ends before the interpreter takes its modules apart.
+        self._thread = threading.Thread(target=self._serve, name=f"prophetkv-{self.name}", daemon=True)
         self._thread.start()
+        atexit.register(self.stop)
 
     def close(self) -> None:
         """Take no more work and turn away what waits; what runs goes on."""
         with self._changed:
-            self._is_open = False
+            self._is_closed = True
             turned_away = list(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
@@ -119,12 +132,14 @@ class WorkQueue:
 
     def stop(self) -> None:
         """Stop what runs too, and wait for the thread to end."""
+        thread = self._thread
         self.close()
         with self._changed:
             if self._running is not None:
                 self._running.cancel.set()
-        if self._thread is not None:
-            self._thread.join()
+        if thread is not None:
+            thread.join()
+        atexit.unregister(self.stop)
 
     @property
     def num_waiting(self) -> int:
@@ -155,8 +170,9 @@ class WorkQueue:
         """
         ticket = Ticket(work, deadline_s, on_dropped)
         with self._changed:
-            if not self._is_open:
+            if self._is_closed:
                 raise shutting_down()
+            self._ensure_thread()
             if len(self._waiting) + self.num_running > self.max_waiting:
                 ahead = self.max_waiting + 1
                 raise queue_full(self.num_waiting, min(MAX_RETRY_AFTER_S, max(1, math.ceil(self._usual_s * ahead))))
@@ -198,9 +214,10 @@ class WorkQueue:
         while True:
             with self._changed:
                 self._running = None
-                while self._is_open and not self._waiting:
+                while not self._is_closed and not self._waiting:
                     self._changed.wait()
                 if not self._waiting:
+                    self._thread = None
                     return
                 ticket = self._running = self._waiting.popleft()
             started = time.monotonic()

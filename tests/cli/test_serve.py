@@ -103,11 +103,16 @@ def test_a_key_is_wanted_and_never_printed(tiny_model: Path, tmp_path: Path) -> 
     (tmp_path / "keys").write_text(f"\n{KEY}\n  second  \n")
     options = ["--model", tiny_model, "--api-key-file", tmp_path / "keys", "--host", "0.0.0.0"]
     options += ["--strategy", "full_reuse", "--cache-dir", tmp_path / "caches", "--max-queue", 0]
+    pages = ["https://a.example", "http://localhost:3000"]
+    options += ["--cors-origin", pages[0], "--cors-origin", pages[1]]
     with serving(*options, cwd=tmp_path) as (process, ready):
         ready["url"] = ready["url"].replace("0.0.0.0", "127.0.0.1")
         assert ask(ready).status_code == 401
         assert ask(ready, key=KEY).json()["prophetkv"]["strategy"] == "full_reuse"
         assert ask(ready, key="second").status_code == 200
+        for page in pages:
+            health = httpx.head(ready["url"].replace("/v1", "/health"), headers={"Origin": page})
+            assert (health.status_code, health.headers["access-control-allow-origin"]) == (200, page)
         with httpx.stream("GET", ready["url"].replace("/v1", "/health")) as response:
             assert response.status_code == 200
         process.send_signal(signal.SIGTERM)
@@ -127,6 +132,7 @@ def test_a_key_is_wanted_and_never_printed(tiny_model: Path, tmp_path: Path) -> 
         (["--api-key-file", "empty"], "empty holds no API key"),
         (["--strategy", "magic"], "magic"),
         (["--deadline", "0"], "deadline_s is 0"),
+        (["--cors-origin", "chat.example.com"], "'chat.example.com' is no origin as browsers send them"),
         (["--host", "999.1.1.1"], "cannot listen on 999.1.1.1"),
         (["--port", "70000"], "65535"),
         (["--model", "nothing here"], "there is no model"),
@@ -175,6 +181,31 @@ def test_an_open_server_without_a_key_warns(
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", _no_hub)
     assert main(["serve", "--host", host, "--port", "0", "--model", "nothing here"]) == 2
     assert (f"warning: listening on {host} without an API key" in capsys.readouterr().err) == warns
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "warns"),
+    [
+        (["*"], "", True),
+        (["https://a.example", "*"], "", True),
+        (["*"], KEY, False),
+        (["https://a.example"], "", False),
+    ],
+)
+def test_a_server_open_to_all_web_pages_warns(
+    options: list[str],
+    key: str,
+    warns: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROPHETKV_API_KEY", key)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", _no_hub)
+    origins = [argument for origin in options for argument in ("--cors-origin", origin)]
+    assert main(["serve", *origins, "--port", "0", "--model", "nothing here"]) == 2
+    assert ("warning: --cors-origin is * and there is no API key" in capsys.readouterr().err) == warns
 
 
 def test_loopback() -> None:

@@ -231,8 +231,6 @@ def test_shutting_down_cuts_what_takes_too_long(stream: bool) -> None:
 
 async def test_the_queue_by_itself() -> None:
     queue = WorkQueue("test", max_waiting=1)
-    with pytest.raises(ApiError, match="shutting down"):
-        queue.submit(lambda ticket: [1])
     queue.start()
     gate, dropped = threading.Event(), list[str]()
 
@@ -271,3 +269,16 @@ async def test_the_queue_by_itself() -> None:
     assert [item async for item in running_one] == [1]
     await asyncio.to_thread(queue.stop)
     assert dropped == ["deadline_exceeded", "shutting_down"]
+    with pytest.raises(ApiError, match="shutting down"):
+        queue.submit(lambda ticket: [1])
+
+
+async def test_a_queue_that_nobody_starts_starts_with_its_first_work() -> None:
+    """Mounted applications get no lifespan."""
+    queue = WorkQueue("test", max_waiting=1)
+    assert [item async for item in queue.submit(lambda ticket: [1])] == [1]
+    await asyncio.to_thread(queue.stop)
+    queue.start()  # a second lifespan
+    assert [item async for item in queue.submit(lambda ticket: [2])] == [2]
+    await asyncio.to_thread(queue.stop)
+    assert not [thread for thread in threading.enumerate() if thread.name == "prophetkv-test"]

@@ -125,7 +125,7 @@ def test_strict_templates_get_alternating_roles(
 ) -> None:
     monkeypatch.setattr(model.engine.tokenizer, "chat_template", STRICT_TEMPLATE)
     model.invoke([SystemMessage("Be kind."), HumanMessage("Hi"), HumanMessage("there")])
-    assert seen[0][0] == [{"role": "user", "content": "Be kind.\n\nHi\n\nthere"}]
+    assert model.engine.tokenizer.decode(model.engine.read(seen[0][0]).input_ids) == "<user>Be kind.\n\nHi\n\nthere"
 
 
 def test_usage_and_report_agree_with_what_ran(model: ChatProphetKV) -> None:
