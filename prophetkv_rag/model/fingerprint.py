@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from prophetkv_rag.model.ambient import own_state
+from prophetkv_rag.model.tensor_parts import parts_of
+
 # What may differ between two loads of the same model without changing a single key or value.
 _VOLATILE_CONFIG = {
     "_name_or_path",
@@ -23,32 +26,45 @@ _VOLATILE_CONFIG = {
 _VOLATILE_ADAPTER_CONFIG = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
 
 
+_COMPILED = "_orig_mod."  # what `torch.compile` puts into the names of what it wraps
+
+
 _SAMPLES_PER_TENSOR = 64
 
 
 _INTEGER_VIEW = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@own_state()
 def model_fingerprint(model: Any) -> str:
     """Return 64 hex digits that change with any weight, adapter or configuration value that matters to K/V.
 
     Every tensor enters with its name, shape, dtype, the exact integer sum of its bits and a few sampled entries, so
-    one pass at memory speed is enough and the result does not depend on threads or device. It says what the model is
-    now: weights and adapters must not change while caches are made under it.
+    one pass at memory speed is enough and the result does not depend on threads or device. Packed weights enter part
+    by part (`tensor_parts.py`). What `torch.compile` wraps is the same model. It says what the model is now:
+    `ModelState` notices what changes later.
+
+    Raises:
+        UnsupportedModelError: If a weight is not in memory, or does not tell what it holds.
     """
     digest = hashlib.sha256()
     config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE_CONFIG}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    with torch.no_grad():
-        for name, tensor in sorted(model.state_dict().items()):
-            flat = tensor.detach().reshape(-1)
-            bits = flat.view(_INTEGER_VIEW[flat.element_size()]) if flat.dtype != torch.bool else flat
-            total = int(bits.sum(dtype=torch.int64)) if flat.numel() else 0
-            step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
-            samples = bits[::step][:_SAMPLES_PER_TENSOR].cpu().numpy().tobytes()
-            digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{total}|".encode() + samples)
+    weights = {name.replace(_COMPILED, ""): value for name, value in model.state_dict().items()}
+    for name, value in sorted(weights.items()):
+        for part, held in parts_of(name, value):
+            digest.update(f"{part}|{held}|".encode() if isinstance(held, str) else _summary(part, held))
     digest.update(_adapters(model).encode())
     return digest.hexdigest()
+
+
+def _summary(name: str, tensor: torch.Tensor) -> bytes:
+    flat = tensor.reshape(-1)
+    bits = flat.view(_INTEGER_VIEW[flat.element_size()]) if flat.dtype != torch.bool else flat
+    total = int(bits.sum(dtype=torch.int64)) if flat.numel() else 0
+    step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+    samples: bytes = bits[::step][:_SAMPLES_PER_TENSOR].cpu().numpy().tobytes()
+    return f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{total}|".encode() + samples
 
 
 def _adapters(model: Any) -> str:

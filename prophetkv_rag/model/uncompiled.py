@@ -1,0 +1,60 @@
+"""Running a compiled model as it was before `torch.compile`.
+
+Our passes have other rows at every call and look at Python objects (the cache's layers, the running pass), so a
+compiler would compile them anew again and again, or fail at the second length. A compiled part is therefore replaced
+by what it was made of while a pass of ours runs. Calls of the caller's own run compiled as before; one that another
+thread makes meanwhile runs uncompiled, with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def uncompiled(model: Any) -> Iterator[None]:
+    """Run a block with every module of the model as it was before it was compiled; the caller holds `model_lock`.
+
+    Covers `torch.compile(module)`, `module.compile()` and a compiled `forward`, of an object or a class, for the model
+    and for any of its parts.
+    """
+    undone: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in list(model.modules()) if isinstance(model, torch.nn.Module) else ():
+            own = vars(module)
+            if own.get("_compiled_call_impl") is not None:
+                _replace(own, "_compiled_call_impl", None, undone)
+            forward = own.get("forward")
+            original = _original(forward if forward is not None else type(module).forward)
+            if original is not None:
+                _replace(own, "forward", original if forward is not None else original.__get__(module), undone)
+        yield
+    finally:
+        for own, name, value in reversed(undone):
+            if value is _MISSING:
+                own.pop(name, None)
+            else:
+                own[name] = value
+
+
+_MISSING = object()
+
+
+def _replace(own: dict[str, Any], name: str, value: Any, undone: list[tuple[dict[str, Any], str, Any]]) -> None:
+    undone.append((own, name, own.get(name, _MISSING)))
+    own[name] = value
+
+
+def _original(function: Any) -> Callable[..., Any] | None:
+    """Return what a compiled function was made of; `None` for a function that is not compiled."""
+    found = function
+    # A wrapper that copies its function's attributes (`functools.wraps`) is not itself compiled: it stays.
+    while (inner := vars(found).get("_torchdynamo_orig_callable") if hasattr(found, "__dict__") else None) is not None:
+        if getattr(found, "__wrapped__", None) is not inner:
+            break
+        found = inner
+    return None if found is function else found
