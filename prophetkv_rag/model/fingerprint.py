@@ -77,7 +77,11 @@ def _adapters(model: Any) -> str:
         for name, config in settings.items()
     }
     states = [
-        [name, getattr(module, "active_adapters", None), getattr(module, "merged_adapters", None)]
+        [
+            name.replace(_COMPILED, ""),
+            getattr(module, "active_adapters", None),
+            getattr(module, "merged_adapters", None),
+        ]
         for name, module in model.named_modules()
         if isinstance(getattr(module, "disable_adapters", None), bool) and not module.disable_adapters
     ]

@@ -32,8 +32,8 @@ class ModelState:
         what = self._change()
         if what:
             msg = (
-                f"the model has changed since this engine was made: {what}. Caches made before are not this model's; put "
-                "it back as it was, or make a new ProphetKVEngine, which finds or makes those of the model as it is"
+                f"the model has changed since this engine was made: {what}. Caches made before are not this model's; "
+                "put it back as it was, or make a new ProphetKVEngine, which finds or makes those of the model as it is"
             )
             raise ModelChangedError(msg)
 

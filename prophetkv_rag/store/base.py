@@ -114,7 +114,7 @@ class ChunkStore(ABC):
     def reject(self, key: str, *, fingerprint: str, input_ids: Sequence[int], dtype: str) -> None:
         """Drop a cache that `find` gave and that is not of this dtype; its references stay. Never waits, never raises.
 
-        Logged once and counted, as what `find` finds bad itself. One that a store does not drop is computed again each time.
+        Logged once and counted, as what `find` finds bad itself. Without it such a cache is computed again each time.
         """
         return None
 
