@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import logging
 from typing import Any
 
 import torch
 
+from prophetkv_rag.errors import UnsupportedModelError
 from prophetkv_rag.model.ambient import own_state
 from prophetkv_rag.model.tensor_parts import parts_of
+
+logger = logging.getLogger(__name__)
 
 # What may differ between two loads of the same model without changing a single key or value.
 _VOLATILE_CONFIG = {
@@ -50,12 +55,33 @@ def model_fingerprint(model: Any) -> str:
     digest = hashlib.sha256()
     config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE_CONFIG}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    weights = {name.replace(_COMPILED, ""): value for name, value in model.state_dict().items()}
-    for name, value in sorted(weights.items()):
+    for name, value in sorted(_held(model).items()):
         for part, held in parts_of(name, value):
             digest.update(f"{part}|{held}|".encode() if isinstance(held, str) else _summary(part, held))
     digest.update(_adapters(model).encode())
     return digest.hexdigest()
+
+
+def _held(model: Any) -> dict[str, Any]:
+    """Return what `state_dict` holds, by name, without touching the model.
+
+    Modules that save themselves in a way of their own may change in doing so (bitsandbytes unpacks what it packed for a
+    CPU, and does not get the same back), so a copy of those is asked.
+    """
+    held: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        saver = module
+        if type(module)._save_to_state_dict is not torch.nn.Module._save_to_state_dict:
+            try:
+                saver = copy.deepcopy(module)
+            except Exception:
+                logger.debug("module %s cannot be copied and saves itself", name, exc_info=True)
+        try:
+            saver._save_to_state_dict(held, f"{name}." if name else "", False)
+        except NotImplementedError as error:
+            msg = f"its part {name} ({type(module).__name__}) does not tell what it holds: {error}"
+            raise UnsupportedModelError(msg) from error
+    return {name.replace(_COMPILED, ""): value for name, value in held.items()}
 
 
 def _summary(name: str, tensor: torch.Tensor) -> bytes:

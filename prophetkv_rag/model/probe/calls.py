@@ -90,7 +90,7 @@ def run_single_tokens(
         with running(model), attention_implementation(model, recorder, mask_function=masks):
             backbone(model)(
                 input_ids=tokens[:, None],
-                position_ids=torch.full((tokens.shape[0], 1), position, device=tokens.device),
+                position_ids=torch.full((tokens.shape[0], 1), position, dtype=torch.int64, device=tokens.device),
                 past_key_values=cache_of(layers),
                 use_cache=True,
             )
