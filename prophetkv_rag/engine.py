@@ -272,6 +272,7 @@ class ProphetKVEngine:
             end_tokens=self.end_tokens,
             to_text=self._tokens.decode,
             model_lock=lock,
+            check=self.library.state.check_adapters,
         )
 
     def generate(self, prompt: AnyPrompt, **settings: Any) -> GenerationResult:

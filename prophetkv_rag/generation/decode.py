@@ -88,6 +88,7 @@ def decode_tokens(
     to_text: Callable[[Sequence[int]], str],
     model_lock: InterruptibleLock,
     report: ReuseReport,
+    check: Callable[[], None] = lambda: None,
 ) -> Generator[StreamChunk, None, None]:
     """Generate from a filled cache.
 
@@ -101,6 +102,7 @@ def decode_tokens(
         to_text: Turns generated tokens into text.
         model_lock: Held while the model runs; says when the call must stop.
         report: Passed through to every piece.
+        check: Called before the model runs, under its lock; raises if it must not.
 
     Yields:
         Pieces with new text; the last one carries the finish reason (its delta may be empty).
@@ -113,6 +115,7 @@ def decode_tokens(
             try:
                 # Entered anew at each step: between them the thread is the caller's.
                 with own_state(), model_lock:
+                    check()
                     step = torch.tensor([generated[-1:]], device=input_ids.device)
                     input_ids = torch.cat([input_ids, step], dim=1)
                     logits = plain_forward(model, step, cache)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
 
 from prophetkv_rag.errors import ModelChangedError
-
-Weight = tuple["weakref.ref[Any]", int, str]
 
 
 class ModelState:
@@ -20,8 +21,10 @@ class ModelState:
     def __init__(self, model: Any) -> None:
         """Take note of a model as it is now."""
         self._model = model
-        self._adapters = _adapters(model)
-        self._weights = _weights(model)
+        modules = list(model.modules())
+        self._adapted = [module for module in modules if _has_adapters(module)]
+        self._adapters = [_adapters(module) for module in self._adapted]
+        self._weights = [(weakref.ref(tensor), *_counted(tensor)) for tensor in _tensors(modules)]
 
     def check(self) -> None:
         """Do nothing if the model is as it was; the caller holds `model_lock`.
@@ -29,76 +32,86 @@ class ModelState:
         Raises:
             ModelChangedError: If it is not; the message says what changed.
         """
-        what = self._change()
-        if what:
-            msg = (
-                f"the model has changed since this engine was made: {what}. Caches made before are not this model's; "
-                "put it back as it was, or make a new ProphetKVEngine, which finds or makes those of the model as it is"
-            )
-            raise ModelChangedError(msg)
+        modules = list(self._model.modules())
+        adapters = [_adapters(module) for module in modules if _has_adapters(module)]
+        self._must_have_adapters(adapters)
+        _must(not any(module.training for module in modules), "it is in training mode (model.eval() ends that)")
+        _must(self._has_same_weights(list(_tensors(modules))), "its weights were changed, replaced or moved")
 
-    def _change(self) -> str | None:
-        if any(module.training for module in self._model.modules()):
-            return "it is in training mode (model.eval() ends that)"
-        adapters = _adapters(self._model)
+    def check_adapters(self) -> None:
+        """As `check`, for every token of an answer: only whether the adapters act as they did.
+
+        Raises:
+            ModelChangedError: If they do not.
+        """
+        self._must_have_adapters([_adapters(module) for module in self._adapted])
+
+    def _must_have_adapters(self, adapters: list[_Adapters]) -> None:
         if adapters != self._adapters:
-            return f"its adapters are {_told(adapters)} now and were {_told(self._adapters)}"
-        return None if self._has_same_weights() else "its weights were changed, replaced or moved"
+            _must(is_same=False, what=f"its adapters are {_told(adapters)} now and were {_told(self._adapters)}")
 
-    def _has_same_weights(self) -> bool:
-        now = list(_tensors(self._model))
+    def _has_same_weights(self, now: list[torch.Tensor]) -> bool:
         return len(now) == len(self._weights) and all(
-            before() is tensor and version == _version(tensor) and kind == _kind(tensor)
-            for tensor, (before, version, kind) in zip(now, self._weights, strict=True)
+            before[0]() is tensor and before[1:] == _counted(tensor)
+            for tensor, before in zip(now, self._weights, strict=True)
         )
 
 
-def _tensors(model: Any) -> Any:
+class _Adapters(NamedTuple):
+    """How one layer's adapters act, as `peft`'s layers say it."""
+
+    is_disabled: bool
+    active: tuple[str, ...]
+    merged: tuple[str, ...]
+    strengths: tuple[tuple[str, float], ...]
+
+
+def _must(is_same: bool, what: str) -> None:
+    if not is_same:
+        msg = (
+            f"the model has changed since this engine was made: {what}. Caches made before are not this model's; "
+            "put it back as it was, or make a new ProphetKVEngine, which finds or makes those of the model as it is"
+        )
+        raise ModelChangedError(msg)
+
+
+def _tensors(modules: Iterable[torch.nn.Module]) -> Iterator[torch.Tensor]:
     """All weights: parameters, and buffers that are saved with them (the others are working memory)."""
-    for module in model.modules():
-        yield from (tensor for tensor in module._parameters.values() if tensor is not None)
-        for name, tensor in module._buffers.items():
-            if tensor is not None and name not in module._non_persistent_buffers_set:
-                yield tensor
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                yield parameter
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield buffer
 
 
-def _weights(model: Any) -> list[Weight]:
-    return [(weakref.ref(tensor), _version(tensor), _kind(tensor)) for tensor in _tensors(model)]
+def _counted(tensor: torch.Tensor) -> tuple[int, torch.dtype, torch.device]:
+    # An inference tensor's writes are not counted.
+    return -1 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device
 
 
-def _version(tensor: Any) -> int:
-    return -1 if tensor.is_inference() else int(tensor._version)  # an inference tensor's writes are not counted
+def _has_adapters(module: torch.nn.Module) -> bool:
+    return isinstance(getattr(type(module), "disable_adapters", None), (bool, property))
 
 
-def _kind(tensor: Any) -> str:
-    return f"{tensor.dtype} {tensor.device}"
-
-
-def _adapters(model: Any) -> list[tuple[Any, ...]]:
-    """Return (disabled, active, merged, strengths) of every layer with adapters, as `peft`'s layers say it."""
-    return [
-        (
-            bool(module.disable_adapters),
-            _names(getattr(module, "active_adapters", ())),
-            _names(getattr(module, "merged_adapters", ())),
-            tuple(
-                sorted((str(name), float(value)) for name, value in (getattr(module, "scaling", None) or {}).items())
-            ),
-        )
-        for module in model.modules()
-        if isinstance(getattr(type(module), "disable_adapters", None), (bool, property))
-    ]
+def _adapters(module: Any) -> _Adapters:
+    scaling = getattr(module, "scaling", None) or {}
+    return _Adapters(
+        bool(module.disable_adapters),
+        _names(getattr(module, "active_adapters", ())),
+        _names(getattr(module, "merged_adapters", ())),
+        tuple(sorted((str(name), float(value)) for name, value in scaling.items())),
+    )
 
 
 def _names(names: Any) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(map(str, names or ()))
 
 
-def _told(adapters: list[tuple[Any, ...]]) -> str:
-    kinds = sorted(
-        {
-            "switched off" if disabled else f"{', '.join(active) or 'none'}{' (merged)' if merged else ''}"
-            for disabled, active, merged, _ in adapters
-        }
-    )
-    return " / ".join(kinds) or "none"
+def _told(adapters: list[_Adapters]) -> str:
+    kinds = {
+        "switched off" if layer.is_disabled else (", ".join(layer.active) or "none") + " (merged)" * bool(layer.merged)
+        for layer in adapters
+    }
+    return " / ".join(sorted(kinds)) or "none"

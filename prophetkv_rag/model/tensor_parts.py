@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import is_dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ def parts_of(name: str, value: Any) -> Iterator[Part]:
             yield from parts_of(f"{name}.{key}", value[key])
     elif isinstance(value, _PLAIN_VALUES):
         yield name, f"{type(value).__name__} {value}"
-    elif hasattr(value, "__dict__"):  # settings of a packing: an enum, a dataclass
+    elif isinstance(value, Enum) or is_dataclass(value):  # settings of a packing
         yield name, f"{type(value).__qualname__} {_settings(value)}"
     else:
         raise _opaque(name, value)
@@ -80,6 +82,8 @@ def _settings(value: Any) -> str:
         return str({str(key): _settings(item) for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))})
     if isinstance(value, (tuple, list)):
         return str([_settings(item) for item in value])
+    if isinstance(value, Enum):
+        return str(value)
     if isinstance(value, type) or callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
     if isinstance(value, _PLAIN_VALUES):

@@ -23,15 +23,23 @@ def uncompiled(model: Any) -> Iterator[None]:
     and for any of its parts.
     """
     undone: list[tuple[dict[str, Any], str, Any]] = []
+    of_class: dict[type, Callable[..., Any] | None] = {}
     try:
-        for module in list(model.modules()) if isinstance(model, torch.nn.Module) else ():
+        for module in _modules(model):
             own = vars(module)
             if own.get("_compiled_call_impl") is not None:
                 _replace(own, "_compiled_call_impl", None, undone)
-            forward = own.get("forward")
-            original = _original(forward if forward is not None else type(module).forward)
-            if original is not None:
-                _replace(own, "forward", original if forward is not None else original.__get__(module), undone)
+            if "forward" in own:
+                original = _original(own["forward"])
+                if original is not None:
+                    _replace(own, "forward", original, undone)
+                continue
+            kind = type(module)
+            if kind not in of_class:
+                of_class[kind] = _original(kind.forward)
+            method = of_class[kind]
+            if method is not None:
+                _replace(own, "forward", method.__get__(module), undone)
         yield
     finally:
         for own, name, value in reversed(undone):
@@ -42,6 +50,18 @@ def uncompiled(model: Any) -> Iterator[None]:
 
 
 _MISSING = object()
+
+
+def _modules(model: Any) -> list[torch.nn.Module]:
+    """Return the model and all its parts, in any order; `modules()` takes several times as long, for every token."""
+    found: dict[int, torch.nn.Module] = {}
+    left = [model] if isinstance(model, torch.nn.Module) else []
+    while left:
+        module = left.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            left.extend(module._modules.values())
+    return list(found.values())
 
 
 def _replace(own: dict[str, Any], name: str, value: Any, undone: list[tuple[dict[str, Any], str, Any]]) -> None:

@@ -153,15 +153,20 @@ def test_no_familys_own_code_sees_the_callers_state(family: str, name: str) -> N
     assert torch.equal(found[2], expected[2])
 
 
+@own_state()
+def fails() -> None:
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.get_default_device().type == "cpu"
+    assert not torch.is_inference_mode_enabled()
+    assert not torch.is_grad_enabled()
+    msg = "of ours"
+    raise RuntimeError(msg)
+
+
 def test_the_callers_state_is_put_back_after_an_error() -> None:
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
-        with pytest.raises(RuntimeError, match="of ours"), own_state():
-            assert not torch.is_autocast_enabled("cpu")
-            assert torch.get_default_device().type == "cpu"
-            assert not torch.is_inference_mode_enabled()
-            assert not torch.is_grad_enabled()
-            msg = "of ours"
-            raise RuntimeError(msg)
+        with pytest.raises(RuntimeError, match="of ours"):
+            fails()
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_default_device().type == "meta"
         assert torch.is_inference_mode_enabled()
