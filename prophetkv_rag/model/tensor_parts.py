@@ -34,7 +34,7 @@ def parts_of(name: str, value: Any) -> Iterator[Part]:
         for key in sorted(value, key=str):
             yield from parts_of(f"{name}.{key}", value[key])
     elif isinstance(value, _PLAIN_VALUES):
-        yield name, f"{type(value).__name__} {value}"
+        yield name, f"{type(value).__name__} {value!s}"
     elif isinstance(value, Enum) or is_dataclass(value):  # settings of a packing
         yield name, f"{type(value).__qualname__} {_settings(value)}"
     else:
@@ -63,8 +63,7 @@ def _tensor_parts(name: str, tensor: torch.Tensor) -> Iterator[Part]:
             yield f"{name}.scales", tensor.q_per_channel_scales()
             yield f"{name}.zeros", tensor.q_per_channel_zero_points()
     elif tensor.layout is not torch.strided:
-        sparse = tensor if tensor.layout is torch.sparse_coo else tensor.to_sparse_coo()
-        sparse = sparse.coalesce()
+        sparse = (tensor if tensor.layout is torch.sparse_coo else tensor.to_sparse()).coalesce()
         yield f"{name}.shape", str(tuple(tensor.shape))
         yield f"{name}.indices", sparse.indices()
         yield f"{name}.values", sparse.values()

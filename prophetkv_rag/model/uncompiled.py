@@ -55,7 +55,7 @@ _MISSING = object()
 def _modules(model: Any) -> list[torch.nn.Module]:
     """Return the model and all its parts, in any order; `modules()` takes several times as long, for every token."""
     found: dict[int, torch.nn.Module] = {}
-    left = [model] if isinstance(model, torch.nn.Module) else []
+    left: list[torch.nn.Module | None] = [model] if isinstance(model, torch.nn.Module) else []
     while left:
         module = left.pop()
         if module is not None and id(module) not in found:
