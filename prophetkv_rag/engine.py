@@ -25,10 +25,12 @@ from prophetkv_rag.generation import (
 )
 from prophetkv_rag.kernels import ops
 from prophetkv_rag.model import (
+    ModelState,
     RowsLayer,
     load_model,
     model_fingerprint,
     model_lock,
+    own_state,
     probe_model,
 )
 from prophetkv_rag.profile import Profile, load_profile
@@ -42,9 +44,12 @@ class ProphetKVEngine:
 
     One engine, and several engines on one model, may be used from many threads: the model runs for one caller at a
     time, step by step. Whoever calls `engine.model` directly while other threads are at work holds `engine.model_lock`
-    around the call. The weights, and which adapters are active, must not change after the engine is made.
+    around the call. The caller's settings of torch (autocast, default device and dtype, inference mode, gradients) do
+    not reach what the engine computes, and a model that `torch.compile` has compiled runs uncompiled here. Weights and
+    adapters must stay as they were when the engine was made: a call after a change raises `ModelChangedError`.
     """
 
+    @own_state()
     def __init__(
         self,
         model: Any,
@@ -64,13 +69,15 @@ class ProphetKVEngine:
             profile: What `prophetkv-rag calibrate` wrote for this model; overrides the config's strategy and ratio.
 
         Raises:
-            UnsupportedModelError: If the model's caches cannot be re-positioned exactly.
+            UnsupportedModelError: If the model's caches cannot be re-positioned exactly, or it is not all here.
             InputError: If the profile cannot be read or was made for other weights, or the strategy is unknown.
         """
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        fingerprint = model_fingerprint(model)
         self.config = config or ProphetKVConfig()
+        self.support = probe_model(model)
+        self.model, self.tokenizer = model, tokenizer
+        self.model_lock = model_lock(model)
+        with self.model_lock:
+            fingerprint, state = model_fingerprint(model), ModelState(model)
         if profile is not None:
             profile = profile if isinstance(profile, Profile) else load_profile(profile)
             self.config = profile.apply_to(self.config, model_fingerprint=fingerprint)
@@ -80,8 +87,6 @@ class ProphetKVEngine:
         except ValueError as error:  # a wrong environment variable
             raise InputError(str(error)) from None
         self.store = store if store is not None else MemoryStore()
-        self.model_lock = model_lock(model)
-        self.support = probe_model(model)
         limit = self.config.max_prompt_tokens or self.support.context_window
         self.context_window = min(limit, self.support.context_window)
         self._tokens = Tokens(tokenizer)
@@ -92,6 +97,7 @@ class ProphetKVEngine:
             self.store,
             self.config,
             fingerprint=fingerprint,
+            state=state,
             context_window=self.context_window,
             model_lock=self.model_lock,
         )
@@ -164,6 +170,7 @@ class ProphetKVEngine:
         Raises:
             InputError: If a chunk is empty. Nothing is stored then.
             ContextWindowError: If a chunk is longer than the model's context window. Nothing is stored then.
+            ModelChangedError: If chunks must be computed and the model is not what it was.
         """
         if isinstance(texts, str):
             msg = "add_chunks got one string; give a list of chunks"
@@ -196,9 +203,11 @@ class ProphetKVEngine:
         Raises:
             InputError: For an empty prompt, an unknown strategy or a ratio outside [0, 1].
             ContextWindowError: If the prompt is longer than the context window.
+            ModelChangedError: If the model is not what it was.
         """
         return self._prefiller.run(prompt, strategy, recompute_ratio, query)
 
+    @own_state()
     def query_context(self, prompt: AnyPrompt, layers: Sequence[RowsLayer]) -> QueryContext:
         """Return what a strategy sees of a prompt over caches of the caller's own, to measure or develop strategies.
 
@@ -208,6 +217,7 @@ class ProphetKVEngine:
         """
         return self._prefiller.query_context(self.read(prompt), layers, self.config.recompute_ratio)
 
+    @own_state()
     def read(self, prompt: AnyPrompt, *, query: str | None = None) -> PromptLayout:
         """Return a prompt's token ids and where its known chunks lie; takes what `prefill` takes."""
         return self._reader.read(prompt, query=query)
@@ -262,6 +272,7 @@ class ProphetKVEngine:
             end_tokens=self.end_tokens,
             to_text=self._tokens.decode,
             model_lock=lock,
+            check=self.library.state.check_adapters,
         )
 
     def generate(self, prompt: AnyPrompt, **settings: Any) -> GenerationResult:

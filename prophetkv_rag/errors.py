@@ -31,6 +31,10 @@ class UnsupportedModelError(ProphetKVError):
     """The model's caches cannot be re-positioned exactly; the message names the reason."""
 
 
+class ModelChangedError(ProphetKVError, RuntimeError):
+    """The model's weights, adapters or mode are not those that the engine was made with; the message says which."""
+
+
 class StoreError(ProphetKVError):
     """The blob directory or the catalog cannot be used (not writable, made by a newer version)."""
 

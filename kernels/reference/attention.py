@@ -25,8 +25,8 @@ def _flash_cpu() -> Any:
     """
     try:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        one = torch.ones(1, 1, 1, 8)
-        output, lse = kernel(one, one, one, attn_mask=torch.zeros(1, 1), scale=1.0)
+        one = torch.ones(1, 1, 1, 8, dtype=torch.float32, device="cpu")
+        output, lse = kernel(one, one, one, attn_mask=torch.zeros_like(one[0, 0, :, :1]), scale=1.0)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
     return kernel if torch.equal(output, one) and abs(float(lse) - 8.0) < 1e-5 else None

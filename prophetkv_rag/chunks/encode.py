@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from prophetkv_rag.errors import ContextWindowError
+from prophetkv_rag.errors import ContextWindowError, UnsupportedModelError
 from prophetkv_rag.model import EncodePass, ModelSupport, cache_of, model_lock, run_pass
-from prophetkv_rag.store import ChunkCache
+from prophetkv_rag.store import CacheIdentity, ChunkCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,16 @@ def check_length(name: str, input_ids: Sequence[int], prefix_ids: Sequence[int],
             f"is {window}; split it into smaller chunks"
         )
         raise ContextWindowError(msg)
+
+
+def check_dtype(cache: ChunkCache, identity: CacheIdentity) -> None:
+    """Raise `UnsupportedModelError` for a cache of another dtype than its key says, which must not be stored."""
+    if not cache.is_of(identity.dtype):
+        msg = (
+            f"the model gives keys and values of {cache.keys[0].dtype} now, and gave {identity.dtype} when this engine "
+            "was made; was its forward wrapped in autocast since? Make a new engine"
+        )
+        raise UnsupportedModelError(msg)
 
 
 def encode_chunks(

@@ -9,11 +9,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from prophetkv_rag.chunks.encode import EncodingPrefix, check_length, encode_chunks
+from prophetkv_rag.chunks.encode import EncodingPrefix, check_dtype, check_length, encode_chunks
 from prophetkv_rag.chunks.loader import ChunkLoader, Origin
 from prophetkv_rag.chunks.writer import ChunkWriter, Wanted
 from prophetkv_rag.errors import InputError, StoreError
-from prophetkv_rag.model import ModelSupport
+from prophetkv_rag.model import ModelState, ModelSupport, own_state
 from prophetkv_rag.prompt import ChunkIndex, PromptLayout, Tokens, text_entry
 from prophetkv_rag.store import CacheIdentity, ChunkCache, ChunkStore, TextEntry
 
@@ -32,6 +32,7 @@ class ChunkLibrary:
         identity: CacheIdentity,
         prefix: EncodingPrefix | None,
         *,
+        state: ModelState,
         context_window: int,
         batch_tokens: int,
         model_lock: AbstractContextManager[Any],
@@ -43,6 +44,7 @@ class ChunkLibrary:
         self.store = store
         self.identity = identity
         self.prefix = prefix
+        self.state = state
         self.context_window = context_window
         self.batch_tokens = batch_tokens
         self.model_lock = model_lock
@@ -69,6 +71,7 @@ class ChunkLibrary:
         except StoreError as error:
             logger.debug("what the caches are of could not be noted: %s", error)
 
+    @own_state()
     def refresh(self) -> None:
         """Learn the texts that other processes have stored since; a store that fails is logged once.
 
@@ -88,6 +91,7 @@ class ChunkLibrary:
         finally:
             self._owners_lock.release()
 
+    @own_state()
     def add(
         self,
         texts: Sequence[str | Sequence[int]],
@@ -123,6 +127,7 @@ class ChunkLibrary:
         self._compute({key: chunk for key, chunk in wanted.items() if key not in known}, None)
         return keys
 
+    @own_state()
     def register(self, text: str, *, owner: str) -> str | None:
         """Find a text in prompts from now on; its cache is computed, and stored, by the first prompt that holds it.
 
@@ -155,6 +160,7 @@ class ChunkLibrary:
         cache, _ = self.store.get(key, fingerprint=self.identity.fingerprint, input_ids=input_ids)
         return cache is not None and self._writer.put(key, cache, entry)
 
+    @own_state()
     def remove(self, keys: Iterable[str], *, owner: str) -> list[str]:
         """Drop `owner`'s references; what nobody refers to any more is deleted and returned."""
         with self._owners_lock:
@@ -186,8 +192,16 @@ class ChunkLibrary:
         return failed
 
     def _encode(self, chunks: Sequence[Sequence[int]]) -> Iterator[tuple[int, ChunkCache]]:
-        return encode_chunks(self.model, self.support, self.prefix, chunks, batch_tokens=self.batch_tokens)
+        encoding = encode_chunks(self.model, self.support, self.prefix, chunks, batch_tokens=self.batch_tokens)
+        while True:
+            self.state.check()
+            item = next(encoding, None)
+            if item is None:
+                return
+            check_dtype(item[1], self.identity)
+            yield item
 
+    @own_state()
     def load(
         self, layout: PromptLayout, *, model_lock: AbstractContextManager[Any] | None = None
     ) -> tuple[list[ChunkCache], list[Origin]]:

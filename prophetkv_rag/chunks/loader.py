@@ -61,6 +61,14 @@ class ChunkLoader:
             cache, was_corrupt, tier = self._store.find(
                 chunk.key, fingerprint=self._identity.fingerprint, input_ids=chunk.input_ids
             )
+            if cache is not None and not cache.is_of(self._identity.dtype):
+                self._store.reject(
+                    chunk.key,
+                    fingerprint=self._identity.fingerprint,
+                    input_ids=chunk.input_ids,
+                    dtype=self._identity.dtype,
+                )
+                cache, was_corrupt = None, True
             if cache is not None:
                 found[chunk.key] = cache
                 origins[chunk.key] = Origin("hit", tier or "")

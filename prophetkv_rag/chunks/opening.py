@@ -8,7 +8,7 @@ from typing import Any
 from prophetkv_rag.chunks.encode import encode_prefix
 from prophetkv_rag.chunks.library import ChunkLibrary
 from prophetkv_rag.config import LEAD_IN_TOKENS, ProphetKVConfig
-from prophetkv_rag.model import ModelSupport, tokenizer_fingerprint
+from prophetkv_rag.model import ModelState, ModelSupport, tokenizer_fingerprint
 from prophetkv_rag.prompt import Tokens
 from prophetkv_rag.store import CacheIdentity, ChunkStore
 
@@ -21,6 +21,7 @@ def open_library(
     config: ProphetKVConfig,
     *,
     fingerprint: str,
+    state: ModelState,
     context_window: int,
     model_lock: AbstractContextManager[Any],
 ) -> ChunkLibrary:
@@ -33,6 +34,7 @@ def open_library(
         store: Keeps the caches.
         config: Says what chunks are encoded behind, and whose they are.
         fingerprint: Of the model's weights.
+        state: What the model must still be when chunks are encoded.
         context_window: Most positions of a prompt.
         model_lock: Held while the model runs.
     """
@@ -50,6 +52,7 @@ def open_library(
             fingerprint, tokenizer_fingerprint(tokens.tokenizer), prefix_ids, support.dtype, config.namespace
         ),
         encode_prefix(model, support, prefix_ids),
+        state=state,
         context_window=context_window,
         batch_tokens=config.index_batch_tokens,
         model_lock=model_lock,

@@ -45,6 +45,7 @@ def stream_answer(
     end_tokens: frozenset[int],
     to_text: Callable[[Sequence[int]], str],
     model_lock: InterruptibleLock,
+    check: Callable[[], None] = lambda: None,
 ) -> Generator[StreamChunk, None, None]:
     """Prefill a prompt and generate from it.
 
@@ -56,6 +57,7 @@ def stream_answer(
         end_tokens: Tokens that end the answer.
         to_text: Turns generated tokens into text.
         model_lock: Of this call; says when it must stop.
+        check: See `decode_tokens`.
 
     Yields:
         Pieces of the answer; the last one has a finish reason. The span of the decoding is ended with it.
@@ -79,6 +81,7 @@ def stream_answer(
         to_text=to_text,
         model_lock=model_lock,
         report=filled.report,
+        check=check,
     )
     del filled  # decoding replaces the cache's tensors; the prompt's must not be kept beside them
     yield from trace_generation(pieces)

@@ -14,6 +14,7 @@ import torch
 
 from prophetkv_rag.generation.interrupt import Interrupted, InterruptibleLock
 from prophetkv_rag.generation.sampling import Sampler, SamplingSettings
+from prophetkv_rag.model import own_state, plain_forward
 from prophetkv_rag.report import ReuseReport
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
@@ -76,7 +77,6 @@ class _TextBuffer:
         return text[: max(safe, self.shown)], False
 
 
-@torch.no_grad()
 def decode_tokens(
     model: Any,
     cache: Any,
@@ -88,6 +88,7 @@ def decode_tokens(
     to_text: Callable[[Sequence[int]], str],
     model_lock: InterruptibleLock,
     report: ReuseReport,
+    check: Callable[[], None] = lambda: None,
 ) -> Generator[StreamChunk, None, None]:
     """Generate from a filled cache.
 
@@ -101,6 +102,7 @@ def decode_tokens(
         to_text: Turns generated tokens into text.
         model_lock: Held while the model runs; says when the call must stop.
         report: Passed through to every piece.
+        check: Called before the model runs, under its lock; raises if it must not.
 
     Yields:
         Pieces with new text; the last one carries the finish reason (its delta may be empty).
@@ -110,16 +112,18 @@ def decode_tokens(
     while finish_reason is None:
         finish_reason = model_lock.reason
         if finish_reason is None and generated:
-            step = torch.tensor([generated[-1:]], device=input_ids.device)
-            input_ids = torch.cat([input_ids, step], dim=1)
             try:
-                with model_lock, torch.no_grad():
-                    output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                logits = output.logits[:, -1].float()
+                # Entered anew at each step: between them the thread is the caller's.
+                with own_state(), model_lock:
+                    check()
+                    step = torch.tensor([generated[-1:]], device=input_ids.device)
+                    input_ids = torch.cat([input_ids, step], dim=1)
+                    logits = plain_forward(model, step, cache)
             except Interrupted as interrupted:
                 finish_reason = interrupted.reason
         if finish_reason is None:
-            token = sampler(input_ids, logits)
+            with own_state():
+                token = sampler(input_ids, logits)
             if token in end_tokens:
                 finish_reason = "stop"
             else:

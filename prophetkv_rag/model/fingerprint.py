@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import logging
 from typing import Any
 
 import torch
+
+from prophetkv_rag.errors import UnsupportedModelError
+from prophetkv_rag.model.ambient import own_state
+from prophetkv_rag.model.tensor_parts import parts_of
+
+logger = logging.getLogger(__name__)
 
 # What may differ between two loads of the same model without changing a single key or value.
 _VOLATILE_CONFIG = {
@@ -23,32 +31,66 @@ _VOLATILE_CONFIG = {
 _VOLATILE_ADAPTER_CONFIG = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
 
 
+_COMPILED = "_orig_mod."  # what `torch.compile` puts into the names of what it wraps
+
+
 _SAMPLES_PER_TENSOR = 64
 
 
 _INTEGER_VIEW = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@own_state()
 def model_fingerprint(model: Any) -> str:
     """Return 64 hex digits that change with any weight, adapter or configuration value that matters to K/V.
 
     Every tensor enters with its name, shape, dtype, the exact integer sum of its bits and a few sampled entries, so
-    one pass at memory speed is enough and the result does not depend on threads or device. It says what the model is
-    now: weights and adapters must not change while caches are made under it.
+    one pass at memory speed is enough and the result does not depend on threads or device. Packed weights enter part
+    by part (`tensor_parts.py`). What `torch.compile` wraps is the same model. It says what the model is now:
+    `ModelState` notices what changes later.
+
+    Raises:
+        UnsupportedModelError: If a weight is not in memory, or does not tell what it holds.
     """
     digest = hashlib.sha256()
     config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE_CONFIG}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    with torch.no_grad():
-        for name, tensor in sorted(model.state_dict().items()):
-            flat = tensor.detach().reshape(-1)
-            bits = flat.view(_INTEGER_VIEW[flat.element_size()]) if flat.dtype != torch.bool else flat
-            total = int(bits.sum(dtype=torch.int64)) if flat.numel() else 0
-            step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
-            samples = bits[::step][:_SAMPLES_PER_TENSOR].cpu().numpy().tobytes()
-            digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{total}|".encode() + samples)
+    for name, value in sorted(_held(model).items()):
+        for part, held in parts_of(name, value):
+            digest.update(f"{part}|{held}|".encode() if isinstance(held, str) else _summary(part, held))
     digest.update(_adapters(model).encode())
     return digest.hexdigest()
+
+
+def _held(model: Any) -> dict[str, Any]:
+    """Return what `state_dict` holds, by name, without touching the model.
+
+    Modules that save themselves in a way of their own may change in doing so (bitsandbytes unpacks what it packed for a
+    CPU, and does not get the same back), so a copy of those is asked.
+    """
+    held: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        saver = module
+        if type(module)._save_to_state_dict is not torch.nn.Module._save_to_state_dict:
+            try:
+                saver = copy.deepcopy(module)
+            except Exception:
+                logger.debug("module %s cannot be copied and saves itself", name, exc_info=True)
+        try:
+            saver._save_to_state_dict(held, f"{name}." if name else "", False)
+        except NotImplementedError as error:
+            msg = f"its part {name} ({type(module).__name__}) does not tell what it holds: {error}"
+            raise UnsupportedModelError(msg) from error
+    return {name.replace(_COMPILED, ""): value for name, value in held.items()}
+
+
+def _summary(name: str, tensor: torch.Tensor) -> bytes:
+    flat = tensor.reshape(-1)
+    bits = flat.view(_INTEGER_VIEW[flat.element_size()]) if flat.dtype != torch.bool else flat
+    total = int(bits.sum(dtype=torch.int64)) if flat.numel() else 0
+    step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+    samples: bytes = bits[::step][:_SAMPLES_PER_TENSOR].cpu().numpy().tobytes()
+    return f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{total}|".encode() + samples
 
 
 def _adapters(model: Any) -> str:
@@ -61,7 +103,11 @@ def _adapters(model: Any) -> str:
         for name, config in settings.items()
     }
     states = [
-        [name, getattr(module, "active_adapters", None), getattr(module, "merged_adapters", None)]
+        [
+            name.replace(_COMPILED, ""),
+            getattr(module, "active_adapters", None),
+            getattr(module, "merged_adapters", None),
+        ]
         for name, module in model.named_modules()
         if isinstance(getattr(module, "disable_adapters", None), bool) and not module.disable_adapters
     ]

@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
+from prophetkv_rag.model.ambient import own_state
 from prophetkv_rag.model.attention import AttentionPass, attention_implementation
+from prophetkv_rag.model.uncompiled import uncompiled
+
+
+@contextmanager
+def running(model: Any) -> Iterator[None]:
+    """Run the model in a block: in a state of our own, and as it was before it was compiled."""
+    with own_state(), uncompiled(model):
+        yield
 
 
 def backbone(model: Any) -> Any:
-    """Return the model without its language-model head (Llama 4 names itself as its own base model)."""
-    return model.base_model if model.base_model is not model else model.model
+    """Return the model without its language-model head, from inside what wraps it (adapters)."""
+    found = model
+    while getattr(found, "base_model", found) is not found:
+        found = found.base_model
+    # Llama 4 names itself as its own base model.
+    return found.model if getattr(found, "get_output_embeddings", lambda: None)() is not None else found
 
 
-@torch.no_grad()
+def plain_forward(model: Any, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """Run the model's own forward, with the attention it was loaded with, and put the rows behind those in `cache`.
+
+    Args:
+        model: A transformers causal language model; the caller holds `model_lock`.
+        input_ids: `[b, m]`.
+        cache: Grows by m rows.
+
+    Returns:
+        `[b, vocab]` logits of the last row in fp32.
+    """
+    with running(model):
+        output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    last: torch.Tensor = output.logits[:, -1].float()
+    return last
+
+
 def run_pass(
     model: Any,
     attention_pass: AttentionPass,
@@ -47,7 +78,7 @@ def run_pass(
         "attention_mask": no_mask,
         "use_cache": True,
     }
-    with attention_implementation(model, attention_pass):
+    with running(model), attention_implementation(model, attention_pass):
         if not logits:
             backbone(model)(**arguments)
             return None

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from prophetkv_rag.errors import UnknownModelError
+from prophetkv_rag.model.ambient import own_state
 
 
+@own_state()
 def load_model(
     name_or_path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
 ) -> tuple[Any, Any]:
@@ -25,7 +27,8 @@ def load_model(
         (model in evaluation mode, tokenizer).
 
     Raises:
-        UnknownModelError: If nothing can be loaded under that name.
+        UnknownModelError: If nothing can be loaded under that name, or only with Python code that comes with it, which
+            is never run from here (nor asked about).
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,9 +40,12 @@ def load_model(
     if path.suffix == ".gguf":
         source, extra = str(path.parent), {"gguf_file": path.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **extra)
+        # Said, so that transformers does not ask on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, trust_remote_code=False, **extra)
     except Exception as error:  # also safetensors' own error, and RuntimeError for weights of another shape
+        if "trust_remote_code" in str(error):
+            raise _needs_code(str(name_or_path)) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         msg = (
             f"cannot load a model from {str(name_or_path)!r}: {reason}. Give a folder that holds config.json, weights "
@@ -47,3 +53,12 @@ def load_model(
         )
         raise UnknownModelError(msg) from error
     return model.to(device).eval(), tokenizer
+
+
+def _needs_code(name: str) -> UnknownModelError:
+    return UnknownModelError(
+        f"cannot load a model from {name!r}: it needs Python code of its own, which is not run by itself. If you trust "
+        f"that code, load it and make the engine from it: model = AutoModelForCausalLM.from_pretrained({name!r}, "
+        f"trust_remote_code=True), tokenizer = AutoTokenizer.from_pretrained({name!r}, trust_remote_code=True), "
+        "ProphetKVEngine(model, tokenizer). Otherwise give a model that transformers knows"
+    )

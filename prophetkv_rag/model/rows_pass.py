@@ -141,7 +141,9 @@ class ScoringPass(RowsPass):
             return super().attend(call)
         heads = (call.query.shape[1], call.key.shape[1])
         if heads not in self._mass:
-            self._mass[heads] = torch.zeros(heads[1], self.context.shape[0], device=self.context.device)
+            self._mass[heads] = torch.zeros(
+                heads[1], self.context.shape[0], dtype=torch.float32, device=self.context.device
+            )
         asking = replace(call, query=call.query[:, :, self._num_plain :])
         output = ops.attend_and_score(
             asking.query[0],

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from prophetkv_rag.chunks import ChunkLibrary
 from prophetkv_rag.config import ProphetKVConfig, check_recompute_ratio
 from prophetkv_rag.generation import InterruptibleLock
-from prophetkv_rag.model import ModelSupport, RowsLayer, resumable_cache
+from prophetkv_rag.model import ModelSupport, RowsLayer, own_state, plain_forward, resumable_cache
 from prophetkv_rag.prompt import AnyPrompt, PromptLayout, PromptReader
 from prophetkv_rag.report import PromptView, ReuseReport, Timings, end_stage
 from prophetkv_rag.reuse.accounting import attach_view, ends_with_chunk, report_full_prefill, report_reuse
@@ -62,6 +62,7 @@ class Prefiller:
     context_window: int
     model_lock: AbstractContextManager[Any]
 
+    @own_state()
     def run(
         self,
         prompt: AnyPrompt,
@@ -80,7 +81,7 @@ class Prefiller:
             answer_lock: Of a call that goes on to answer; there must be room for an answer then.
 
         Raises:
-            InputError, ContextWindowError: As `ProphetKVEngine.prefill`.
+            InputError, ContextWindowError, ModelChangedError: As `ProphetKVEngine.prefill`.
             Interrupted: If the answer is not wanted any more.
         """
         started = time.perf_counter()
@@ -100,11 +101,11 @@ class Prefiller:
         """Prefill the whole prompt by the model's plain forward, with the attention it was loaded with."""
         input_ids = layout.input_ids[None].to(self.model.device)
         running = time.perf_counter()
-        with self.model_lock, torch.no_grad():
+        with self.model_lock:
+            self.library.state.check()
             # Plain layers: a cache made from the model's configuration drops rows outside sliding windows.
             cache = DynamicCache()
-            output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = _settled(output.logits[:, -1].float())
+            logits = _settled(plain_forward(self.model, input_ids, cache))
         timings.recompute = end_stage("recompute", running, strategy=strategy.name, rows=layout.num_tokens)
         timings.ttft = time.perf_counter() - started
         report = report_full_prefill(layout, strategy.name, timings, num_layers=len(self.support.layers))
@@ -123,14 +124,15 @@ class Prefiller:
         hits = sum(origin.status == "hit" for origin in origins)
         timings.load = end_stage("load", mark, hits=hits, chunks=len(origins))
 
-        with self.model_lock, torch.no_grad():
+        with self.model_lock:
+            self.library.state.check()
             mark = time.perf_counter()
             layers = assemble_caches(
                 self.support,
                 caches,
                 [chunk.start for chunk in layout.chunks],
                 layout.num_tokens + len(layout.probe_ids),
-                dtype=self.model.dtype,
+                dtype=getattr(torch, self.support.dtype),
                 device=device,
             )
             del caches

@@ -111,6 +111,13 @@ class ChunkStore(ABC):
     def verify(self, *, repair: bool = False) -> VerifyReport:
         """Check every stored cache; with `repair` drop what is bad, missing or orphaned."""
 
+    def reject(self, key: str, *, fingerprint: str, input_ids: Sequence[int], dtype: str) -> None:
+        """Drop a cache that `find` gave and that is not of this dtype; its references stay. Never waits, never raises.
+
+        Logged once and counted, as what `find` finds bad itself. Without it such a cache is computed again each time.
+        """
+        return None
+
     def knows(self, key: str) -> bool:
         """Whether the chunk is one of this store's, also while it has no cache (evicted, not computed yet)."""
         return key in self

@@ -40,6 +40,15 @@ class ChunkCache:
         """Bytes of all keys and values."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of the keys and values, as they are when unpacked: one, in a cache that is right."""
+        return {tensor.dtype for tensor in (*self.keys, *self.values)}
+
+    def is_of(self, dtype: str) -> bool:
+        """Whether all keys and values are of this dtype (`CacheIdentity.dtype`)."""
+        return {str(found) for found in self.dtypes} == {f"torch.{dtype}"}
+
     def source(self, layer: int) -> ops.RowSource:
         """Return one layer as `ops.rope_gather` takes it, packed if it is held packed."""
         return ops.RowSource(self.keys[layer], self.values[layer])

@@ -66,6 +66,15 @@ class MemoryStore(ChunkStore):
             self._corrupt += 1
             return Lookup(was_corrupt=True)
 
+    def reject(self, key: str, *, fingerprint: str, input_ids: Sequence[int], dtype: str) -> None:
+        """See `ChunkStore.reject`."""
+        with self._lock:
+            chunk = self._chunks.get(key)
+            if chunk is not None and chunk.cache is not None and not chunk.cache.is_of(dtype):
+                logger.warning("dropped the chunk cache %s: its numbers are not of %s", key, dtype)
+                self._drop(key)
+                self._corrupt += 1
+
     def put(
         self,
         key: str,

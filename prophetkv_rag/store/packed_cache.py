@@ -97,6 +97,11 @@ class PackedCache(ChunkCache):
         return tuple(self._rows(part).unpack() for part in self._parts[1])
 
     @property
+    def dtypes(self) -> set[torch.dtype]:
+        """See `ChunkCache.dtypes`."""
+        return {part.dtype for parts in self._parts for part in parts}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of what is stored, scales and lows included."""
         return self._scales.nbytes + sum(part.stored.nbytes for parts in self._parts for part in parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -87,3 +88,38 @@ def test_a_model_without_adapters_keeps_its_identity() -> None:
     before = model_fingerprint(model)
     model.peft_config = None
     assert model_fingerprint(model) == before
+
+
+def needs_its_own_code(directory: Path) -> None:
+    """A folder as of a model on the hub that transformers does not know."""
+    file = directory / "config.json"
+    own = {"AutoConfig": "conf.MyConfig", "AutoModelForCausalLM": "mod.MyForCausalLM"}
+    changes = {"model_type": "mything", "architectures": ["MyForCausalLM"], "auto_map": own}
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    for name in ("conf", "mod"):
+        (directory / f"{name}.py").write_text(f"open({str(directory / 'was_run')!r}, 'w').close()\n")
+
+
+@pytest.mark.parametrize("answer", ["", "y\n", "n\n"])
+def test_a_model_with_code_of_its_own_is_neither_run_nor_asked_about(
+    answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs_its_own_code(save_tiny(tmp_path))
+    typed = io.StringIO(answer)
+    monkeypatch.setattr("sys.stdin", typed)
+    with pytest.raises(
+        UnknownModelError, match=r"needs Python code of its own.*trust_remote_code=True.*ProphetKVEngine"
+    ):
+        load_model(tmp_path)
+    assert typed.tell() == 0
+    assert "[y/N]" not in capsys.readouterr().out
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_a_known_model_that_also_has_code_of_its_own_loads_without_it(tmp_path: Path) -> None:
+    needs_its_own_code(save_tiny(tmp_path))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "llama"}))
+    model, _ = load_model(tmp_path)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert not (tmp_path / "was_run").exists()

@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.evaluation.speed.ttft import corpus_prompt
 from prophetkv_rag.prompt import PromptLayout
@@ -209,7 +211,7 @@ def _timed(
         caches,
         [chunk.start for chunk in blobs.layout.chunks],
         blobs.layout.num_tokens,
-        dtype=engine.model.dtype,
+        dtype=getattr(torch, engine.support.dtype),
         device=engine.model.device,
     )
     return loaded - started, time.perf_counter() - started, time.process_time() - cpu

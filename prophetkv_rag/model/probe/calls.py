@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from prophetkv_rag.errors import UnsupportedModelError
 from prophetkv_rag.model.attention import AttentionCall, AttentionPass, attention_implementation
 from prophetkv_rag.model.cache_layers import cache_of
-from prophetkv_rag.model.forward import backbone
+from prophetkv_rag.model.forward import backbone, running
 
 
 class CallRecorder(AttentionPass):
@@ -87,10 +87,10 @@ def run_single_tokens(
     recorder, masks = CallRecorder(), MaskRecorder(model.dtype, model.device)
     layers = [SeenLayer(seen) for _ in range(num_layers)]
     try:
-        with attention_implementation(model, recorder, mask_function=masks), torch.no_grad():
+        with running(model), attention_implementation(model, recorder, mask_function=masks):
             backbone(model)(
                 input_ids=tokens[:, None],
-                position_ids=torch.full((tokens.shape[0], 1), position, device=tokens.device),
+                position_ids=torch.full((tokens.shape[0], 1), position, dtype=torch.int64, device=tokens.device),
                 past_key_values=cache_of(layers),
                 use_cache=True,
             )

@@ -13,15 +13,18 @@ No model is known by name. Four questions are put to the model itself, on tokens
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from prophetkv_rag.errors import UnsupportedModelError
-from prophetkv_rag.model.attention import model_lock
+from prophetkv_rag.model.ambient import own_state
+from prophetkv_rag.model.attention import AttentionCall, model_lock
 from prophetkv_rag.model.probe.calls import run_single_tokens
 from prophetkv_rag.model.probe.checks import check_encoding, check_rows
 from prophetkv_rag.model.probe.rotation import find_rotation, rotation_candidates
+from prophetkv_rag.model.probe.structure import refuse_by_structure, refuse_what_is_no_model
 from prophetkv_rag.model.probe.tolerance import relative_error, tolerance_of
 from prophetkv_rag.model.probe.window import window_of
 from prophetkv_rag.model.support import LayerSupport, ModelSupport
@@ -29,11 +32,12 @@ from prophetkv_rag.model.support import LayerSupport, ModelSupport
 NUM_TOKENS = 24
 
 
+@own_state()
 def probe_model(model: Any) -> ModelSupport:
     """Probe a transformers causal language model.
 
     Args:
-        model: The loaded model, in evaluation mode.
+        model: The loaded model; it is set to evaluation mode.
 
     Returns:
         What was found, layer by layer.
@@ -42,10 +46,11 @@ def probe_model(model: Any) -> ModelSupport:
         UnsupportedModelError: If chunk caches of this model could not be re-positioned exactly; the message names the
             layer and the reason.
     """
-    name = str(getattr(model.config, "model_type", type(model).__name__))
+    name = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
     try:
+        refuse_what_is_no_model(model)
         with model_lock(model):
-            return _probe(model, name)
+            return _probe(model.eval(), name)
     except UnsupportedModelError as error:
         msg = f"{name} cannot be used: {error}. Any model that `prophetkv-rag doctor MODEL` accepts will do"
         raise UnsupportedModelError(msg) from error.__cause__
@@ -53,17 +58,17 @@ def probe_model(model: Any) -> ModelSupport:
 
 def _probe(model: Any, name: str) -> ModelSupport:
     config = model.config.get_text_config(decoder=True)
-    _refuse_by_structure(model, config)
+    refuse_by_structure(model, config)
     num_layers = int(config.num_hidden_layers)
     context_window = int(getattr(config, "max_position_embeddings", 0) or 0)
     if context_window < NUM_TOKENS + 1:
         msg = f"its configuration gives no usable context window (max_position_embeddings = {context_window})"
         raise UnsupportedModelError(msg)
-    device, dtype = model.device, model.dtype
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, int(config.vocab_size), (NUM_TOKENS,), generator=generator).to(device)
+    tokens = torch.randint(0, int(config.vocab_size), (NUM_TOKENS,), generator=generator).to(model.device)
 
     origin, masks = run_single_tokens(model, tokens, 0, num_layers)
+    dtype = _dtype_of(origin)
     candidates = rotation_candidates(model)  # before longer positions, which make some models rewrite their tables
     far = sorted({1, 7, min(331, context_window - 1), context_window // 2, context_window - 1})
     moved = {position: run_single_tokens(model, tokens, position, num_layers)[0] for position in far}
@@ -101,14 +106,12 @@ def _probe(model: Any, name: str) -> ModelSupport:
     )
 
 
-def _refuse_by_structure(model: Any, config: Any) -> None:
-    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
-        msg = "it is not a decoder-only language model"
+def _dtype_of(calls: Mapping[int, AttentionCall]) -> torch.dtype:
+    """Return the dtype of all keys and values, which need not be that of the weights (quantised ones, say)."""
+    dtypes = {
+        str(tensor.dtype).removeprefix("torch."): tensor.dtype for c in calls.values() for tensor in (c.key, c.value)
+    }
+    if len(dtypes) > 1:
+        msg = f"its layers' keys and values have several dtypes ({', '.join(sorted(dtypes))})"
         raise UnsupportedModelError(msg)
-    for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if kind not in ("full_attention", "sliding_attention", "chunked_attention"):
-            msg = f"layer {index} is a {kind} layer, whose recurrent state is not a cache with one row per token"
-            raise UnsupportedModelError(msg)
-    if getattr(config, "num_kv_shared_layers", 0):
-        msg = "its last layers share the keys and values of earlier ones"
-        raise UnsupportedModelError(msg)
+    return next(iter(dtypes.values()))

@@ -65,7 +65,7 @@ class CacheBlend(Strategy):
             current = context.is_chunk[view.rows]
             if count is None or count >= int(current.sum()):
                 return None
-            scores = torch.zeros(context.is_chunk.shape[0], device=view.rows.device)
+            scores = torch.zeros(context.is_chunk.shape[0], dtype=torch.float32, device=view.rows.device)
             scores[view.rows] = self._deviation(view)
             running = torch.zeros_like(context.is_chunk)
             running[view.rows[current]] = True
@@ -84,7 +84,7 @@ class CacheBlend(Strategy):
         return math.ceil(budget * (1 + (SURPLUS - 1) * left) - 1e-9)  # without the float noise of an exact product
 
     def _deviation(self, view: LayerView) -> torch.Tensor:
-        total = torch.zeros(view.rows.shape[0], device=view.rows.device)
+        total = torch.zeros(view.rows.shape[0], dtype=torch.float32, device=view.rows.device)
         if "k" in self.deviation:
             total += (view.fresh_keys.float() - view.stale_keys.float()).square().sum(dim=(0, 2))
         if "v" in self.deviation:

@@ -35,7 +35,7 @@ class KVShare(Strategy):
                 return None
             assert view.attention_received is not None
             moved = (view.fresh_values.float() - view.stale_values.float()).abs().sum(dim=(0, 2))
-            scores = torch.zeros(context.is_chunk.shape[0], device=view.rows.device)
+            scores = torch.zeros(context.is_chunk.shape[0], dtype=torch.float32, device=view.rows.device)
             scores[view.rows] = moved
             return top_positions(scores * view.attention_received, context.is_chunk, context.budget)
 

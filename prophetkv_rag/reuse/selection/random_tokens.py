@@ -17,5 +17,7 @@ class RandomTokens(Strategy):
     def select(self, context: QueryContext) -> Selection:
         """Select `context.budget` tokens at random, seeded by the prompt's token ids."""
         generator = torch.Generator().manual_seed(int(context.input_ids.sum()) * 1_000_003 + context.input_ids.shape[0])
-        scores = torch.rand(context.is_chunk.shape[0], generator=generator).to(context.is_chunk.device)
+        scores = torch.rand(context.is_chunk.shape[0], generator=generator, dtype=torch.float32).to(
+            context.is_chunk.device
+        )
         return Selection(top_positions(scores, context.eligible, context.budget))

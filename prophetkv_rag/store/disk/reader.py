@@ -52,7 +52,7 @@ class BlobReader:
         self._blob_format = blob_format
         self._later = later
         self._bad_lock = threading.Lock()
-        self._bad: dict[str, tuple[str, Sequence[int]]] = {}
+        self._bad: dict[str, tuple[str, Sequence[int], str | None]] = {}
 
     def is_bad(self, key: str) -> bool:
         """Whether the blob of `key` was found bad, and is still to be dropped."""
@@ -89,6 +89,11 @@ class BlobReader:
         self._note_bad(key, fingerprint, input_ids)
         return None, False
 
+    def reject(self, key: str, *, fingerprint: str, input_ids: Sequence[int], dtype: str) -> None:
+        """Drop a blob that was read and whose numbers are not of this dtype."""
+        self._note_bad(key, fingerprint, input_ids, dtype)
+        self._report_corrupt(key, BlobError(f"its numbers are not of {dtype}"))
+
     def settle(self, key: str) -> None:
         """Drop the blob of `key` if it was found bad, unless somebody has replaced it since. Waits for the lock."""
         with self._bad_lock:
@@ -106,22 +111,22 @@ class BlobReader:
             with self._bad_lock:
                 self._bad.pop(key, None)
 
-    def _note_bad(self, key: str, fingerprint: str, input_ids: Sequence[int]) -> None:
+    def _note_bad(self, key: str, fingerprint: str, input_ids: Sequence[int], dtype: str | None = None) -> None:
         if self._lock is not None:
             self._forget([key])
             with self._bad_lock:
-                self._bad[key] = fingerprint, input_ids
+                self._bad[key] = fingerprint, input_ids, dtype
             self._later(self.settle, key)
 
-    def _is_good(self, key: str, fingerprint: str, input_ids: Sequence[int]) -> bool:
+    def _is_good(self, key: str, fingerprint: str, input_ids: Sequence[int], dtype: str | None) -> bool:
         """Whether what is there now may stay; also where nothing is."""
         try:
-            header, _ = self._files.read(key, fingerprint=fingerprint, input_ids=input_ids)
+            header, cache = self._files.read(key, fingerprint=fingerprint, input_ids=input_ids)
         except (FileNotFoundError, LockedBlobError):
             return True
         except BlobError:
             return False
-        return header.blob_format in ("exact", self._blob_format)
+        return header.blob_format in ("exact", self._blob_format) and (dtype is None or cache.is_of(dtype))
 
     def _look_again(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> ChunkCache | None:
         """Read a blob once more: somebody may just have replaced a bad one."""

@@ -152,6 +152,11 @@ class DiskStore(CatalogedStore):
         self._counters.add(hits=1)
         return Lookup(cache, tier="disk")
 
+    def reject(self, key: str, *, fingerprint: str, input_ids: Sequence[int], dtype: str) -> None:
+        """See `ChunkStore.reject`."""
+        self._ram.drop([key])
+        self._reader.reject(key, fingerprint=fingerprint, input_ids=input_ids, dtype=dtype)
+
     def put(
         self,
         key: str,
