@@ -22,6 +22,7 @@ MAY_IMPORT = {
     # Every package along the data path, the lowest first, and those it may import, which all stand above it.
     "lazy": "",
     "errors": "",
+    "text": "errors",
     "kernels": "",
     "config": "errors",
     "report": "",

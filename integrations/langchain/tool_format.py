@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from prophetkv_rag.errors import InputError
 
 PROBE_NAME = "prophetkv_probe_tool"
@@ -71,7 +69,7 @@ def find_tool_format(tokenizer: Any) -> ToolFormat:
     try:
         prompt = _render(tokenizer, _ASKED, add_generation_prompt=True)
         called = _render(tokenizer, [*_ASKED, _CALLED])
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template's own, transformers', or those of code in a template's place
         msg = f"the model's chat template cannot show tools ({error}); use a model with a tool template"
         raise InputError(msg) from error
     if PROBE_NAME not in prompt:

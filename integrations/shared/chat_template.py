@@ -6,8 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from jinja2 import TemplateError
-
 from prophetkv_rag.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -72,11 +70,13 @@ def alternate_roles(messages: Sequence[Message]) -> list[Message]:
 
 def _refusal(
     messages: list[Message], tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None
-) -> TemplateError | None:
+) -> Exception | None:
     """Return why the template refuses the messages, or `None` if it takes them."""
     extra = {"tools": list(tools)} if tools else {}
+    # A tokenizer that writes chats by code of its own (mistral-common's) warns whoever asks it for text.
+    tokenize = not getattr(tokenizer, "chat_template", None)
     try:
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **extra)
-    except TemplateError as error:
+        tokenizer.apply_chat_template(messages, tokenize=tokenize, add_generation_prompt=True, **extra)
+    except Exception as error:  # a template's own, transformers' (several templates, no default), or that code's
         return error
     return None

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+from prophetkv_rag.text import well_formed
+
 Namespace = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 """Who refers to chunks: the cache of a chunk lives as long as one namespace (or local collection) has it."""
 
@@ -13,16 +15,17 @@ _MAX_STOPS = 16
 
 
 def _encodable(text: str) -> str:
-    """Refuse text that is not Unicode: JSON can spell half a surrogate pair, which no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
+    if well_formed(text) != text:
         msg = "is not valid Unicode (half of a surrogate pair)"
-        raise ValueError(msg) from None
+        raise ValueError(msg)
     return text
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
+Text = Annotated[str, AfterValidator(well_formed)]
+"""What a model reads. JSON can spell half a surrogate pair (a text cut off inside an emoji); no tokenizer reads that."""
+
+Name = Annotated[str, AfterValidator(_encodable)]
+"""What is compared with something: changed, it would mean something else."""
 
 
 class _Body(BaseModel):
@@ -41,7 +44,7 @@ class ChatMessage(_Body):
         if content is None:
             return ""
         if isinstance(content, str):
-            return _encodable(content)
+            return well_formed(content)
         if not isinstance(content, list):
             msg = "must be a string or a list of text parts"
             raise ValueError(msg)
@@ -50,7 +53,7 @@ class ChatMessage(_Body):
             if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type") != "text":
                 msg = 'a part must be {"type": "text", "text": "..."}; this model reads text only'
                 raise ValueError(msg)
-            texts.append(_encodable(part["text"]))
+            texts.append(well_formed(part["text"]))
         return "\n".join(texts)
 
     def for_template(self) -> dict[str, str]:
@@ -67,7 +70,7 @@ class StreamOptions(_Body):
 class ReuseOptions(_Body):
     """Our own extension of a chat request."""
 
-    strategy: Text | None = None
+    strategy: Name | None = None
     recompute_ratio: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     query: Text | None = None
     deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -76,7 +79,7 @@ class ReuseOptions(_Body):
 class ChatRequest(_Body):
     """Body of `POST /v1/chat/completions`."""
 
-    model: Text
+    model: Name
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -85,7 +88,7 @@ class ChatRequest(_Body):
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | list[Text] | None = None
+    stop: Name | list[Name] | None = None
     n: int | None = None
     logprobs: bool | None = None
     tools: list[Any] | None = None
