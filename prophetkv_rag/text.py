@@ -75,10 +75,10 @@ def decode_text(content: bytes) -> str:
 
 
 def _without_mark(content: bytes) -> str:
-    """Tell text in UTF-16 without a mark, every other byte of which is mostly zero, from binary."""
+    """Tell text in UTF-16 without a mark, where every other byte is zero, from binary."""
     start = content[: 1 << 16]
-    zeros = sorted((start[0::2].count(0), start[1::2].count(0)))
-    if zeros[0] == 0 and zeros[1] * 4 >= len(start):
+    least, most = sorted((start[0::2].count(0), start[1::2].count(0)))
+    if len(content) >= 8 and len(content) % 2 == 0 and least == 0 and most * 10 >= len(start) * 4:
         return "looks like UTF-16 without a byte order mark; save it as UTF-8"
     return "binary"
 

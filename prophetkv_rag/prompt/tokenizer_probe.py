@@ -74,7 +74,7 @@ def probe_tokenizer(tokenizer: Any) -> TokenizerAbilities:
         parses=bool(has_controls(encode(tokenizer, joined))),
         splits=as_text is not None and not has_controls(as_text),
         gives_offsets=_are_offsets(offsets, len(ids)),
-        shows_specials=_decodes(tokenizer, ids),
+        shows_specials=_shows(tokenizer, ids, controls),
     )
 
 
@@ -123,7 +123,10 @@ def start_ids(tokenizer: Any) -> list[int]:
 
 
 def _controls(tokenizer: Any) -> dict[str, int]:
-    added = getattr(tokenizer, "added_tokens_decoder", None)  # a method that raises, of some
+    try:
+        added = tokenizer.added_tokens_decoder  # a method that raises, of mistral-common's
+    except Exception:
+        added = None
     found = {str(token) for token in getattr(tokenizer, "all_special_tokens", ())}
     if isinstance(added, Mapping):
         found |= {str(token) for token in added.values() if getattr(token, "special", False)}
@@ -148,9 +151,11 @@ def _are_offsets(offsets: Any, length: int) -> bool:
     return len(spans) == length and re.sub(r"\s", "", "".join(spans)) == re.sub(r"\s", "", _TEXT)
 
 
-def _decodes(tokenizer: Any, ids: Sequence[int]) -> bool:
+def _shows(tokenizer: Any, ids: Sequence[int], controls: Mapping[str, int]) -> bool:
+    spelt, special = next(iter(controls.items()), ("", None))
+    every = [*ids, *([] if special is None else [special])]
     try:
-        text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(every, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     except Exception:
         return False
-    return str(text).strip() == _TEXT
+    return re.sub(r"\s*", "", str(text)) == re.sub(r"\s*", "", _TEXT + spelt) and _TEXT in str(text)
