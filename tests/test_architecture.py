@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "integrations.shared": "errors",
     "integrations.llama_index": "errors config report generation defaults store prompt engine chroma "
     "integrations.shared",
-    "integrations.langchain": "errors config report generation defaults store prompt engine chroma integrations.shared",
+    "integrations.langchain": "errors text config report generation defaults store prompt engine chroma integrations.shared",
     "cli": "errors text kernels config report model defaults store store.encryption store.blobs store.catalog store.remote "
     "store.disk reuse engine chroma evaluation server integrations.llama_index",
 }

@@ -52,7 +52,9 @@ def main(folder: Path, model_name: str | Path) -> None:
     store = ProphetKVChroma("chat", MiniLMEmbeddings(), client=client, engine=model.engine)
     records = SQLRecordManager(f"chat/{model.engine.identity.model}", db_url=f"sqlite:///{home}/records.db")
     records.create_schema()
-    changes = index(read_folder(folder, console), records, store, cleanup="full", source_id_key="source", key_encoder="sha256")
+    changes = index(
+        read_folder(folder, console), records, store, cleanup="full", source_id_key="source", key_encoder="sha256"
+    )
     console.print(f"{shown_name(folder)}: {changes}. Ask away; an empty line ends the chat.", style="dim")
 
     chain, history = PROMPT | model, []

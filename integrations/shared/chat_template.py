@@ -68,9 +68,7 @@ def alternate_roles(messages: Sequence[Message]) -> list[Message]:
     return merged
 
 
-def _refusal(
-    messages: list[Message], tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None
-) -> Exception | None:
+def _refusal(messages: list[Message], tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None) -> Exception | None:
     """Return why the template refuses the messages, or `None` if it takes them."""
     extra = {"tools": list(tools)} if tools else {}
     # A tokenizer that writes chats by code of its own (mistral-common's) warns whoever asks it for text.

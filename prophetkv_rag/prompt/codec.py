@@ -150,9 +150,7 @@ class TextCodec:
                 unmarked = [{name: _unmarked(value) for name, value in message.items()} for message in plain]
                 return self._text_of(rendered_ids(self.tokenizer, unmarked), _OPEN, _CLOSE)
             options = {} if chat_template is None else {"chat_template": chat_template}
-            return str(
-                self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, **options)
-            )
+            return str(self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, **options))
         except Exception as error:  # templates raise their own errors for roles they do not know
             msg = f"the model's chat template rejects these messages: {error}"
             raise InputError(msg) from error
