@@ -48,9 +48,10 @@ MAY_IMPORT = {
     "integrations.shared": "errors",
     "integrations.llama_index": "errors config report generation defaults store prompt engine chroma "
     "integrations.shared",
-    "integrations.langchain": "errors text config report generation defaults store prompt engine chroma integrations.shared",
-    "cli": "errors text kernels config report model defaults store store.encryption store.blobs store.catalog store.remote "
-    "store.disk reuse engine chroma evaluation server integrations.llama_index",
+    "integrations.langchain": "errors text config report generation defaults store prompt engine chroma "
+    "integrations.shared",
+    "cli": "errors text kernels config report model defaults store store.encryption store.blobs store.catalog "
+    "store.remote store.disk reuse engine chroma evaluation server integrations.llama_index",
 }
 CORE = list(MAY_IMPORT)[: list(MAY_IMPORT).index("prophetkv_rag") + 1]
 """What knows no framework: everything below the programs and integrations."""

@@ -72,7 +72,7 @@ def say(line: str) -> None:
 
 
 def main() -> int:
-    """Read the command line and serve until interrupted; returns the exit status, 130 after Ctrl+C as a shell has it."""
+    """Read the command line and serve until interrupted; returns the exit status, 130 after Ctrl+C."""
     service = Service()
     try:
         serve(service)

@@ -11,7 +11,7 @@ import copy
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from prophetkv_rag.errors import InputError
@@ -66,7 +66,7 @@ class TextCodec:
             return encode(self._chunk_tokenizer, text)
         # Cut behind the first character of each special token, no part has one.
         cuts = [0, *(match.start() + 1 for match in self._specials.finditer(text)), len(text)]
-        parts = [text[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+        parts = [text[start:stop] for start, stop in pairwise(cuts)]
         return [token for part in parts if part for token in self._without_controls(part)]
 
     def _without_controls(self, text: str) -> list[int]:

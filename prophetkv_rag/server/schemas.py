@@ -22,7 +22,7 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(well_formed)]
-"""What a model reads. JSON can spell half a surrogate pair (a text cut off inside an emoji); no tokenizer reads that."""
+"""What a model reads. JSON can spell half a surrogate pair (text cut off inside an emoji), which no tokenizer reads."""
 
 Name = Annotated[str, AfterValidator(_encodable)]
 """What is compared with something: changed, it would mean something else."""

@@ -1,4 +1,4 @@
-"""Tokenizers of all kinds: probed once, worked around where something is missing, refused at once where nothing helps."""
+"""Tokenizers of all kinds: probed once, worked around where something is missing, or refused at once."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +69,7 @@ class Closed(Refusing):
 class Slow(PreTrainedTokenizer):
     """Not of the Rust library, without BOS: every byte is a token, behind three special ones."""
 
-    model_input_names = ["input_ids"]
-
     def __init__(self, **kwargs: Any) -> None:
-        self._lock = threading.local  # a class, so copies share it
         specials = {"unk_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|im_start|>"}
         super().__init__(**specials, **kwargs)
         self.chat_template = CHAT_TEMPLATE
