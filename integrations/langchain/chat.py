@@ -123,7 +123,9 @@ class ChatProphetKV(EngineModel, BaseChatModel):
         tokenizer = self._ready_engine().tokenizer
         shown = [convert_to_openai_tool(tool) for tool in tools or ()]
         fitted = fit_template(to_template_messages(messages), tokenizer, tools=shown)
-        text = tokenizer.apply_chat_template(fitted, tools=shown or None, tokenize=False, add_generation_prompt=True)
+        if not shown:
+            return len(self.get_token_ids(self._ready_engine().library.tokens.render(fitted)))
+        text = tokenizer.apply_chat_template(fitted, tools=shown, tokenize=False, add_generation_prompt=True)
         return len(self.get_token_ids(text))
 
     def _generate(

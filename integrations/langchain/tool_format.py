@@ -66,6 +66,9 @@ def find_tool_format(tokenizer: Any) -> ToolFormat:
     Raises:
         InputError: If the template shows no tools, or writes calls in another form than a JSON object.
     """
+    if not getattr(tokenizer, "chat_template", None):
+        msg = "the model's tokenizer has no chat template to show tools by; use a model with a tool template"
+        raise InputError(msg)
     try:
         prompt = _render(tokenizer, _ASKED, add_generation_prompt=True)
         called = _render(tokenizer, [*_ASKED, _CALLED])
