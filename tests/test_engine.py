@@ -450,3 +450,51 @@ def test_store_that_cannot_be_written_at_query_time_does_not_fail_the_query(engi
         result = engine.prefill(chat(*CHUNKS))
     torch.testing.assert_close(result.logits, expected.logits, atol=1e-4, rtol=1e-4)
     assert "cannot be stored" in caplog.text
+
+
+HALF = "The formula \ud835 is energy and mass, as every book on mechanics says."
+WHOLE = HALF.replace("\ud835", "\ufffd")
+
+
+def test_half_a_character_is_the_same_when_indexed_and_when_asked(engine):
+    """In chunks, messages, texts and parts; with U+FFFD in its place, as databases hold it, the chunk is found too."""
+    [key] = engine.add_chunks([HALF])
+    assert engine.add_chunks([WHOLE]) == [key]
+    question = "What \udc00 is the formula?"
+    for text in (HALF, WHOLE):
+        prompts = (
+            chat(text, question=question),
+            f"Context: {text}\n\n{question}",
+            Prompt("Context \ud800: ", [text], f" {question}", query=question, glue="\ud800", leads=["\ud800 "]),
+        )
+        for prompt in prompts:
+            result = engine.prefill(prompt, query=question)
+            assert [chunk.key for chunk in result.report.chunks] == [key]
+            assert result.report.chunks[0].status == "hit"
+    assert engine.generate(chat(HALF, question=question), max_new_tokens=2, stop=["\ud800"]).report.reused_tokens
+    assert engine.remove_chunks([key]) == [key]
+    assert engine.library.register(HALF, owner="engine") == key
+    assert engine.prefill(chat(WHOLE)).report.chunks[0].key == key
+
+
+def test_halves_of_one_character_are_that_character(engine):
+    [key] = engine.add_chunks(["A face \ud83d\ude00 that a parser gave in halves."])
+    layout = engine.read(chat("A face \U0001f600 that a parser gave in halves."))
+    assert [chunk.key for chunk in layout.chunks] == [key]
+
+
+def test_half_a_character_in_the_settings():
+    config = ProphetKVConfig(lead_in=HALF, prompt_template=[{"role": "user", "content": "\ud800 {context}"}])
+    made = ProphetKVEngine(tiny_llama(), tiny_tokenizer(), config=config)
+    clean = ProphetKVConfig(lead_in=WHOLE, prompt_template=[{"role": "user", "content": "\ufffd {context}"}])
+    assert made.identity.prefix_ids == ProphetKVEngine(tiny_llama(), tiny_tokenizer(), config=clean).identity.prefix_ids
+
+
+def test_a_model_in_a_folder_whose_name_is_no_unicode(tmp_path):
+    model = tiny_llama()
+    model.config._name_or_path = "models/caf\udce9"
+    store = DiskStore(tmp_path)
+    made = ProphetKVEngine(model, tiny_tokenizer(), store=store)
+    made.add_chunks(CHUNKS)
+    assert made.prefill(chat(*CHUNKS)).report.chunks[0].status == "hit"
+    store.close()

@@ -16,7 +16,9 @@ from rich.console import Console
 
 from prophetkv_rag.chroma import open_store
 from prophetkv_rag.defaults import fetch_default_model
+from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.langchain import ChatProphetKV, MiniLMEmbeddings, ProphetKVChroma
+from prophetkv_rag.text import decode_text, shown_name
 
 PROMPT = ChatPromptTemplate.from_messages(
     [
@@ -26,18 +28,22 @@ PROMPT = ChatPromptTemplate.from_messages(
 )
 
 
-def read_folder(folder: Path) -> list[Document]:
-    """Cut every .txt and .md file below the folder into chunks."""
+def read_folder(folder: Path, console: Console) -> list[Document]:
+    """Cut every .txt and .md file below the folder into chunks; says which cannot be read."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".md") and path.is_file())
-    documents = [
-        Document(path.read_text("utf-8", errors="replace"), metadata={"source": str(path.relative_to(folder))})
-        for path in files
-    ]
+    documents = []
+    for path in files:
+        name = shown_name(path.relative_to(folder))
+        try:
+            documents.append(Document(decode_text(path.read_bytes()), metadata={"source": name}))
+        except (InputError, OSError) as error:
+            console.print(f"{name} is left out: {error}", style="dim", markup=False)
     return RecursiveCharacterTextSplitter(chunk_size=800, chunk_overlap=0).split_documents(documents)
 
 
 def main(folder: Path, model_name: str | Path) -> None:
     """Index the folder, then answer until the input ends."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a redirect on Windows has no encoding for every answer
     console = Console(highlight=False)
     home = folder / ".prophetkv"
     home.mkdir(exist_ok=True)
@@ -46,8 +52,10 @@ def main(folder: Path, model_name: str | Path) -> None:
     store = ProphetKVChroma("chat", MiniLMEmbeddings(), client=client, engine=model.engine)
     records = SQLRecordManager(f"chat/{model.engine.identity.model}", db_url=f"sqlite:///{home}/records.db")
     records.create_schema()
-    changes = index(read_folder(folder), records, store, cleanup="full", source_id_key="source", key_encoder="sha256")
-    console.print(f"{folder}: {changes}. Ask away; an empty line ends the chat.", style="dim")
+    changes = index(
+        read_folder(folder, console), records, store, cleanup="full", source_id_key="source", key_encoder="sha256"
+    )
+    console.print(f"{shown_name(folder)}: {changes}. Ask away; an empty line ends the chat.", style="dim")
 
     chain, history = PROMPT | model, []
     while question := console.input("[bold]> [/]").strip():

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import logging
 import os
+import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +20,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
 import uvicorn
 from web import Service, make_app
 
+from prophetkv_rag.text import well_formed
+
 
 def start(service: Service, folder: Path | None, directory: Path | None, model: str | None) -> None:
     """Load the model and index the folder, telling the page how far it is."""
@@ -27,13 +30,13 @@ def start(service: Service, folder: Path | None, directory: Path | None, model: 
             _start(service, folder, directory, model, stack)
     except Exception as error:
         logging.exception("the chat could not start")
-        service.problem = f"The chat could not start: {error}"
+        service.problem = well_formed(f"The chat could not start: {error}")
 
 
 def _start(service: Service, folder: Path | None, directory: Path | None, model: str | None, stack: ExitStack) -> None:
     def tell(phase: str) -> None:
         service.phase = phase
-        print(f"  {phase}", flush=True)
+        say(f"  {phase}")
 
     from conversation import Conversations
     from knowledge import Knowledge
@@ -50,7 +53,7 @@ def _start(service: Service, folder: Path | None, directory: Path | None, model:
         folder = stack.enter_context(speeches_directory())
         service.suggestions = [question.question for question in read_questions()[:3]]
     if directory is None:
-        directory = cache_directory() / "chatbot" / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+        directory = cache_directory() / "chatbot" / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:12]
     tell("Looking for the models")
     fetch_embedding_model(tell)
     path = model or fetch_default_model(tell)
@@ -62,8 +65,28 @@ def _start(service: Service, folder: Path | None, directory: Path | None, model:
     tell("Ready")
 
 
-def main() -> None:
-    """Read the command line and serve until interrupted."""
+def say(line: str) -> None:
+    """Print a line, in whatever encoding the terminal or the file behind a redirect has."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def main() -> int:
+    """Read the command line and serve until interrupted; returns the exit status, 130 after Ctrl+C."""
+    service = Service()
+    try:
+        serve(service)
+    except KeyboardInterrupt:  # uvicorn raises it again once it has shut down
+        say("  stopped")
+        return 130
+    finally:
+        if service.knowledge is not None:
+            service.knowledge.close()
+    return 0
+
+
+def serve(service: Service) -> None:
+    """Serve until interrupted."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, help="folder with .txt, .md or .pdf files; default: speeches")
     parser.add_argument("--port", type=int, default=8765, help="0 for any free one")
@@ -72,7 +95,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.folder is not None and not arguments.folder.is_dir():
         parser.error(f"{arguments.folder} is not a directory; name one with .txt, .md or .pdf files")
-    service = Service()
     threading.Thread(
         target=start, args=(service, arguments.folder, arguments.db, arguments.model), daemon=True, name="start"
     ).start()
@@ -81,9 +103,9 @@ def main() -> None:
     )
     with server.config.bind_socket() as socket:
         socket.listen()  # whoever opens the address at once waits instead of being refused
-        print(f"Open http://127.0.0.1:{socket.getsockname()[1]}/ in a browser; Ctrl+C ends it.", flush=True)
+        say(f"Open http://127.0.0.1:{socket.getsockname()[1]}/ in a browser; Ctrl+C ends it.")
         server.run(sockets=[socket])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,7 @@ from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.llama_index import ProphetKVLLM
 from prophetkv_rag.prompt import Prompt
 from prophetkv_rag.report import PromptView, ReuseReport, SegmentView
+from prophetkv_rag.text import well_formed
 
 MAX_SESSIONS = 100
 MEMORY_TOKENS = 1200
@@ -115,7 +116,7 @@ class Conversations:
 
 def check_question(question: str) -> str:
     """Return a question without surrounding space, or raise `InputError`."""
-    question = question.strip()
+    question = well_formed(question).strip()
     if not question:
         msg = "The question is empty. Write what you want to know."
         raise InputError(msg)

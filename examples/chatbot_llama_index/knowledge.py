@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,12 +23,15 @@ from prophetkv_rag.chroma import open_store
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.llama_index import MiniLMEmbedding, ProphetKVChromaVectorStore
+from prophetkv_rag.text import decode_text, shown_name, well_formed
 
 CHUNK_TOKENS = 256
 NODES_PER_WRITE = 8
 MAX_BYTES = 5_000_000
 MAX_DOCUMENTS = 500
 TEXT_SUFFIXES = (".md", ".txt")
+
+logger = logging.getLogger(__name__)
 
 
 def allowed_suffixes() -> tuple[str, ...]:
@@ -58,11 +62,14 @@ def read_text(name: str, content: bytes) -> str:
     if len(content) > MAX_BYTES:
         msg = f"“{name}” is larger than {MAX_BYTES // 1_000_000} MB, which is the most this chat takes."
         raise InputError(msg)
-    try:
-        text = _pdf_text(content) if name.lower().endswith(".pdf") else content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        msg = f"“{name}” is not UTF-8 text. Save it as UTF-8 and try again."
-        raise InputError(msg) from None
+    if name.lower().endswith(".pdf"):
+        text = well_formed(_pdf_text(content))  # damaged fonts give half characters
+    else:
+        try:
+            text = decode_text(content)
+        except InputError as error:
+            msg = f"“{name}” holds no text that can be read: {error}."
+            raise InputError(msg) from None
     if "\0" in text or not text.strip():
         msg = f"“{name}” holds no text."
         raise InputError(msg)
@@ -106,7 +113,7 @@ class Knowledge:
         self.store.client.cache_existing()  # another model since last time, or caches that were deleted
 
     def _token_ids(self, text: str) -> list[int]:
-        return list(self.engine.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return self.engine.library.tokens.chunk(text)  # locked; safe from several threads
 
     def documents(self) -> list[StoredDocument]:
         """All documents, by name."""
@@ -177,12 +184,15 @@ class Knowledge:
         files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
         for path in files:
             try:
-                name = check_name(path.name)
+                name = check_name(shown_name(path.name))
                 text = read_text(name, path.read_bytes())
                 progress(f"Reading {name}")
                 self.add(name, text, lambda done, total, name=name: progress(f"{name}: chunk {done} of {total}"))
             except (InputError, OSError) as error:
-                left_out.append(f"{path.name}: {error}")
+                left_out.append(f"{shown_name(path.name)}: {error}")
+            except Exception as error:  # one document never keeps the others out
+                logger.exception("a document was left out")
+                left_out.append(f"{shown_name(path.name)}: {type(error).__name__}, see the terminal")
         return left_out
 
     def close(self) -> None:

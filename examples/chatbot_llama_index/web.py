@@ -24,6 +24,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prophetkv_rag.errors import ProphetKVError
+from prophetkv_rag.text import shown_name
 
 STATIC = Path(__file__).parent / "static"
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
@@ -94,7 +95,7 @@ def make_app(service: Service) -> FastAPI:
         if service.knowledge is not None and service.conversations is not None:
             engine = service.knowledge.engine
             found |= {
-                "model": Path(engine.model.config._name_or_path).name,
+                "model": shown_name(Path(engine.model.config._name_or_path).name),
                 "ratio": engine.config.recompute_ratio,
                 "suggestions": service.suggestions,
                 **_listing(service.knowledge),

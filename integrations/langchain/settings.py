@@ -129,7 +129,7 @@ class EngineModel(BaseModel):
         """Token ids of a text by the model's own tokenizer, without special tokens around it."""
         if getattr(self, "custom_get_token_ids", None) is not None:
             return list(self.custom_get_token_ids(text))  # type: ignore[attr-defined]
-        return list(self._ready_engine().tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._ready_engine().library.tokens.fresh(text)
 
     def _ready_engine(self) -> ProphetKVEngine:
         if self.engine is None:

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from prophetkv_rag.errors import InputError
 
 PROBE_NAME = "prophetkv_probe_tool"
@@ -68,10 +66,13 @@ def find_tool_format(tokenizer: Any) -> ToolFormat:
     Raises:
         InputError: If the template shows no tools, or writes calls in another form than a JSON object.
     """
+    if not getattr(tokenizer, "chat_template", None):
+        msg = "the model's tokenizer has no chat template to show tools by; use a model with a tool template"
+        raise InputError(msg)
     try:
         prompt = _render(tokenizer, _ASKED, add_generation_prompt=True)
         called = _render(tokenizer, [*_ASKED, _CALLED])
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template's own, transformers', or those of code in a template's place
         msg = f"the model's chat template cannot show tools ({error}); use a model with a tool template"
         raise InputError(msg) from error
     if PROBE_NAME not in prompt:

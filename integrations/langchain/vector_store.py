@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from langchain_chroma import Chroma
 
 from prophetkv_rag.chroma import KVCachingCollection
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.text import well_formed
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine
@@ -48,6 +50,10 @@ class ProphetKVChroma(Chroma):
         if self._proxy is None or self._proxy.collection is not collection:
             self._proxy = KVCachingCollection(collection, self.engine)
         return self._proxy
+
+    def add_texts(self, texts: Iterable[str], *args: Any, **kwargs: Any) -> list[str]:
+        """As the base class's; half characters are replaced before the embedding, which may refuse them, reads them."""
+        return super().add_texts([well_formed(text) for text in texts], *args, **kwargs)
 
     def delete_collection(self) -> None:
         """Delete the collection, and the caches that nothing else refers to."""

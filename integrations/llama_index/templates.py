@@ -12,6 +12,7 @@ from llama_index.core.prompts.default_prompts import DEFAULT_TEXT_QA_PROMPT
 
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.llama_index.messages import Message, to_template_messages
+from prophetkv_rag.prompt import probe_chat
 
 
 def prompt_template_of(tokenizer: Any, template: BasePromptTemplate | None = None) -> str | list[Message]:
@@ -24,7 +25,7 @@ def prompt_template_of(tokenizer: Any, template: BasePromptTemplate | None = Non
     Raises:
         InputError: If the template is of another kind, or holds something that is no text.
     """
-    is_chat = bool(getattr(tokenizer, "chat_template", None))
+    is_chat = probe_chat(tokenizer).renders != ""
     if template is None:
         template = CHAT_TEXT_QA_PROMPT if is_chat else DEFAULT_TEXT_QA_PROMPT
     if isinstance(template, ChatPromptTemplate):

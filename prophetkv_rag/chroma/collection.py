@@ -16,6 +16,7 @@ from prophetkv_rag.chroma.locks import collection_lock
 from prophetkv_rag.chroma.records import (
     as_list,
     as_records,
+    asked,
     batches,
     cache_keys,
     column_parts,
@@ -116,7 +117,7 @@ class KVCachingCollection:
 
         Beware: as in Chroma, an empty list of ids *with* a filter deletes everything that passes the filter.
         """
-        filters = {"where": where, "where_document": where_document}
+        filters = asked({"where": where, "where_document": where_document})
         has_filter = where is not None or where_document is not None
         if ids is not None:
             ids = list(dict.fromkeys(as_list(ids)))
@@ -148,7 +149,7 @@ class KVCachingCollection:
 
     def get(self, *args: Any, **kwargs: Any) -> Any:
         """As `Collection.get`."""
-        return stripped(self.collection.get(*args, **kwargs))
+        return stripped(self.collection.get(*args, **asked(kwargs)))
 
     def peek(self, *args: Any, **kwargs: Any) -> Any:
         """As `Collection.peek`."""
@@ -156,7 +157,7 @@ class KVCachingCollection:
 
     def query(self, *args: Any, **kwargs: Any) -> Any:
         """As `Collection.query`; the caches of what is found begin to load at once."""
-        found = self.collection.query(*args, **kwargs)
+        found = self.collection.query(*args, **asked(kwargs))
         keys = dict.fromkeys(key for row in found.get("metadatas") or () for key in cache_keys(row))
         self.engine.store.read_ahead(keys, fingerprint=self.engine.identity.fingerprint)
         return stripped(found)

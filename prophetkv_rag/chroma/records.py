@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from prophetkv_rag.errors import InputError
+from prophetkv_rag.text import well_formed, well_formed_parts
+
 PROPHETKV_ID = "prophetkv_id"
 """Metadata key under which Chroma holds a record's cache key."""
 
@@ -26,13 +29,17 @@ def as_list(one_or_many: Any) -> list[Any]:
 
 
 def as_records(ids: Any, metadatas: Any, documents: Any) -> tuple[list[str], list[Any], list[str | None]] | None:
-    """Unify a write's arguments into columns of one length.
+    """Unify a write's arguments into columns of one length, texts and metadata well-formed.
 
     Returns:
         Ids, metadata or `None` for each, text or `None` for each; or `None` if Chroma will refuse the arguments.
+
+    Raises:
+        InputError: If an id is not valid Unicode; another one would not be found by it again.
     """
     if ids is None:
         return None
+    metadatas, documents = well_formed_parts(metadatas), well_formed_parts(documents)
     names = as_list(ids)
     metadata_list = [None] * len(names) if metadatas is None else as_list(metadatas)
     document_list = [None] * len(names) if documents is None else as_list(documents)
@@ -42,6 +49,10 @@ def as_records(ids: Any, metadatas: Any, documents: Any) -> tuple[list[str], lis
         and all(metadata is None or isinstance(metadata, Mapping) for metadata in metadata_list)
         and all(document is None or isinstance(document, str) for document in document_list)
     )
+    for name in names if is_valid else ():
+        if well_formed(name) != name:
+            msg = f"the id {name!a} is not valid Unicode (half of a surrogate pair), so it cannot be stored; rename it"
+            raise InputError(msg)
     return (names, metadata_list, document_list) if is_valid else None
 
 
@@ -60,6 +71,12 @@ def with_key(
     if text is not None and (keys[text] is not None or clears):
         merged[PROPHETKV_ID] = keys[text]
     return merged or None  # Chroma refuses {}
+
+
+def asked(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a read's keyword arguments with texts and filters well-formed, as the records are that they look for."""
+    texts = ("query_texts", "where", "where_document")
+    return {name: well_formed_parts(value) if name in texts else value for name, value in arguments.items()}
 
 
 def column_parts(columns: Mapping[str, Any], part: range, num_records: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.model import ModelState, ModelSupport, own_state
 from prophetkv_rag.prompt import ChunkIndex, PromptLayout, Tokens, text_entry
 from prophetkv_rag.store import CacheIdentity, ChunkCache, ChunkStore, TextEntry
+from prophetkv_rag.text import well_formed
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class ChunkLibrary:
         self.chunk_index.load(store.entry_columns(identity.fingerprint))
 
     def _describe(self, seconds_per_token: float | None) -> None:
-        name = str(getattr(self.model.config, "_name_or_path", "") or self.model.config.model_type)
+        name = well_formed(str(getattr(self.model.config, "_name_or_path", "") or self.model.config.model_type))
         try:
             self.store.describe(
                 self.identity.fingerprint,
@@ -140,6 +141,7 @@ class ChunkLibrary:
         Raises:
             ContextWindowError: If the text is longer than the model's context window.
         """
+        text = well_formed(text)
         entry = text_entry(text)
         if entry is None:
             return None
@@ -173,7 +175,7 @@ class ChunkLibrary:
     def _chunk_ids(self, number: int, chunk: str | Sequence[int]) -> tuple[list[int], TextEntry | None]:
         entry = None
         if isinstance(chunk, str):
-            text = chunk.strip()
+            text = well_formed(chunk).strip()
             input_ids = self.tokens.chunk(text) if text else []
             entry = text_entry(text) if text else None
         else:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from prophetkv_rag.cli import ask, bench, cache, calibrate, demo, doctor, index, serve
-from prophetkv_rag.cli.console import PROGRAM, print_error
+from prophetkv_rag.cli.console import PROGRAM, print_error, take_any_text
 from prophetkv_rag.errors import ProphetKVError
 
 USER_ERROR = 2
@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that wait by spinning make everything several times slower as soon as another program wants a core. Read
     # when torch is loaded, which no import above does.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    take_any_text()
     try:
         status = app(args=None if arguments is None else list(arguments), prog_name=PROGRAM, standalone_mode=False)
     except ProphetKVError as error:

@@ -12,6 +12,7 @@ from prophetkv_rag.cli.console import print_error, print_json, quiet_libraries, 
 from prophetkv_rag.cli.database import DEFAULT_DATABASE, check_packages, open_database, require_settings
 from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.text import argument_text
 
 if TYPE_CHECKING:
     from prophetkv_rag.cli.answering import Answer
@@ -37,6 +38,7 @@ def ask(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Answer QUESTION from the database, reusing the KV caches of the retrieved chunks."""
+    question = argument_text(question)
     if not question.strip():
         msg = "the question is empty"
         raise InputError(msg)

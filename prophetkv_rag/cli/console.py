@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from prophetkv_rag.text import well_formed_parts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,9 +21,25 @@ PROGRAM = "prophetkv-rag"
 _LINE_EVERY_S = 60.0
 
 
+def take_any_text() -> None:
+    """Let standard output and error write what their encoding lacks (a redirect on Windows) as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def print_json(value: Any) -> None:
-    """Print one JSON document on standard output: all that a command given `--json` prints there."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print one JSON document on standard output: all that a command given `--json` prints there.
+
+    Where the output's encoding lacks a character, all that is not ASCII is written as JSON's own escapes.
+    """
+    value = well_formed_parts(value)
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    typer.echo(text)
 
 
 def print_error(message: str) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from prophetkv_rag.cli.console import progress_bar, status
 from prophetkv_rag.config import LEAD_IN_TOKENS, ProphetKVConfig
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.text import shown_name, well_formed
 
 if TYPE_CHECKING:
     from llama_index.core import VectorStoreIndex
@@ -143,6 +144,9 @@ def save_settings(path: Path, settings: DatabaseSettings) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise `InputError` if a database cannot be made at `path`; nothing is written."""
+    if well_formed(str(path.resolve())) != str(path.resolve()):
+        msg = f"the database directory {shown_name(path)} cannot be used: its path is not UTF-8; name another"
+        raise InputError(msg)
     existing = path
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -248,7 +252,7 @@ def token_counter(tokenizer: Any) -> Callable[[str], list[int]]:
     """What LlamaIndex calls a tokenizer: a function from text to token ids, without special tokens."""
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = tokenizer(well_formed(text), add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     return encode

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from prophetkv_rag.cli.database import SETTINGS_FILE
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.text import decode_text, shown_name
 
 MAX_FILE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class TextFile:
-    """One readable file: `name` is its path relative to the directory, with forward slashes."""
+    """One readable file: `name` is its path relative to the directory, with forward slashes, as `shown_name` has it."""
 
     name: str
     text: str
@@ -30,7 +31,7 @@ class Documents:
 
 
 def read_documents(directory: Path, *, exclude: Path) -> Documents:
-    """Read every text file below `directory`: anything that is UTF-8, whatever its ending.
+    """Read every text file below `directory`: anything that `decode_text` can read, whatever its ending.
 
     Hidden files and directories are passed over silently, and so are `exclude`, the database, and the settings file of
     any other. Binary, empty, unreadable and very large files are skipped and named, and so is what is no file (a named
@@ -43,12 +44,16 @@ def read_documents(directory: Path, *, exclude: Path) -> Documents:
         what = "is not a directory" if directory.exists() else "does not exist"
         msg = f"{directory} {what}; give a directory with text files"
         raise InputError(msg)
-    files, skipped = [], {}
+    files, skipped, names = [], {}, set[str]()
     for path in _walk(directory, exclude.resolve()):
-        name = path.relative_to(directory).as_posix()
+        name = shown_name(path.relative_to(directory).as_posix())
+        if name in names:  # one is no UTF-8, the other spells its bytes
+            skipped[f"{name} (another)"] = "its name is shown like another file's; rename it"
+            continue
+        names.add(name)
         try:
             text = _read_text(path)
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+        except (OSError, ValueError) as error:
             skipped[name] = _reason(error)
             continue
         files.append(TextFile(name=name, text=text))
@@ -76,11 +81,7 @@ def _read_text(path: Path) -> str:
     if found.st_size > MAX_FILE_BYTES:
         msg = f"larger than {MAX_FILE_BYTES >> 20} MiB"
         raise ValueError(msg)
-    content = path.read_bytes()
-    if b"\0" in content:
-        msg = "binary"
-        raise ValueError(msg)
-    text = content.decode("utf-8-sig")
+    text = decode_text(path.read_bytes())
     if not text.strip():
         msg = "empty"
         raise ValueError(msg)
@@ -88,8 +89,6 @@ def _read_text(path: Path) -> str:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return "not UTF-8 text"
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
     return str(error)

@@ -26,6 +26,7 @@ from prophetkv_rag.cli.database import (
 from prophetkv_rag.cli.documents import read_documents
 from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.text import decode_text
 
 
 def index(
@@ -162,9 +163,9 @@ def _lead_in(wanted: str | None, otherwise: str) -> str:
     if wanted == "none":
         return ""
     try:
-        return lead_in_of(Path(wanted).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        msg = f"--lead-in: {wanted} cannot be read as UTF-8 text ({error}); give a text file, or 'none'"
+        return lead_in_of(decode_text(Path(wanted).read_bytes()))
+    except (OSError, InputError) as error:
+        msg = f"--lead-in: {wanted} cannot be read as text ({error}); give a text file, or 'none'"
         raise InputError(msg) from error
 
 

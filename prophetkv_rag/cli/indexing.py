@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from prophetkv_rag.cli.console import progress_bar
 from prophetkv_rag.cli.database import token_counter
 from prophetkv_rag.cli.documents import Documents, TextFile
+from prophetkv_rag.text import shown_name
 
 if TYPE_CHECKING:
     from llama_index.core.schema import BaseNode
@@ -64,7 +65,7 @@ def index_documents(
     """
     started = time.perf_counter()
     summary = IndexSummary(skipped=dict(documents.skipped))
-    root = only_corpus or str(directory.resolve())
+    root = only_corpus or shown_name(directory.resolve())
     stored = _stored_files(database)
     nodes: list[BaseNode] = []
     old_ids: set[str] = set()

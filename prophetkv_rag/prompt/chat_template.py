@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prophetkv_rag.errors import InputError
@@ -17,37 +17,26 @@ from prophetkv_rag.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-def render_messages(
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    chat_template: str | None = None,
-) -> str:
+def render_messages(render: Callable[[Sequence[Mapping[str, Any]]], str], messages: Sequence[Mapping[str, Any]]) -> str:
     """Render messages up to the open assistant turn: one to one, or rearranged as little as the template demands.
 
     Args:
-        tokenizer: A Hugging Face tokenizer with a chat template.
+        render: Renders one arrangement of them by the model's template, or raises.
         messages: At least one plain message (`plain_messages`).
-        tools: Tool descriptions, shown by the template.
-        chat_template: Rendered with this template in place of the tokenizer's.
 
     Raises:
         InputError: If the template refuses the messages however they are arranged.
     """
-    extra: dict[str, Any] = {"tools": list(tools)} if tools else {}
     refusals: list[Exception] = []
     for arranged in arrangements(messages):
         try:
-            text = tokenizer.apply_chat_template(
-                arranged, tokenize=False, add_generation_prompt=True, chat_template=chat_template, **extra
-            )
+            text = render(arranged)
         except Exception as error:  # templates raise errors of their own, and whatever their expressions stumble over
             refusals.append(error)
             continue
         if refusals:
             logger.info("the chat template refuses these messages as they are (%s); they are rearranged", refusals[0])
-        return str(text)
+        return text
     roles = ", ".join(str(message["role"]) for message in messages)
     msg = f"the model's chat template refuses messages with the roles {roles}: {refusals[-1]}"
     raise InputError(msg) from refusals[-1]

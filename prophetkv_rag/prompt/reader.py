@@ -7,7 +7,7 @@ Special-token parsing is off inside chunks: a chunk that holds `<|im_end|>` stay
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import takewhile
 
 import torch
@@ -20,6 +20,7 @@ from prophetkv_rag.prompt.prompt import AnyPrompt, Prompt, TextOrIds
 from prophetkv_rag.prompt.question import find_ids, question_of
 from prophetkv_rag.prompt.tokens import Tokens
 from prophetkv_rag.store import CacheIdentity
+from prophetkv_rag.text import well_formed, well_formed_parts
 
 
 @dataclass(slots=True)
@@ -57,11 +58,13 @@ class PromptReader:
         Raises:
             InputError: For an empty prompt or chunk, or text without a tokenizer.
         """
+        query = well_formed_parts(query)
         if isinstance(prompt, Prompt):
-            return self._read_parts(prompt, query)
+            parts = {part.name: well_formed_parts(getattr(prompt, part.name)) for part in fields(prompt)}
+            return self._read_parts(Prompt(**parts), query)
         if isinstance(prompt, str):
-            return self._read_text(prompt, query)
-        messages = plain_messages(list(prompt))
+            return self._read_text(well_formed(prompt), query)
+        messages = plain_messages(well_formed_parts(list(prompt)))
         text = self.tokens.render(messages)
         return self._read_text(text, query if query is not None else question_of(messages, self.chunk_index))
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from prophetkv_rag.config import PLACEHOLDER, ProphetKVConfig
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.prompt.chat_messages import plain_messages
 from prophetkv_rag.prompt.chat_template import render_messages
+from prophetkv_rag.prompt.codec import TextCodec
 from prophetkv_rag.prompt.prompt import Message, TextOrIds
+from prophetkv_rag.prompt.tokenizer_probe import start_ids
 
 logger = logging.getLogger(__name__)
 
@@ -25,24 +27,26 @@ class Tokens:
     """The engine's view of a tokenizer; works without one as long as everything is given as token ids."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Wrap a transformers tokenizer, or `None`."""
+        """Wrap a transformers tokenizer, or `None`.
+
+        Raises:
+            InputError: If it cannot be used.
+        """
         self.tokenizer = tokenizer
-        # Special-token parsing is a switch on a tokenizer's backend, so chunks get a copy that is never switched back:
-        # another thread's call on the shared one cannot turn a chunk's text into control tokens.
-        self._chunk_tokenizer = copy.deepcopy(tokenizer)
+        self.codec = None if tokenizer is None else TextCodec(tokenizer)
         self._lock = threading.Lock()
         self._start: list[int] | None = None
 
     @property
     def has_chat_template(self) -> bool:
         """Whether chat messages can be rendered."""
-        return bool(getattr(self.tokenizer, "chat_template", None))
+        return self.codec is not None and self.codec.chat.renders != ""
 
-    def _require(self, what: str) -> Any:
-        if self.tokenizer is None:
+    def _require(self, what: str) -> TextCodec:
+        if self.codec is None:
             msg = f"{what} was given as text, but the engine has no tokenizer; give token ids, or make it with one"
             raise InputError(msg)
-        return self.tokenizer
+        return self.codec
 
     def fresh(self, part: TextOrIds, *, first: bool = False) -> list[int]:
         """Tokenise what stands outside chunks; special tokens in it (a chat template's) are parsed.
@@ -53,9 +57,9 @@ class Tokens:
             return [int(token) for token in part]
         if not part and not first:
             return []
-        tokenizer = self._require("a part of the prompt")
+        codec = self._require("a part of the prompt")
         with self._lock:
-            ids = list(tokenizer(part, add_special_tokens=False)["input_ids"]) if part else []
+            ids = codec.encode(part) if part else []
             if first:
                 start = self._start_ids()
                 if start and ids[: len(start)] != start:
@@ -65,28 +69,23 @@ class Tokens:
     def _start_ids(self) -> list[int]:
         """Return what the tokenizer itself puts in front of a text, asked once: BOS, or nothing."""
         if self._start is None:
-            bos = getattr(self.tokenizer, "bos_token_id", None)
-            ids = list(self.tokenizer("")["input_ids"])
-            self._start = ids[:1] if bos is not None and ids[:1] == [bos] else []
+            self._start = start_ids(self.tokenizer)
         return self._start
 
     def chunk(self, text: str) -> list[int]:
         """Tokenise a chunk; special-token strings in it stay text."""
-        self._require("a chunk")
+        codec = self._require("a chunk")
         with self._lock:
-            return list(self._chunk_tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+            return codec.encode_as_text(text)
 
     def rows_of_span(self, text: str, start: int, stop: int) -> list[int]:
         """Return the indices of the tokens of `text` (tokenised as fresh text) that overlap `text[start:stop]`.
 
-        Empty for tokenizers that keep no offsets; the whole suffix then asks.
+        Empty where the tokenizer cannot tell; the whole suffix then asks.
         """
-        tokenizer = self._require("the question")
-        if not getattr(tokenizer, "is_fast", False):
-            return []
+        codec = self._require("the question")
         with self._lock:
-            offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return [row for row, (left, right) in enumerate(offsets) if left < stop and right > start and right > left]
+            return codec.rows_of_span(text, start, stop)
 
     def render(
         self,
@@ -101,11 +100,9 @@ class Tokens:
             InputError: If there are no messages, no template, or the template takes them in no arrangement.
         """
         plain = plain_messages(messages)
-        tokenizer = self._require("a chat")
-        if not self.has_chat_template:
-            msg = "the tokenizer has no chat template; give the prompt as one string, or set tokenizer.chat_template"
-            raise InputError(msg)
-        return render_messages(tokenizer, plain, tools=tools, chat_template=chat_template)
+        codec = self._require("a chat")
+        codec.check_chat()
+        return render_messages(partial(codec.render, tools=tools, chat_template=chat_template), plain)
 
     def encoding_prefix(self, config: ProphetKVConfig, *, max_lead_in_tokens: int) -> tuple[int, ...]:
         """Return the token ids that chunks are encoded behind; see `ProphetKVConfig`.
@@ -131,10 +128,10 @@ class Tokens:
         """
         if self.tokenizer is None:
             return ()
-        if self.has_chat_template:
+        if self.has_chat_template or getattr(self.tokenizer, "chat_template", None):
             try:
                 return self._opening([{"role": "user", "content": "{context}"}])
-            except ValueError as error:  # also transformers', of several templates with no default
+            except ValueError as error:  # of several templates with no default, too
                 logger.warning("chunks are encoded behind no chat template's opening: %s", error)
         return tuple(self.fresh("", first=True))
 
@@ -146,10 +143,11 @@ class Tokens:
             dict(message) | {"content": PLACEHOLDER.sub(_SENTINEL, message["content"])} for message in prompt_template
         ]
         # Some chat templates print today's date; a prefix that changes every night would lose every cache.
-        template = _FIXED_DAY + self._require("a chat").get_chat_template() if self.has_chat_template else None
+        is_text = self._require("a chat").chat.renders == "text"
+        template = _FIXED_DAY + self.tokenizer.get_chat_template() if is_text else None
         opening, found, _ = self.render(marked, chat_template=template).partition(_SENTINEL)
         return tuple(self.fresh(opening if found else "", first=True))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of generated tokens, without special tokens."""
-        return str(self._require("the answer").decode(list(token_ids), skip_special_tokens=True))
+        return self._require("the answer").decode(token_ids, skip_special_tokens=True)

@@ -111,7 +111,7 @@ class Prefiller:
         report = report_full_prefill(layout, strategy.name, timings, num_layers=len(self.support.layers))
         filled = resumable_cache([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
         recomputed = layout.is_chunk.nonzero()[:, 0]
-        attach_view(report, layout, recomputed, tokenizer=self.reader.tokens.tokenizer)
+        attach_view(report, layout, recomputed, tokenizer=self.reader.tokens.codec)
         return PrefillResult(filled, input_ids, logits, report, recomputed.to(logits.device))
 
     def reuse(
@@ -181,7 +181,7 @@ class Prefiller:
             row_layers=context.row_layers + done.row_layers,
             num_layers=len(self.support.layers),
         )
-        attach_view(report, layout, recomputed, context.scores, tokenizer=self.reader.tokens.tokenizer)
+        attach_view(report, layout, recomputed, context.scores, tokenizer=self.reader.tokens.codec)
         cache = resumable_cache([layer.keys for layer in layers], [layer.values for layer in layers])
         return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed)
 

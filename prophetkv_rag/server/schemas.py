@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from prophetkv_rag.prompt import content_text
+from prophetkv_rag.text import well_formed, well_formed_parts
 
 Namespace = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 """Who refers to chunks: the cache of a chunk lives as long as one namespace (or local collection) has it."""
@@ -17,16 +18,17 @@ _TOO_DEEP = "is nested too deeply"
 
 
 def _encodable(text: str) -> str:
-    """Refuse text that is not Unicode: JSON can spell half a surrogate pair, which no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
+    if well_formed(text) != text:
         msg = "is not valid Unicode (half of a surrogate pair)"
-        raise ValueError(msg) from None
+        raise ValueError(msg)
     return text
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
+Text = Annotated[str, AfterValidator(well_formed)]
+"""What a model reads. JSON can spell half a surrogate pair (text cut off inside an emoji), which no tokenizer reads."""
+
+Name = Annotated[str, AfterValidator(_encodable)]
+"""What is compared with something: changed, it would mean something else."""
 
 
 class _Body(BaseModel):
@@ -51,7 +53,7 @@ class ChatMessage(_Body):
     @classmethod
     def _to_text(cls, content: Any, info: ValidationInfo) -> str:
         try:
-            return _encodable(content_text(content, info.data.get("role", "user")))
+            return well_formed(content_text(content, info.data.get("role", "user")))
         except RecursionError:
             raise ValueError(_TOO_DEEP) from None
 
@@ -59,10 +61,10 @@ class ChatMessage(_Body):
     @classmethod
     def _check_text(cls, value: Any) -> Any:
         try:
-            _encodable(json.dumps(value, ensure_ascii=False))
+            json.dumps(value)  # what nests too deeply for a template
+            return well_formed_parts(value)
         except RecursionError:
             raise ValueError(_TOO_DEEP) from None
-        return value
 
     def for_template(self) -> dict[str, Any]:
         """What the engine fits to the model's chat template."""
@@ -84,7 +86,7 @@ class StreamOptions(_Body):
 class ReuseOptions(_Body):
     """Our own extension of a chat request."""
 
-    strategy: Text | None = None
+    strategy: Name | None = None
     recompute_ratio: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     query: Text | None = None
     deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -93,7 +95,7 @@ class ReuseOptions(_Body):
 class ChatRequest(_Body):
     """Body of `POST /v1/chat/completions`."""
 
-    model: Text
+    model: Name
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -102,7 +104,7 @@ class ChatRequest(_Body):
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | list[Text] | None = None
+    stop: Name | list[Name] | None = None
     n: int | None = None
     logprobs: bool | None = None
     tools: list[Any] | None = None

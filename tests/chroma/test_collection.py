@@ -13,6 +13,7 @@ import pytest
 from prophetkv_rag.chroma import KVCachingCollection
 from prophetkv_rag.chroma.records import PROPHETKV_ID
 from prophetkv_rag.engine import ProphetKVEngine
+from prophetkv_rag.errors import InputError
 from tests.chroma.clients import TOO_LONG, A, B, C, D, add, assert_caches_are, embed, key_of
 
 
@@ -237,3 +238,30 @@ def test_what_chroma_refuses_leaves_no_cache_behind(collection: KVCachingCollect
             errors.append((type(caught.value), str(caught.value)))
         assert errors[0] == errors[1]
         assert_caches_are(collection, a=A, b=B)
+
+
+HALF = "A text with half a character \ud835 from a damaged PDF."
+WHOLE = HALF.replace("\ud835", "\ufffd")
+
+
+def references(collection: KVCachingCollection) -> set[str]:
+    return set(collection.engine.store.references(collection.owner))
+
+
+def test_half_a_character_is_replaced_and_the_other_records_are_kept(collection: KVCachingCollection) -> None:
+    collection.add(["a", "b"], embed(A, WHOLE), [{"file": "x\ud835"}, {"file": "y"}], [A, HALF])
+    assert collection.get()["documents"] == [A, WHOLE]
+    assert references(collection) == {key_of(collection.engine, A), key_of(collection.engine, WHOLE)}
+    assert collection.get(where={"file": "x\ud835"})["ids"] == ["a"]
+    assert collection.query(query_embeddings=embed(A), n_results=1, where={"file": "x\ud835"})["ids"] == [["a"]]
+    collection.upsert(["a"], embed(WHOLE), documents=[HALF])
+    collection.update(["b"], metadatas=[{"file": "\udc00"}])
+    assert references(collection) == {key_of(collection.engine, WHOLE)}
+    collection.delete(where={"file": "\udc00"})
+    assert collection.get()["ids"] == ["a"]
+
+
+def test_an_id_with_half_a_character_is_refused_by_name(collection: KVCachingCollection) -> None:
+    with pytest.raises(InputError, match=r"the id 'x\\ud835' is not valid Unicode"):
+        collection.add(["a", "x\ud835"], embed(A, B), documents=[A, B])
+    assert_caches_are(collection)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from prophetkv_rag import __version__
+from prophetkv_rag.cli.console import print_json, results, take_any_text
 from tests.cli.program import Run, index_tiny
 from tests.tiny import save_tiny
 
@@ -75,3 +78,93 @@ def test_other_mistakes(fails: Run, run: Run, docs: Path) -> None:
     assert "No such command" in fails("answer")
     assert "Invalid value for '--chunk-size'" in fails("index", docs, "--chunk-size", 63)
     assert "context window of 2048" in fails("index", docs, "--chunk-size", 2048)
+
+
+def program(*arguments: str | bytes, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """The program in a process of its own, offline, with these variables."""
+    command = [sys.executable, "-m", "prophetkv_rag.cli.app", *arguments]
+    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, env={**os.environ, **offline, **environment}, check=False)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_results_and_errors_are_printed_in_any_encoding(encoding: str) -> None:
+    Path("日本").mkdir()
+    plain = program("doctor", "日本", PYTHONIOENCODING=encoding)
+    assert plain.returncode == 2
+    assert b"Traceback" not in plain.stderr
+    assert b"prophetkv-rag: error: " in plain.stderr
+    odd = program("index", b"caf\xe9", PYTHONIOENCODING=encoding)
+    assert odd.returncode == 2
+    assert b"Traceback" not in odd.stderr
+    assert b"does not exist" in odd.stderr
+
+
+class Stream(io.TextIOWrapper):
+    """Standard output as a redirect on Windows has it."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(io.BytesIO(), encoding=encoding, errors="strict", newline="\n")
+
+    def text(self) -> str:
+        self.flush()
+        return self.buffer.getvalue().decode(self.encoding)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8", "utf-16"])
+def test_json_stays_json_in_any_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = {"text": "Grüße → 東京 😀 \x81", "caf\udce9": ["\ud835", 1]}
+    stream = Stream(encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    take_any_text()
+    print_json(value)
+    results().print("→ 東京 \udce9 …", markup=False)
+    text = stream.text()
+    found, end = json.JSONDecoder().raw_decode(text)
+    assert found == {"text": value["text"], "caf\ufffd": ["\ufffd", 1]}
+    assert text[end:].strip()
+
+
+def test_files_of_any_name_and_encoding_are_indexed_or_named(run: Run) -> None:
+    docs = Path("docs")
+    (docs / os.fsdecode(b"d\xff")).mkdir(parents=True)
+    words = "The museum opens at ten o'clock, says the sign → at its old door."
+    for name, content in {
+        b"caf\xe9.txt": words.encode(),
+        rb"caf\xe9.txt": words.encode(),
+        b"d\xff/deep.txt": f"{words} Deep.".encode(),
+        b"wide.txt": f"{words} Wide.".encode("utf-16"),
+        b"marked.txt": f"{words} Marked.".encode("utf-8-sig"),
+        b"latin.txt": "Grüße".encode("latin-1"),
+        b"unmarked.txt": words.replace("→", "-").encode("utf-16-le"),
+    }.items():
+        (docs / os.fsdecode(name)).write_bytes(content)
+    report = index_tiny(run, docs)
+    assert report["indexed"] == [r"caf\xe9.txt", r"d\xff/deep.txt", "marked.txt", "wide.txt"]
+    assert report["skipped"] == {
+        r"caf\xe9.txt (another)": "its name is shown like another file's; rename it",
+        "latin.txt": "not UTF-8 text; save it as UTF-8",
+        "unmarked.txt": "looks like UTF-16 without a byte order mark; save it as UTF-8",
+    }
+    assert index_tiny(run, docs)["indexed"] == []
+    (docs / os.fsdecode(b"d\xff")).rename(other := Path(os.fsdecode(b"other\xe9")))
+    assert index_tiny(run, other)["indexed"] == ["deep.txt"]
+    page = Path("page.html")
+    answer = run("ask", os.fsdecode(b"When, caf\xe9?"), "--max-new-tokens", 2, "--html", page, "--json")
+    assert {chunk["status"] for chunk in answer["report"]["chunks"]} == {"hit"}
+    assert "When, caf\ufffd?" in page.read_text("utf-8")
+    run("index", docs)  # printed, too
+
+
+def test_a_database_whose_path_is_no_utf8_is_refused_before_a_model_is_loaded(fails: Run, docs: Path) -> None:
+    message = fails("index", docs, "--db", os.fsdecode(b"db\xe9"), "--model", "nowhere")
+    assert "its path is not UTF-8; name another" in message
+
+
+def test_a_lead_in_in_utf16(run: Run, fails: Run, docs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "lead.txt"
+    file.write_text("Words of the collection.", encoding="utf-16")
+    index_tiny(run, docs, "--lead-in", file)
+    assert json.loads(Path(".prophetkv/prophetkv-rag.json").read_text())["lead_in"] == "Words of the collection."
+    file.write_bytes(b"\xe9")
+    assert "cannot be read as text (not UTF-8 text; save it as UTF-8)" in fails("index", docs, "--lead-in", file)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,6 +19,7 @@ import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 
+from prophetkv_rag.defaults.wheel_fetch import write_source
 from prophetkv_rag.errors import InputError
 from tests.tiny import save_tiny, save_tiny_encoder, text_of
 
@@ -279,3 +283,97 @@ def test_until_the_model_is_loaded_the_page_says_so(example: Any) -> None:
         assert response.status_code == 503
         assert "Loading the model" in response.json()["error"]
         assert client.get("/").status_code == 200
+
+
+def pdf_of_half_characters() -> bytes:
+    """A PDF whose font maps one glyph to half of a surrogate pair, as damaged fonts in real files do."""
+    codes = [code for code in range(32, 127) if code != 0x58]
+    table = f"{len(codes) + 1} beginbfchar\n<58> <D835>\n" + "".join(f"<{c:02X}> <{c:04X}>\n" for c in codes)
+    cmap = (
+        "/CIDInit /ProcSet findresource begin 12 dict begin begincmap /CMapName /A def /CMapType 2 def\n"
+        f"1 begincodespacerange <00> <FF> endcodespacerange\n{table}endbfchar\nendcmap end end"
+    ).encode()
+    page = b"BT /F1 12 Tf 72 720 Td (The energy X of the system is constant, says chapter two.) Tj ET"
+    parts = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R"
+        b" /Resources << /Font << /F1 5 0 R >> >> >>",
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(page), page),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /ToUnicode 6 0 R >>",
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(cmap), cmap),
+    ]
+    out, offsets = b"%PDF-1.4\n", []
+    for number, part in enumerate(parts, 1):
+        offsets.append(len(out))
+        out += b"%d 0 obj\n%s\nendobj\n" % (number, part)
+    entries = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
+    head = b"xref\n0 %d\n0000000000 65535 f \n" % (len(parts) + 1)
+    end = b"trailer << /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % (len(parts) + 1, len(out))
+    return out + head + entries + end
+
+
+def test_a_pdf_with_half_a_character_is_read(client: TestClient) -> None:
+    pytest.importorskip("pypdf")
+    added = upload(client, "report.pdf", pdf_of_half_characters())
+    assert added.status_code == 200, added.text
+    found = events(client.post("/api/chat", json={"question": "What of the energy is constant?"}))
+    texts = [source["text"] for event in found if event["type"] == "sources" for source in event["sources"]]
+    assert any("The energy \ufffd of the system" in text for text in texts)
+
+
+def test_a_question_cut_off_inside_an_emoji_is_answered_and_remembered(client: TestClient) -> None:
+    body = json.dumps({"question": "When does it open? \ud83d"})
+    found = events(client.post("/api/chat", content=body, headers={"content-type": "application/json"}))
+    assert found[-1]["type"] == "done"
+    [session] = [event["session"] for event in found if event["type"] == "sources"]
+    assert client.get(f"/api/sessions/{session}").json()[0]["text"].endswith("\ufffd")
+
+
+def test_one_bad_file_never_keeps_the_others_out(
+    example: Any, client: TestClient, service: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        b"a-wide.txt": f"{text_of(40, seed=5)} →".encode("utf-16"),
+        b"b-caf\xe9.txt": text_of(40, seed=6).encode(),
+        b"c-latin.txt": "Grüße".encode("latin-1"),
+        b"d-breaks.md": b"A file that breaks something nobody thought of.",
+        b"e-good.md": text_of(40, seed=7).encode(),
+    }
+    for name, content in files.items():
+        (tmp_path / os.fsdecode(name)).write_bytes(content)
+    real = type(service.knowledge)._split
+
+    def split(self: Any, key: str, name: str, *rest: Any) -> Any:
+        if name == "d-breaks.md":
+            raise RecursionError
+        return real(self, key, name, *rest)
+
+    monkeypatch.setattr(type(service.knowledge), "_split", split)
+    service.notes = service.knowledge.add_folder(tmp_path, lambda phase: None)
+    state = client.get("/api/state").json()
+    listed = {document["name"] for document in state["documents"]}
+    assert {"a-wide.txt", "e-good.md"} <= listed
+    assert [note.split(":")[0] for note in state["notes"]] == [r"b-caf\xe9.txt", "c-latin.txt", "d-breaks.md"]
+    service.notes = []
+
+
+def test_ctrl_c_ends_the_chat_with_one_word(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "one.txt").write_text("Some text that is long enough to be a chunk of its own.")
+    options = ["--port", "0", "--db", str(tmp_path / "db"), "--model", str(model)]
+    command = [sys.executable, str(EXAMPLE / "app.py"), str(documents), *options]
+    environment = {**os.environ, "PROPHETKV_CACHE_DIR": str(tmp_path / "cache")}
+    save_tiny_encoder(tmp_path / "cache" / "models" / "all-MiniLM-L6-v2")
+    write_source(tmp_path / "cache" / "models" / "all-MiniLM-L6-v2", "a test")
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as chat:
+        seen = ""
+        while chat.stdout is not None and "Ready" not in seen and (line := chat.stdout.readline()):
+            seen += line
+        assert "Ctrl+C ends it" in seen
+        chat.send_signal(signal.SIGINT)
+        rest = chat.communicate(timeout=120)[0]
+    assert (chat.returncode, rest.strip()) == (130, "stopped")

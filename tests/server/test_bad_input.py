@@ -52,7 +52,7 @@ WRONG = [
     (bad(messages=[{"role": "pirate", "content": "hello"}]), "messages.0.role", "invalid_value"),
     (bad(messages=[{"role": "user", "content": 5}]), "messages.0.content", "invalid_value"),
     (bad(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "messages.0.content", "invalid_value"),
-    (bad(messages=[{"role": "user", "content": "\ud800 half a character"}]), "messages.0.content", "invalid_value"),
+    (bad(prophetkv={"strategy": "prophetkv\ud800"}), "prophetkv.strategy", "invalid_value"),
     (bad(stream="yes"), "stream", "invalid_type"),
     (bad(max_tokens="many"), "max_tokens", "invalid_type"),
     (bad(max_tokens="8"), "max_tokens", "invalid_type"),
@@ -94,6 +94,16 @@ def test_wrong_types_and_values(server: Running, body: Any, param: str | None, c
             assert error["param"] == param
             if code is not None:
                 assert error["code"] == code
+
+
+def test_text_cut_off_inside_an_emoji_is_read(server: Running) -> None:
+    parts = [{"type": "text", "text": "half a character \ud800"}]
+    messages = [{"role": "user", "content": "\ud83d?"}, {"role": "assistant", "content": parts}, *bad()["messages"]]
+    with server.client(headers={"Content-Type": "application/json"}) as client:
+        for stream in (False, True):
+            body = bad(messages=messages, stream=stream, prophetkv={"query": "\ud800?"})
+            response = client.post(CHAT, content=json.dumps(body))
+            assert response.status_code == 200, response.text
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from langchain_core.documents import Document
 from prophetkv_rag.chroma import open_store
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.integrations.langchain import ProphetKVChroma
+from prophetkv_rag.integrations.langchain import ChatProphetKV, ProphetKVChroma
 from tests.integrations.langchain.rag import HashingEmbeddings, new_store
 from tests.integrations.rag import TEXTS, chunk_key
 
@@ -132,3 +132,15 @@ def test_a_plain_chroma_collection_can_be_cached_later(fresh_engine: ProphetKVEn
     store.cache_existing()
     assert cached(store) == keys_of(fresh_engine, *TEXTS)
     store.delete_collection()
+
+
+def test_half_a_character_does_not_lose_the_other_documents(fresh_engine: ProphetKVEngine) -> None:
+    store = new_store(fresh_engine)
+    half = "A page with half a character\ud835 of a damaged PDF."
+    store.add_documents([Document(half, metadata={"source": "caf\udce9.pdf"}), Document(TEXTS[0])])
+    whole = half.replace("\ud835", "\ufffd")
+    assert cached(store) == keys_of(fresh_engine, whole, TEXTS[0])
+    [found] = store.similarity_search("a damaged PDF", k=1)
+    assert (found.page_content, found.metadata) == (whole, {"source": "caf\ufffd.pdf"})
+    answer = ChatProphetKV(engine=fresh_engine, max_tokens=2).invoke(f"{half}\n\nWhat \ud800 is damaged?")
+    assert answer.usage_metadata["input_token_details"]["cache_read"] > 0

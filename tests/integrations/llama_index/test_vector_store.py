@@ -255,3 +255,16 @@ def test_storage_context_persists_beside_it(
     index.storage_context.persist(tmp_path)
     storage = StorageContext.from_defaults(vector_store=new_vector_store(fresh_engine), persist_dir=str(tmp_path))
     assert storage.vector_store.stores_text
+
+
+def test_half_a_character_does_not_lose_the_other_nodes(
+    store: ProphetKVChromaVectorStore, fresh_engine: ProphetKVEngine
+) -> None:
+    half = "A page with half a character \ud835 of a damaged PDF."
+    store.add([node(TEXTS[0]), TextNode(text=half, metadata={"name": "\udce9"}, embedding=[1.0] * 256)])
+    assert cached(fresh_engine) == 2
+    assert {found.get_content() for found in store.get_nodes(None)} == {TEXTS[0], half.replace("\ud835", "\ufffd")}
+    llm = ProphetKVLLM(engine=fresh_engine, max_new_tokens=2)
+    llm.complete(f"{half}\n\nWhat \ud800 is damaged?")
+    assert llm.last_report is not None
+    assert llm.last_report.reused_tokens > 0
