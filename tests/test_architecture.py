@@ -22,17 +22,18 @@ MAY_IMPORT = {
     # Every package along the data path, the lowest first, and those it may import, which all stand above it.
     "lazy": "",
     "errors": "",
+    "extras": "errors",
     "kernels": "",
     "config": "errors",
     "report": "",
-    "model": "errors kernels",
+    "model": "errors extras kernels",
     "generation": "errors report model",
-    "defaults": "errors",
+    "defaults": "errors extras",
     "store": "errors kernels",
-    "store.encryption": "errors",
+    "store.encryption": "errors extras",
     "store.blobs": "errors store store.encryption",
     "store.catalog": "errors store",
-    "store.remote": "errors store store.encryption store.catalog",
+    "store.remote": "errors extras store store.encryption store.catalog",
     "store.disk": "errors store store.encryption store.blobs store.catalog store.remote",
     "prompt": "errors config store",
     "chunks": "errors config report model store prompt",
@@ -41,15 +42,16 @@ MAY_IMPORT = {
     "engine": "errors kernels config model generation store prompt chunks reuse profile",
     "chroma": "errors store store.disk engine",
     "prophetkv_rag": "lazy errors config report generation prompt reuse engine",
-    "evaluation": "lazy errors kernels config model defaults store store.blobs store.catalog store.disk prompt reuse "
-    "profile engine",
-    "server": "lazy errors report generation store engine",
+    "evaluation": "lazy errors extras kernels config model defaults store store.blobs store.catalog store.disk prompt "
+    "reuse profile engine",
+    "server": "lazy errors extras report generation store engine",
     "integrations.shared": "errors",
-    "integrations.llama_index": "errors config report generation defaults store prompt engine chroma "
+    "integrations.llama_index": "errors extras config report generation defaults store prompt engine chroma "
     "integrations.shared",
-    "integrations.langchain": "errors config report generation defaults store prompt engine chroma integrations.shared",
-    "cli": "errors kernels config report model defaults store store.encryption store.blobs store.catalog store.remote "
-    "store.disk reuse engine chroma evaluation server integrations.llama_index",
+    "integrations.langchain": "errors extras config report generation defaults store prompt engine chroma "
+    "integrations.shared",
+    "cli": "errors extras kernels config report model defaults store store.encryption store.blobs store.catalog "
+    "store.remote store.disk reuse engine chroma evaluation server integrations.llama_index",
 }
 CORE = list(MAY_IMPORT)[: list(MAY_IMPORT).index("prophetkv_rag") + 1]
 """What knows no framework: everything below the programs and integrations."""

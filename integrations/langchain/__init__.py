@@ -1,8 +1,11 @@
 """LangChain: a chat model, a completion model and a Chroma store that reuse the KV caches of retrieved chunks."""
 
-from prophetkv_rag.integrations.langchain.chat import ChatProphetKV
-from prophetkv_rag.integrations.langchain.embedding import MiniLMEmbeddings
-from prophetkv_rag.integrations.langchain.llm import ProphetKVLLM
-from prophetkv_rag.integrations.langchain.vector_store import ProphetKVChroma
+from prophetkv_rag.extras import needs
+
+with needs("langchain", "langchain_core", "langchain_chroma", what="prophetkv_rag.integrations.langchain"):
+    from prophetkv_rag.integrations.langchain.chat import ChatProphetKV
+    from prophetkv_rag.integrations.langchain.embedding import MiniLMEmbeddings
+    from prophetkv_rag.integrations.langchain.llm import ProphetKVLLM
+    from prophetkv_rag.integrations.langchain.vector_store import ProphetKVChroma
 
 __all__ = ["ChatProphetKV", "MiniLMEmbeddings", "ProphetKVChroma", "ProphetKVLLM"]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from prophetkv_rag.cli.console import progress_bar, status
 from prophetkv_rag.config import LEAD_IN_TOKENS, ProphetKVConfig
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.extras import needs
 
 if TYPE_CHECKING:
     from llama_index.core import VectorStoreIndex
@@ -278,19 +279,14 @@ class _Frameworks:
 
 
 def _import_frameworks() -> _Frameworks:
-    try:
+    with needs("llama-index", "llama_index.core", what="this command"):
         from llama_index.core import VectorStoreIndex, set_global_tokenizer
+    from prophetkv_rag.integrations.llama_index import (
+        MiniLMEmbedding,
+        ProphetKVChromaVectorStore,
+        prompt_template_of,
+    )
 
-        from prophetkv_rag.integrations.llama_index import (
-            MiniLMEmbedding,
-            ProphetKVChromaVectorStore,
-            prompt_template_of,
-        )
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("llama_index"):
-            raise
-        msg = "this command needs LlamaIndex: pip install 'prophetkv-rag[llama-index]'"
-        raise InputError(msg) from error
     return _Frameworks(
         VectorStoreIndex, ProphetKVChromaVectorStore, MiniLMEmbedding, prompt_template_of, set_global_tokenizer
     )

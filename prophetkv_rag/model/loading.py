@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from prophetkv_rag.errors import UnknownModelError
+from prophetkv_rag.extras import needs
 
 
 def load_model(
@@ -26,6 +27,7 @@ def load_model(
 
     Raises:
         UnknownModelError: If nothing can be loaded under that name.
+        MissingExtraError: If it is a `.gguf` file and the packages that read one are not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,6 +38,9 @@ def load_model(
     source, extra = str(name_or_path), {}
     if path.suffix == ".gguf":
         source, extra = str(path.parent), {"gguf_file": path.name}
+        with needs("gguf", "accelerate", "gguf", what="loading a .gguf file"):
+            import accelerate  # noqa: F401  # transformers reads GGUF files only with both
+            import gguf  # noqa: F401
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **extra)
