@@ -23,12 +23,13 @@ MAY_IMPORT = {
     "lazy": "",
     "errors": "",
     "extras": "errors",
+    "home": "errors",
     "kernels": "",
     "config": "errors",
     "report": "",
     "model": "errors extras kernels",
     "generation": "errors report model",
-    "defaults": "errors extras",
+    "defaults": "errors extras home",
     "store": "errors kernels",
     "store.encryption": "errors extras",
     "store.blobs": "errors store store.encryption",
@@ -50,7 +51,7 @@ MAY_IMPORT = {
     "integrations.shared",
     "integrations.langchain": "errors extras config report generation defaults store prompt engine chroma "
     "integrations.shared",
-    "cli": "errors extras kernels config report model defaults store store.encryption store.blobs store.catalog "
+    "cli": "errors extras home kernels config report model defaults store store.encryption store.blobs store.catalog "
     "store.remote store.disk reuse engine chroma evaluation server integrations.llama_index",
 }
 CORE = list(MAY_IMPORT)[: list(MAY_IMPORT).index("prophetkv_rag") + 1]

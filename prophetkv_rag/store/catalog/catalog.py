@@ -15,7 +15,7 @@ from pathlib import Path
 from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store import EntryColumns, TextEntry
 from prophetkv_rag.store.catalog.file import BUSY_TIMEOUT_S, connect, connect_read_only, set_aside
-from prophetkv_rag.store.catalog.schema import bring_up_to_date
+from prophetkv_rag.store.catalog.schema import bring_up_to_date, check_sqlite
 
 UNKNOWN_OWNER = ""
 """Owner of chunks that were found without a catalog: whoever drops such a chunk deletes it."""
@@ -56,6 +56,7 @@ class Catalog:
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        check_sqlite(path)
         self._path = path
         self._read_only = read_only
         self._lock = threading.RLock()  # of writes; a thread inside a write reads by it too
