@@ -23,14 +23,31 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from prophetkv_rag.forks import Order, around_fork
+
 ATTENTION_NAME = "prophetkv"
 """Of passes on models that were loaded with SDPA, which other threads' calls can be given as well."""
 
 EXCLUSIVE_NAME = "prophetkv_exclusive"
 """Of passes on models that were loaded with another attention."""
 
-_locks: weakref.WeakValueDictionary[int, threading.RLock] = weakref.WeakValueDictionary()
-_locks_guard = threading.Lock()
+
+class _ModelLocks:
+    """One lock per model. A fork waits for the passes that run: what a pass has switched, it puts back first."""
+
+    def __init__(self) -> None:
+        self.guard = threading.Lock()
+        self.by_config: weakref.WeakValueDictionary[int, threading.RLock] = weakref.WeakValueDictionary()
+        around_fork(self, "all", order=Order.MODEL)
+        around_fork(self, "guard")
+
+    @property
+    def all(self) -> list[threading.RLock]:
+        """Those of all models."""
+        return list(self.by_config.values())
+
+
+_locks = _ModelLocks()
 
 # The pass that runs in this thread. A keyword argument of the model's forward would be the tidier way, but some decoder
 # layers (StableLM, Nemotron) do not hand unknown arguments on to their attention.
@@ -42,11 +59,11 @@ def model_lock(model: Any) -> threading.RLock:
 
     It belongs to the model's configuration, which is what a pass switches, so wrappers of one model share it.
     """
-    with _locks_guard:
+    with _locks.guard:
         key = id(model.config.get_text_config(decoder=True))  # configurations are not hashable
-        lock = _locks.get(key)
+        lock = _locks.by_config.get(key)
         if lock is None:
-            lock = _locks[key] = threading.RLock()
+            lock = _locks.by_config[key] = threading.RLock()
         return lock
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from prophetkv_rag.config import PLACEHOLDER, ProphetKVConfig
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.forks import around_fork
 from prophetkv_rag.prompt.prompt import TextOrIds
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class Tokens:
         # another thread's call on the shared one cannot turn a chunk's text into control tokens.
         self._chunk_tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
+        around_fork(self, "_lock")
         self._start: list[int] | None = None
 
     @property

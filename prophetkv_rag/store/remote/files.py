@@ -21,6 +21,7 @@ from typing import Any
 
 from prophetkv_rag.errors import BlobError, InputError
 from prophetkv_rag.extras import needs
+from prophetkv_rag.forks import around_fork
 from prophetkv_rag.store import check_key, is_key
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,11 @@ class RemoteFiles:
         """The URL without a password."""
         self._url = url.rstrip("/")
         self._options = dict(options or {})
+        self._begin_anew()
+        around_fork(self, in_child=RemoteFiles._begin_anew)
+
+    def _begin_anew(self) -> None:
+        """Be unopened: a file system's threads and connections are not to be had in a child."""
         self._lock = threading.Lock()
         self._opened: tuple[Any, str] | None = None
 
