@@ -10,6 +10,7 @@ holding `model_lock(model)` around such calls keeps both apart.
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -25,6 +26,8 @@ from transformers.masking_utils import sdpa_mask
 
 from prophetkv_rag.forks import Order, around_fork
 
+logger = logging.getLogger(__name__)
+
 ATTENTION_NAME = "prophetkv"
 """Of passes on models that were loaded with SDPA, which other threads' calls can be given as well."""
 
@@ -38,13 +41,29 @@ class _ModelLocks:
     def __init__(self) -> None:
         self.guard = threading.Lock()
         self.by_config: weakref.WeakValueDictionary[int, threading.RLock] = weakref.WeakValueDictionary()
-        around_fork(self, "all", order=Order.MODEL)
+        self._must_tell = False
+        around_fork(self, "all", order=Order.MODEL, in_child=_ModelLocks._use_one_thread)
         around_fork(self, "guard")
 
     @property
     def all(self) -> list[threading.RLock]:
         """Those of all models."""
         return list(self.by_config.values())
+
+    def _use_one_thread(self) -> None:
+        """Keep a child from waiting for threads that are not there: OpenMP's do not cross a fork, and torch hangs."""
+        if self.by_config and torch.get_num_threads() > 1:
+            torch.set_num_threads(1)
+            self._must_tell = True
+
+    def tell(self) -> None:
+        """Say once, where a model is run, what the fork has changed."""
+        if self._must_tell:
+            self._must_tell = False
+            logger.warning(
+                "this process was forked from one that had loaded its model: torch computes with one thread here, "
+                "since the others do not survive a fork; load the model after the fork to use more"
+            )
 
 
 _locks = _ModelLocks()
@@ -160,6 +179,7 @@ def attention_implementation(
 
     The caller holds `model_lock(model)`.
     """
+    _locks.tell()
     previous = model.config._attn_implementation
     model.config._attn_implementation = ATTENTION_NAME if previous == "sdpa" else EXCLUSIVE_NAME
     _running.attention_pass, _running.mask_function = attention_pass, mask_function

@@ -152,8 +152,8 @@ class CatalogFile:
         self._writer.close()
 
     def _let_go(self) -> None:
-        """Close the connections before a fork, unless it is made from within a transaction or the file is closed."""
-        if not (self._writer.in_transaction or self._reader.in_transaction or _is_closed(self._writer)):
+        """Close the connections before a fork, unless the file is closed or a fork comes from within a transaction."""
+        if not (_is_closed(self._writer) or self._writer.in_transaction or self._reader.in_transaction):
             self._close()
             self._is_let_go = True
 
