@@ -11,6 +11,10 @@ class InputError(ProphetKVError, ValueError):
     """The caller gave something that cannot be used; the message says what is allowed and what to do."""
 
 
+class MissingExtraError(ModuleNotFoundError, InputError):
+    """An optional package is not installed; the message says which extra brings it."""
+
+
 class ContextWindowError(InputError):
     """A prompt or chunk is longer than the model's context window; the message has the numbers."""
 

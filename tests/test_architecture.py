@@ -25,34 +25,38 @@ MAY_IMPORT = {
     "lazy": "",
     "errors": "",
     "text": "errors",
+    "extras": "errors",
+    "forks": "",
+    "home": "errors",
     "kernels": "",
     "config": "errors",
     "report": "",
-    "model": "errors kernels",
+    "model": "errors extras forks kernels",
     "generation": "errors report model",
-    "defaults": "errors text",
-    "store": "errors kernels",
-    "store.encryption": "errors",
+    "defaults": "errors text extras forks home",
+    "store": "errors forks kernels",
+    "store.encryption": "errors extras",
     "store.blobs": "errors store store.encryption",
-    "store.catalog": "errors store",
-    "store.remote": "errors store store.encryption store.catalog",
-    "store.disk": "errors store store.encryption store.blobs store.catalog store.remote",
-    "prompt": "errors text config store",
-    "chunks": "errors text config report model store prompt",
+    "store.catalog": "errors forks store",
+    "store.remote": "errors extras forks store store.encryption store.catalog",
+    "store.disk": "errors forks store store.encryption store.blobs store.catalog store.remote",
+    "prompt": "errors text forks config store",
+    "chunks": "errors text forks config report model store prompt",
     "reuse": "errors config report model generation store prompt chunks",
     "profile": "errors config store",
     "engine": "errors kernels config model generation store prompt chunks reuse profile",
-    "chroma": "errors text store store.disk engine",
+    "chroma": "errors text forks store store.disk engine",
     "prophetkv_rag": "lazy errors config report generation prompt reuse engine",
-    "evaluation": "lazy errors kernels config model defaults store store.blobs store.catalog store.disk prompt reuse "
-    "profile engine",
-    "server": "lazy errors text report generation store prompt engine",
+    "evaluation": "lazy errors extras kernels config model defaults store store.blobs store.catalog store.disk prompt "
+    "reuse profile engine",
+    "server": "lazy errors text extras report generation store prompt engine",
     "integrations.shared": "",
-    "integrations.llama_index": "errors config report generation defaults store prompt engine chroma "
+    "integrations.llama_index": "errors extras forks config report generation defaults store prompt engine chroma "
     "integrations.shared",
-    "integrations.langchain": "errors text config report generation defaults store prompt engine chroma "
+    "integrations.langchain": "errors text extras config report generation defaults store prompt engine chroma "
     "integrations.shared",
-    "cli": "errors text kernels config report model defaults store store.encryption store.blobs store.catalog "
+    "cli": "errors text extras home kernels config report model defaults store store.encryption store.blobs "
+    "store.catalog "
     "store.remote store.disk reuse engine chroma evaluation server integrations.llama_index",
 }
 CORE = list(MAY_IMPORT)[: list(MAY_IMPORT).index("prophetkv_rag") + 1]

@@ -17,8 +17,16 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: threads that wait do not spin
 
-import uvicorn
-from web import Service, make_app
+from prophetkv_rag.errors import MissingExtraError
+from prophetkv_rag.extras import needs
+
+try:
+    with needs("app", "fastapi", "uvicorn", "python_multipart", what="the chat"):
+        import python_multipart  # noqa: F401  # FastAPI takes uploads only with it
+        import uvicorn
+        from web import Service, make_app
+except MissingExtraError as error:
+    sys.exit(f"chatbot: error: {error}")
 
 from prophetkv_rag.text import well_formed
 
@@ -38,8 +46,9 @@ def _start(service: Service, folder: Path | None, directory: Path | None, model:
         service.phase = phase
         say(f"  {phase}")
 
-    from conversation import Conversations
-    from knowledge import Knowledge
+    with needs("llama-index", "llama_index.core", what="the chat"):
+        from conversation import Conversations
+        from knowledge import Knowledge
 
     from prophetkv_rag.defaults import (
         cache_directory,

@@ -4,9 +4,12 @@ Begin reading with `chat.py` and `settings.py`; `messages.py` makes of LangChain
 `tool_*.py` are calls of tools. `vector_store.py` is index time.
 """
 
-from prophetkv_rag.integrations.langchain.chat import ChatProphetKV
-from prophetkv_rag.integrations.langchain.embedding import MiniLMEmbeddings
-from prophetkv_rag.integrations.langchain.llm import ProphetKVLLM
-from prophetkv_rag.integrations.langchain.vector_store import ProphetKVChroma
+from prophetkv_rag.extras import needs
+
+with needs("langchain", "langchain_core", "langchain_chroma", what="prophetkv_rag.integrations.langchain"):
+    from prophetkv_rag.integrations.langchain.chat import ChatProphetKV
+    from prophetkv_rag.integrations.langchain.embedding import MiniLMEmbeddings
+    from prophetkv_rag.integrations.langchain.llm import ProphetKVLLM
+    from prophetkv_rag.integrations.langchain.vector_store import ProphetKVChroma
 
 __all__ = ["ChatProphetKV", "MiniLMEmbeddings", "ProphetKVChroma", "ProphetKVLLM"]

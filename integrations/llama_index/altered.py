@@ -29,7 +29,8 @@ from prophetkv_rag.errors import ContextWindowError, InputError
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.integrations.llama_index.llm import ProphetKVLLM
+    from prophetkv_rag.forks import around_fork
+from prophetkv_rag.integrations.llama_index.llm import ProphetKVLLM
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class AlteredTextCache:
         self.max_texts = max_texts
         self.owner = f"llama-index-altered/{name}/{self.engine.identity.fingerprint[:16]}"
         self._lock = threading.Lock()
+        around_fork(self, "_lock")
         # Key -> ids of the nodes and documents it came from; the text used last comes last.
         self._sources: OrderedDict[str, set[str]] = OrderedDict()
         self._handler = _SynthesisListener(self)

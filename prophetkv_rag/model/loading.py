@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from prophetkv_rag.errors import UnknownModelError
+from prophetkv_rag.extras import needs
 from prophetkv_rag.model.ambient import own_state
 
 
@@ -29,6 +30,7 @@ def load_model(
     Raises:
         UnknownModelError: If nothing can be loaded under that name, or only with Python code that comes with it, which
             is never run from here (nor asked about).
+        MissingExtraError: If it is a `.gguf` file and the packages that read one are not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,6 +41,9 @@ def load_model(
     source, extra = str(name_or_path), {}
     if path.suffix == ".gguf":
         source, extra = str(path.parent), {"gguf_file": path.name}
+        with needs("gguf", "accelerate", "gguf", what="loading a .gguf file"):
+            import accelerate  # noqa: F401  # transformers reads GGUF files only with both
+            import gguf  # noqa: F401
     try:
         # Said, so that transformers does not ask on the terminal.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from prophetkv_rag.forks import around_fork
 from prophetkv_rag.prompt.rolling_hash import LONG_ANCHOR, SHORT_ANCHOR, anchor_size, window_hashes
 from prophetkv_rag.store import EntryColumns, TextEntry
 
@@ -66,6 +67,7 @@ class ChunkIndex:
         # Numbers, strings and bytes rather than containers wherever there is one of a kind: the garbage collector would
         # walk 100,000 containers again and again while they are made.
         self._lock = threading.Lock()
+        around_fork(self, "_lock")
         self._anchors: dict[int, dict[int, _Lengths]] = {LONG_ANCHOR: {}, SHORT_ANCHOR: {}}
         """Anchor size -> anchor -> lengths of the texts that begin so: at most one digest per length at a place."""
         self._texts: dict[bytes, str] = {}

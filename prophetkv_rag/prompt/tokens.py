@@ -10,6 +10,7 @@ from typing import Any
 
 from prophetkv_rag.config import PLACEHOLDER, ProphetKVConfig
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.forks import around_fork
 from prophetkv_rag.prompt.chat_messages import plain_messages
 from prophetkv_rag.prompt.chat_template import render_messages
 from prophetkv_rag.prompt.codec import TextCodec
@@ -35,6 +36,7 @@ class Tokens:
         self.tokenizer = tokenizer
         self.codec = None if tokenizer is None else TextCodec(tokenizer)
         self._lock = threading.Lock()
+        around_fork(self, "_lock")
         self._start: list[int] | None = None
 
     @property

@@ -8,13 +8,16 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Query, Request
-from fastapi.responses import Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
-
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.extras import needs
+
+with needs("server", "fastapi", "prometheus_client", what="the server"):
+    from fastapi import FastAPI, Query, Request
+    from fastapi.responses import Response
+    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+    from starlette.middleware.cors import CORSMiddleware
+    from starlette.requests import ClientDisconnect
+
 from prophetkv_rag.server.chat import ChatService
 from prophetkv_rag.server.chunks import ChunkService
 from prophetkv_rag.server.errors import NO_RETRY, ErrorBoundary, install_handlers, model_not_found

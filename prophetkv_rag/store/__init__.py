@@ -9,10 +9,10 @@ tier behind the disk) and `disk/`, which is opened by `open_disk_store`.
 
 from prophetkv_rag.store.base import ChunkStore, Lookup, Policy
 from prophetkv_rag.store.chunk_cache import LAYOUT_VERSION, CacheIdentity, ChunkCache
+from prophetkv_rag.store.directory_lock import DirectoryLock, has_locks
 from prophetkv_rag.store.failures import Failures
 from prophetkv_rag.store.files import (
     TEMPORARY_SUFFIX,
-    DirectoryLock,
     Source,
     can_write,
     make_private_directory,
@@ -48,6 +48,7 @@ __all__ = [
     "VerifyReport",
     "can_write",
     "check_key",
+    "has_locks",
     "is_key",
     "make_private_directory",
     "read_fully",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 
+from prophetkv_rag.forks import around_fork
+
 logger = logging.getLogger(__name__)
 
 
@@ -22,6 +24,10 @@ class Failures:
         self.is_failing = False
         self.caches = 0
         self.reason = ""
+        around_fork(self, "_lock", in_child=Failures._begin_anew)
+
+    def _begin_anew(self) -> None:
+        self.caches = 0  # the parent counts its own
 
     def note(self, error: Exception, *, caches: int = 0) -> None:
         """Note a write that failed, and how many caches it leaves unkept; the first is logged."""

@@ -1,22 +1,25 @@
-"""Files of a cache directory: private, written completely or not at all, and guarded across processes."""
+"""Files of a cache directory: private, and written completely or not at all."""
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-if sys.platform != "win32":
-    import fcntl
+logger = logging.getLogger(__name__)
 
 TEMPORARY_SUFFIX = ".tmp"
+
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
+"""What file systems say that have no `fsync` for a directory, or none at all: CIFS, shared folders, some of FUSE's."""
+_said: set[int] = set()
 
 
 def make_private_directory(path: Path) -> None:
@@ -84,7 +87,7 @@ def write_file(path: Path, data: bytes, *, temporary_directory: Path | None = No
             view = memoryview(data)
             while view:
                 view = view[file.write(view) :]
-            os.fsync(descriptor)
+            _sync(descriptor, path.parent)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -97,46 +100,28 @@ def touch_private(path: Path) -> None:
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
 
 
-class DirectoryLock:
-    """Shared by every write, exclusive for deleting and repairing, so that repair never mistakes a write under way.
-
-    A kill releases it. On Windows it does nothing: there, repair only while no other process writes.
-
-    By `flock` itself: filelock's shared lock is a transaction of SQLite, which takes 30 to 60 times as long, is polled
-    for, and raises in a child that was forked meanwhile and where threads share it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Held while a blob and its catalog row are written; several may hold it at once."""
-        with self._held(is_exclusive=False):
-            yield
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Held alone. Not re-entrant."""
-        with self._held(is_exclusive=True):
-            yield
-
-    @contextmanager
-    def _held(self, *, is_exclusive: bool) -> Iterator[None]:
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)  # a lock belongs to one opening of the file
-        try:
-            if sys.platform != "win32":
-                fcntl.flock(descriptor, fcntl.LOCK_EX if is_exclusive else fcntl.LOCK_SH)
-            yield
-        finally:
-            os.close(descriptor)
-
-
 def _sync_directory(path: Path) -> None:
     if sys.platform == "win32":  # directories cannot be opened there
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor, path)
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int, directory: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on the disk, where the file system can do that."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        if error.errno not in _said:
+            _said.add(error.errno)
+            logger.warning(
+                "the file system of %s cannot be told to write at once (fsync: %s): what is stored there is stored, "
+                "but a power failure may take the last of it, which is then computed again",
+                directory,
+                error.strerror,
+            )

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.forks import around_fork
 from prophetkv_rag.store.base import ChunkStore, Lookup
 from prophetkv_rag.store.chunk_cache import ChunkCache
 from prophetkv_rag.store.keys import check_key
@@ -42,6 +43,7 @@ class MemoryStore(ChunkStore):
             raise InputError(msg)
         self.max_bytes = max_bytes
         self._lock = threading.RLock()
+        around_fork(self, "_lock")
         self._chunks: dict[str, _Chunk] = {}
         self._owners: dict[str, set[str]] = {}
         self._recent: OrderedDict[str, int] = OrderedDict()  # keys of held caches and their bytes, the last used last

@@ -18,6 +18,7 @@ from types import ModuleType
 
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.evaluation.tasks.example import TaskExample
+from prophetkv_rag.extras import needs
 
 Metric = Callable[[str, Sequence[str], Sequence[str]], float]
 """`metric(prediction, references, classes)`: a score in [0, 1]."""
@@ -174,11 +175,8 @@ def _segment(text: str) -> list[str]:
 
 
 def _optional(name: str, purpose: str) -> ModuleType:
-    try:
+    with needs("bench", name, what=purpose):
         return importlib.import_module(name)
-    except ImportError as error:
-        msg = f'{purpose} needs the package {name}: pip install "prophetkv-rag[bench]" (or pip install {name})'
-        raise InputError(msg) from error
 
 
 def _best(mark: Callable[[str, str], float]) -> Metric:

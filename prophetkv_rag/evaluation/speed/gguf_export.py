@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.extras import needs
 
 _NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 _PROJECTIONS = {
@@ -63,11 +64,8 @@ def write_gguf(model: Any, path: Path) -> None:
     reason = why_not_gguf(model)
     if reason is not None:
         raise InputError(reason)
-    try:
+    with needs("gguf", "gguf", what="writing a GGUF file"):
         import gguf
-    except ImportError as error:
-        msg = "writing a GGUF file needs the package 'gguf': pip install 'prophetkv-rag[gguf]'"
-        raise InputError(msg) from error
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_block_count(config.num_hidden_layers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO, FileIO
 from pathlib import Path
@@ -50,7 +51,8 @@ def read_blob(
     """
     with _open(path) as file:
         if _WILL_NEED is not None:
-            os.posix_fadvise(file.fileno(), 0, 0, _WILL_NEED)
+            with suppress(OSError):  # it is advice, which not every file system takes
+                os.posix_fadvise(file.fileno(), 0, 0, _WILL_NEED)
         opened = _open_blob(file, os.fstat(file.fileno()).st_size, key, encryption_key)
         opened.header.check(Expected(key, fingerprint, None if input_ids is None else len(input_ids)))
         return opened.header, opened.decode(input_ids, packed)

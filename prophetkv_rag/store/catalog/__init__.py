@@ -6,9 +6,9 @@ chunk is charged to, `ranking.py` which is worth its bytes, `counts.py` what was
 """
 
 from prophetkv_rag.store.catalog import namespaces
-from prophetkv_rag.store.catalog.catalog import UNKNOWN_OWNER, Catalog, CatalogRow, CorruptCatalogError
+from prophetkv_rag.store.catalog.catalog import UNKNOWN_OWNER, Catalog, CatalogRow
 from prophetkv_rag.store.catalog.counts import add_counts, all_counts, all_deletions, hits_by_tier
-from prophetkv_rag.store.catalog.file import damaged, set_aside
+from prophetkv_rag.store.catalog.file import CorruptCatalogError, damaged, set_aside
 from prophetkv_rag.store.catalog.ranking import Eviction, Ranking
 
 __all__ = [

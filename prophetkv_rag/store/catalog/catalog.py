@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store import EntryColumns, TextEntry
-from prophetkv_rag.store.catalog.file import BUSY_TIMEOUT_S, connect, connect_read_only, set_aside
-from prophetkv_rag.store.catalog.schema import bring_up_to_date
+from prophetkv_rag.store.catalog.file import CatalogFile
 
 UNKNOWN_OWNER = ""
 """Owner of chunks that were found without a catalog: whoever drops such a chunk deletes it."""
 
 _ROWS_AT_ONCE = 500  # few enough objects at a time that the garbage collector does not look through all of them
-
-
-class CorruptCatalogError(StoreError):
-    """The catalog's file is damaged; it can be made again from the blobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,39 +28,12 @@ class CatalogRow:
     nbytes: int
 
 
-class Catalog:
+class Catalog(CatalogFile):
     """Every method is one transaction, and safe to call from several threads and processes.
 
     A row whose blob was lost or evicted stays, with `nbytes` 0: its text is still recognised in prompts, so the first
     query that needs the chunk computes it again.
-
-    Args:
-        path: The SQLite file, absolute; made if it is not there, brought up to date if an older version made it.
-        read_only: Change nothing, not even the tables' version; works in a directory that cannot be written to.
-
-    Attributes:
-        is_new: Whether the file had no tables yet.
-
-    Raises:
-        CorruptCatalogError: If the file is no SQLite database, or a damaged one.
-        StoreError: If the file cannot be used, or was made by a newer version.
     """
-
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        self._path = path
-        self._read_only = read_only
-        self._lock = threading.RLock()  # of writes; a thread inside a write reads by it too
-        self._read_lock = threading.Lock()  # of all other reads: they wait for nobody's write
-        self._writing_thread: int | None = None
-        self.is_new = False
-        self._connect()
-
-    def renew(self) -> None:
-        """Set the damaged file aside and go on with an empty one."""
-        with self._lock, self._read_lock:
-            self._close()
-            set_aside(self._path)
-            self._connect()
 
     def upsert(self, row: CatalogRow, entry: TextEntry | None) -> None:
         """Add a chunk, or renew it; without `entry` a known text entry stays."""
@@ -213,79 +177,3 @@ class Catalog:
         except StoreError:
             return False
         return True
-
-    def scrub(self) -> None:
-        """Empty the log of writes, which also holds deleted rows, unless others use it for more than a second."""
-        with self._lock, suppress(sqlite3.Error):
-            self._writer.execute("PRAGMA busy_timeout = 1000")
-            try:
-                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            finally:
-                self._writer.execute(f"PRAGMA busy_timeout = {int(1000 * BUSY_TIMEOUT_S)}")
-
-    def close(self) -> None:
-        """Close the file."""
-        with self._lock, self._read_lock:
-            self._close()
-
-    @contextmanager
-    def transaction(self, *, is_write: bool = True) -> Iterator[sqlite3.Connection]:
-        """One transaction, rolled back on an exception; inside a thread's write transaction another one joins it."""
-        is_inside = self._writing_thread == threading.get_ident()
-        try:
-            if is_inside:
-                yield self._writer
-            elif not is_write:
-                with self._read_lock:
-                    self._reader.execute("BEGIN")
-                    with self._reader:
-                        yield self._reader
-            else:
-                with self._lock:
-                    self._writer.execute("BEGIN IMMEDIATE")
-                    self._writing_thread = threading.get_ident()
-                    try:
-                        with self._writer:  # commits, or rolls back on an exception
-                            yield self._writer
-                    finally:
-                        self._writing_thread = None
-        except sqlite3.Error as error:
-            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-                self.scrub()  # what the log takes is room for the next try
-            raise self._error(error) from error
-
-    def _connect(self) -> None:
-        uri = self._path.as_uri()
-        try:
-            if self._read_only:
-                self._writer = self._reader = connect_read_only(uri)
-                return
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))  # -wal and -shm take over the mode
-            self._writer = connect(uri)
-        except (OSError, sqlite3.Error) as error:
-            raise self._error(error) from error
-        try:
-            self._open()
-            self._reader = connect(uri)
-        except BaseException:
-            self._writer.close()
-            raise
-
-    def _open(self) -> None:
-        try:
-            if self._writer.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-                self._writer.execute("PRAGMA journal_mode = WAL")
-            self._writer.execute("PRAGMA synchronous = FULL")
-            self._writer.execute("PRAGMA secure_delete = ON")  # deleted rows hold hashes of what texts said
-        except sqlite3.Error as error:
-            raise self._error(error) from error
-        with self.transaction() as run:
-            self.is_new = bring_up_to_date(run, self._path) == 0
-
-    def _close(self) -> None:
-        self._reader.close()
-        self._writer.close()
-
-    def _error(self, error: Exception) -> StoreError:
-        is_corrupt = type(error) is sqlite3.DatabaseError  # its subclasses are about the call, not about the file
-        return (CorruptCatalogError if is_corrupt else StoreError)(f"cannot use the catalog {self._path}: {error}")

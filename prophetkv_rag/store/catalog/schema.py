@@ -7,6 +7,9 @@ from pathlib import Path
 
 from prophetkv_rag.errors import StoreError
 
+OLDEST_SQLITE = (3, 24, 0)
+"""The first that knows `ON CONFLICT DO UPDATE`."""
+
 SCHEMA_VERSION = 4
 """Bumped whenever the tables change; kept in the file as SQLite's `user_version`."""
 
@@ -77,6 +80,17 @@ _STEPS: tuple[tuple[str, ...], ...] = (
             UPDATE state SET value = value + 1 WHERE name = 'deletes'; END""",
     ),
 )
+
+
+def check_sqlite(path: Path) -> None:
+    """Raise `StoreError` if Python's SQLite is too old for the statements used on the catalog at `path`."""
+    if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+        oldest = ".".join(map(str, OLDEST_SQLITE))
+        msg = (
+            f"cannot use the catalog {path}: this Python's SQLite is {sqlite3.sqlite_version}, and {oldest} or later "
+            "is needed. A newer Python (python.org, conda, uv) brings a newer SQLite"
+        )
+        raise StoreError(msg)
 
 
 def bring_up_to_date(run: sqlite3.Connection, path: Path) -> int:

@@ -7,6 +7,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
+from prophetkv_rag.forks import around_fork
+
 logger = logging.getLogger(__name__)
 
 MAX_LOGGED = 20
@@ -22,6 +24,12 @@ class Counters:
         self._counts: Counter[str] = Counter()
         self._saved: Counter[str] = Counter()
         self._logged: set[str] = set()
+        around_fork(self, "_lock", in_child=Counters._begin_anew)
+
+    def _begin_anew(self) -> None:
+        self._counts.clear()  # the parent saves its own
+        self._saved.clear()
+        self._save_lock = threading.Lock()
 
     def add(self, **counts: int) -> None:
         """Count; by the names of `StoreStats`."""

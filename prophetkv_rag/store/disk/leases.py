@@ -12,8 +12,10 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+
+from prophetkv_rag.forks import around_fork, kept_from_children
 
 if sys.platform != "win32":
     import fcntl
@@ -38,6 +40,7 @@ class Leases:
         self._is_shared = is_shared and sys.platform != "win32"
         self._lock = threading.Lock()
         self._held: Counter[str] = Counter()
+        around_fork(self, "_lock", in_child=Leases._forget)
 
     @contextmanager
     def hold(self, keys: Iterable[str]) -> Iterator[None]:
@@ -46,13 +49,15 @@ class Leases:
         with self._lock:
             self._held.update(keys)
         file = self._write(keys) if self._is_shared and keys else None
+        pid = os.getpid()
         try:
-            yield
+            with nullcontext() if file is None else kept_from_children(file[0]):
+                try:
+                    yield
+                finally:
+                    if file is not None and os.getpid() == pid:  # a child's parent still holds it
+                        file[1].unlink(missing_ok=True)
         finally:
-            if file is not None:
-                descriptor, path = file
-                path.unlink(missing_ok=True)
-                os.close(descriptor)
             with self._lock:
                 self._held.subtract(keys)
                 self._held = +self._held
@@ -65,6 +70,9 @@ class Leases:
             keys |= self._read(path)
         keys.discard("")  # one that is just being made
         return keys
+
+    def _forget(self) -> None:
+        self._held.clear()  # what other threads hold, they hold in the parent
 
     def _write(self, keys: set[str]) -> tuple[int, Path] | None:
         """Make a lease file; `None` if that is not possible: this store's own leases hold all the same."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from prophetkv_rag.forks import around_fork
 from prophetkv_rag.store import ChunkCache
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class RamTier:
         self.namespaces: dict[str, str] = {}
         self.pins = False
         self._lock = threading.Lock()
+        around_fork(self, "_lock")
         self._caches: OrderedDict[str, tuple[str, ChunkCache]] = OrderedDict()
         self._nbytes = 0
         self._of_namespace: Counter[tuple[bool, str]] = Counter()

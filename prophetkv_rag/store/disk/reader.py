@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 
 from prophetkv_rag.errors import BlobError, StoreError
+from prophetkv_rag.forks import around_fork
 from prophetkv_rag.store import ChunkCache, DirectoryLock
 from prophetkv_rag.store.blobs import BlobFiles, BlobFormat
 from prophetkv_rag.store.catalog import Catalog
@@ -53,6 +54,7 @@ class BlobReader:
         self._later = later
         self._bad_lock = threading.Lock()
         self._bad: dict[str, tuple[str, Sequence[int], str | None]] = {}
+        around_fork(self, "_bad_lock", in_child=BlobReader._forget_bad)
 
     def is_bad(self, key: str) -> bool:
         """Whether the blob of `key` was found bad, and is still to be dropped."""
@@ -110,6 +112,9 @@ class BlobReader:
         finally:
             with self._bad_lock:
                 self._bad.pop(key, None)
+
+    def _forget_bad(self) -> None:
+        self._bad.clear()  # the parent's thread drops them
 
     def _note_bad(self, key: str, fingerprint: str, input_ids: Sequence[int], dtype: str | None = None) -> None:
         if self._lock is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prophetkv_rag.errors import StoreError
+from prophetkv_rag.forks import around_fork
 from prophetkv_rag.store import DirectoryLock, TextEntry
 from prophetkv_rag.store.blobs import BlobFiles
 from prophetkv_rag.store.catalog import Catalog, CatalogRow, Ranking, namespaces
@@ -60,12 +61,16 @@ class Space:
         self._counters = counters
         self._lock = threading.Lock()
         self._uses: list[str] = []
+        around_fork(self, "_lock", in_child=Space._forget_uses)
         self.typical = 0
         """Size in bytes of the blob written last."""
         self.on_write: Callable[[CatalogRow, bytes, bool], None] | None = None
         """Told about every blob that was to be written, and whether it was; called while no space lock is held."""
         self.on_failure: Callable[[CatalogRow, TextEntry | None, bytes, Exception], bool] | None = None
         """Told about a blob that could not be written; says whether it is kept elsewhere, or the error is raised."""
+
+    def _forget_uses(self) -> None:
+        self._uses = []  # the parent notes them
 
     def adopt(self) -> None:
         """Rank the catalog by this store's rule, and evict what is above its limits (which may be new ones)."""

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from prophetkv_rag.errors import StoreError
+from prophetkv_rag.forks import around_fork
 from prophetkv_rag.store import ChunkCache, Failures
 
 logger = logging.getLogger(__name__)
@@ -28,10 +29,18 @@ class WriteBehind:
         self._put = put
         self._failures = failures
         self._lock = threading.Lock()
+        self._is_closed = False
+        self._begin_anew()
+        around_fork(self, "_lock", in_child=WriteBehind._begin_anew)
+
+    def _begin_anew(self) -> None:
+        """Begin with nothing waiting: in a child, the parent writes what waited, and its thread is not here."""
         self._waiting: dict[str, tuple[str, ChunkCache]] = {}
         self._nbytes = 0
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prophetkv-disk")
         self._futures: set[Future[None]] = set()
+        if self._is_closed:
+            self._worker.shutdown()
 
     def add(self, key: str, cache: ChunkCache, fingerprint: str) -> None:
         """Take a cache to write, unless too much is waiting already."""
@@ -77,6 +86,7 @@ class WriteBehind:
 
     def close(self) -> None:
         """Write what waits, and end the thread."""
+        self._is_closed = True
         self._worker.shutdown(wait=True)
 
     def _done(self, future: Future[None]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.extras import needs
 
 KEY_BYTES = 32
 KEY_VARIABLE = "PROPHETKV_CACHE_KEY"
@@ -43,12 +44,9 @@ class EncryptionKey:
 
     def derive(self, salt: bytes, purpose: bytes, length: int = KEY_BYTES) -> bytes:
         """Return a key for one purpose and salt, from which neither this key nor another derived one can be found."""
-        try:
+        with needs("encryption", "cryptography", what="encrypting chunk caches"):
             from cryptography.hazmat.primitives.hashes import SHA256
             from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-        except ModuleNotFoundError as error:
-            msg = "encrypting chunk caches needs a package: pip install 'prophetkv-rag[encryption]'"
-            raise InputError(msg) from error
         return HKDF(SHA256(), length, salt or None, purpose).derive(self._secret)
 
     def __repr__(self) -> str:

@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from prophetkv_rag.forks import around_fork
+
 
 class Breaker:
     """Closed (it is asked) until something fails; then open for a while, after which one caller may try.
@@ -29,6 +31,7 @@ class Breaker:
         self._longest_s = longest_s
         self._clock = clock
         self._lock = threading.Lock()
+        around_fork(self, "_lock")
         self._pause_s = first_s
         self._retry_at: float | None = None
         self._is_trying = False

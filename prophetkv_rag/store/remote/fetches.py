@@ -13,6 +13,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 
 from prophetkv_rag.errors import BlobError
+from prophetkv_rag.forks import around_fork
 from prophetkv_rag.store import ChunkCache
 from prophetkv_rag.store.remote.tier import RemoteTier
 
@@ -71,13 +72,18 @@ class Fetches:
         self._tier = tier
         self._keep = keep
         self._lock = threading.Lock()
-        self._in_flight: dict[str, Fetch] = {}
         self._ready: OrderedDict[str, Fetch] = OrderedDict()
         self._ready_bytes = 0
-        self._queue: queue.SimpleQueue[Fetch | None] = queue.SimpleQueue()
-        self._num_threads = 0
         self._is_closed = False
         self._prompt = threading.local()
+        self._begin_anew()
+        around_fork(self, "_lock", in_child=Fetches._begin_anew)
+
+    def _begin_anew(self) -> None:
+        """Begin with nothing on its way: in a child, the threads that read are the parent's."""
+        self._in_flight: dict[str, Fetch] = {}
+        self._queue: queue.SimpleQueue[Fetch | None] = queue.SimpleQueue()
+        self._num_threads = 0
 
     def expect(self, keys: Iterable[str], fingerprint: str) -> None:
         """Begin to read what this thread's prompt is about to ask for; all of it together has one time-out.

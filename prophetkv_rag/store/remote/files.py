@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from prophetkv_rag.errors import BlobError, InputError
+from prophetkv_rag.extras import needs
+from prophetkv_rag.forks import around_fork
 from prophetkv_rag.store import check_key, is_key
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,11 @@ class RemoteFiles:
         """The URL without a password."""
         self._url = url.rstrip("/")
         self._options = dict(options or {})
+        self._begin_anew()
+        around_fork(self, in_child=RemoteFiles._begin_anew)
+
+    def _begin_anew(self) -> None:
+        """Be unopened: a file system's threads and connections are not to be had in a child."""
         self._lock = threading.Lock()
         self._opened: tuple[Any, str] | None = None
 
@@ -192,11 +199,8 @@ def _check_url(url: str) -> str:
     if protocol in ("file", "local") and not rest.startswith("/"):
         msg = f"{url!r} would move with the working directory; write the whole path, as in file:///mnt/caches"
         raise InputError(msg)
-    try:
+    with needs("remote", "fsspec", what="a remote tier"):
         import fsspec
-    except ModuleNotFoundError as error:
-        msg = "a remote tier needs fsspec: pip install 'prophetkv-rag[remote]'"
-        raise InputError(msg) from error
     try:
         fsspec.get_filesystem_class(protocol)
     except (ValueError, ImportError) as error:

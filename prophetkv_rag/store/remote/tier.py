@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol, TypeAlias
 
 from prophetkv_rag.errors import StoreError
+from prophetkv_rag.forks import around_fork
 from prophetkv_rag.store import ChunkCache, RemoteStats
 from prophetkv_rag.store.encryption import LockedBlobError
 from prophetkv_rag.store.remote.breaker import Breaker
@@ -91,6 +92,11 @@ class RemoteTier:
         self._has_warned_of_bad = False
         self._unusable: set[str] = set()
         self._locked: set[str] = set()
+        self._begin_anew()
+        around_fork(self, "_lock", in_child=RemoteTier._begin_anew)
+
+    def _begin_anew(self) -> None:
+        """Count from 0: what a child has inherited, its parent counts."""
         self._counts = {"hits": 0, "misses": 0, "bad": 0, "failures": 0, "uploads": 0, "deletes": 0}
         self._noted_hits = 0
 

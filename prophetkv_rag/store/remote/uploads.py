@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from prophetkv_rag.errors import BlobError, StoreError
+from prophetkv_rag.forks import Order, around_fork
 from prophetkv_rag.store import DirectoryLock
 from prophetkv_rag.store.catalog import Catalog, Ranking
 from prophetkv_rag.store.encryption import MAGIC, is_sealed
@@ -51,14 +52,20 @@ class Uploads:
         self._ranking = ranking
         self._note_uses = note_uses
         self._lock = lock
-        self._changed = threading.Condition()
-        self._waiting: dict[str, tuple[str, bytes | None]] = {}
-        self._nbytes = 0
+        self._mutex = threading.RLock()
         self._seen: set[str] = set()
         self._refused: set[str] = set()
+        self._is_closed = False
+        self._begin_anew()
+        around_fork(self, "_mutex", order=Order.QUEUE, in_child=Uploads._begin_anew)
+
+    def _begin_anew(self) -> None:
+        """Begin with nothing waiting: in a child, the parent's thread uploads what waited."""
+        self._changed = threading.Condition(self._mutex)
+        self._waiting: dict[str, tuple[str, bytes | None]] = {}
+        self._nbytes = 0
         self._has_deletes = False
         self._busy_since: float | None = None
-        self._is_closed = False
         self._thread: threading.Thread | None = None
 
     def __len__(self) -> int:

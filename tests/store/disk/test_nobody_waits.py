@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from prophetkv_rag import ProphetKVEngine
+from prophetkv_rag.store import DirectoryLock
 from prophetkv_rag.store.disk.leases import Leases
 from prophetkv_rag.store.disk.store import DiskStore
 from prophetkv_rag.store.disk.tiered import TieredStore
-from prophetkv_rag.store.files import DirectoryLock
 from prophetkv_rag.store.remote import fetches as fetches_module
 from prophetkv_rag.store.remote.fetches import Fetch, Fetches, Found
 from tests.store.caches import FINGERPRINT, assert_same, ids_of, key_of, make_cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from prophetkv_rag.errors import InputError
+from prophetkv_rag.extras import needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +22,10 @@ def word_lists() -> WordLists:
     """Load the nouns, the adjectives, and these with the verbs.
 
     Raises:
-        InputError: If wonderwords is not installed.
+        MissingExtraError: If wonderwords is not installed.
     """
-    try:
+    with needs("bench", "wonderwords", what="this RULER task"):
         from wonderwords import Defaults, RandomWord
-    except ImportError as error:
-        msg = "this RULER task draws its words from wonderwords: pip install 'prophetkv_rag[bench]'"
-        raise InputError(msg) from error
     source = RandomWord(
         enhanced_prefixes=False, noun=Defaults.NOUNS, adjective=Defaults.ADJECTIVES, verb=Defaults.VERBS
     )
