@@ -14,6 +14,7 @@ import torch
 
 from prophetkv_rag.generation.interrupt import Interrupted, InterruptibleLock
 from prophetkv_rag.generation.sampling import Sampler, SamplingSettings
+from prophetkv_rag.model import cache_argument
 from prophetkv_rag.report import ReuseReport
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
@@ -106,6 +107,7 @@ def decode_tokens(
         Pieces with new text; the last one carries the finish reason (its delta may be empty).
     """
     sampler, buffer, generated = Sampler(settings, logits.device), _TextBuffer(settings.stop), list[int]()
+    argument = cache_argument(model, cache)
     finish_reason: FinishReason | None = None
     while finish_reason is None:
         finish_reason = model_lock.reason
@@ -114,7 +116,7 @@ def decode_tokens(
             input_ids = torch.cat([input_ids, step], dim=1)
             try:
                 with model_lock, torch.no_grad():
-                    output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    output = model(input_ids=step, **argument, use_cache=True, logits_to_keep=1)
                 logits = output.logits[:, -1].float()
             except Interrupted as interrupted:
                 finish_reason = interrupted.reason

@@ -8,6 +8,7 @@ all that).
 """
 
 from prophetkv_rag.model.attention import AttentionCall, model_lock
+from prophetkv_rag.model.cache_argument import CACHE_NAME, cache_argument
 from prophetkv_rag.model.cache_layers import RowsLayer, cache_of, complete_cache, resumable_cache
 from prophetkv_rag.model.encode_pass import EncodePass
 from prophetkv_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -19,6 +20,7 @@ from prophetkv_rag.model.rows_pass import RowsPass, ScoringPass
 from prophetkv_rag.model.support import LayerSupport, ModelSupport
 
 __all__ = [
+    "CACHE_NAME",
     "AttentionCall",
     "EncodePass",
     "LayerSupport",
@@ -29,6 +31,7 @@ __all__ = [
     "RowsPass",
     "ScoringPass",
     "backbone",
+    "cache_argument",
     "cache_of",
     "complete_cache",
     "decoder_layers",

@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from prophetkv_rag.model.attention import AttentionPass, attention_implementation
+from prophetkv_rag.model.cache_argument import cache_argument
 
 
 def backbone(model: Any) -> Any:
@@ -43,15 +44,15 @@ def run_pass(
     arguments = {
         "input_ids": input_ids,
         "position_ids": position_ids,
-        "past_key_values": cache,
         "attention_mask": no_mask,
         "use_cache": True,
     }
     with attention_implementation(model, attention_pass):
         if not logits:
-            backbone(model)(**arguments)
+            headless = backbone(model)
+            headless(**arguments, **cache_argument(headless, cache))
             return None
-        output = model(**arguments, logits_to_keep=1)
+        output = model(**arguments, **cache_argument(model, cache), logits_to_keep=1)
     last: torch.Tensor = output.logits[:, -1].float()
     return last
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from prophetkv_rag.chunks import ChunkLibrary
 from prophetkv_rag.config import ProphetKVConfig, check_recompute_ratio
 from prophetkv_rag.generation import InterruptibleLock
-from prophetkv_rag.model import ModelSupport, RowsLayer, resumable_cache
+from prophetkv_rag.model import CACHE_NAME, ModelSupport, RowsLayer, cache_argument, resumable_cache
 from prophetkv_rag.prompt import AnyPrompt, PromptLayout, PromptReader
 from prophetkv_rag.report import PromptView, ReuseReport, Timings, end_stage
 from prophetkv_rag.reuse.accounting import attach_view, ends_with_chunk, report_full_prefill, report_reuse
@@ -26,7 +26,7 @@ from prophetkv_rag.reuse.selection.base import token_budget
 
 @dataclass(frozen=True, slots=True)
 class PrefillResult:
-    """A filled cache: `model.generate(result.input_ids, past_key_values=result.past_key_values)` goes on from it.
+    """A filled cache: `model.generate(**result.inputs)` goes on from it.
 
     Attributes:
         past_key_values: A transformers cache with one row for each of the prompt's N tokens. `generate` continues from
@@ -43,6 +43,11 @@ class PrefillResult:
     logits: torch.Tensor
     report: ReuseReport
     recomputed: torch.Tensor
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What `model.generate` takes, by the installed transformers' names (the cache has a new one from 5.24 on)."""
+        return {"input_ids": self.input_ids, CACHE_NAME: self.past_key_values}
 
     def view(self) -> PromptView:
         """Return the prompt token by token: text, stage-I score, reused or recomputed; decoded at the first look."""
@@ -103,7 +108,8 @@ class Prefiller:
         with self.model_lock, torch.no_grad():
             # Plain layers: a cache made from the model's configuration drops rows outside sliding windows.
             cache = DynamicCache()
-            output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            argument = cache_argument(self.model, cache)
+            output = self.model(input_ids=input_ids, **argument, use_cache=True, logits_to_keep=1)
         logits = _settled(output.logits[:, -1].float())
         timings.recompute = end_stage("recompute", running, strategy=strategy.name, rows=layout.num_tokens)
         timings.ttft = time.perf_counter() - started

@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from prophetkv_rag.errors import UnsupportedModelError
+from prophetkv_rag.model.cache_argument import cache_argument
 from prophetkv_rag.model.cache_layers import RowsLayer, cache_of
 from prophetkv_rag.model.encode_pass import EncodePass
 from prophetkv_rag.model.forward import backbone, run_pass
@@ -20,12 +21,13 @@ from prophetkv_rag.model.support import LayerSupport
 
 def _own_forward(model: Any, tokens: torch.Tensor, num_layers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     layers = [DynamicLayer() for _ in range(num_layers)]
+    headless = backbone(model)
     with torch.no_grad():
-        backbone(model)(
+        headless(
             input_ids=tokens[None],
             position_ids=torch.arange(tokens.shape[0], device=tokens.device)[None],
-            past_key_values=cache_of(layers),
             use_cache=True,
+            **cache_argument(headless, cache_of(layers)),
         )
     return [(layer.keys[0], layer.values[0]) for layer in layers]
 
