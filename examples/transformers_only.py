@@ -20,8 +20,6 @@ prefix, suffix = template.split("CHUNKS")
 result = engine.prefill(Prompt(prefix, chunks[::-1], suffix, glue="\n\n"))
 
 with engine.model_lock:  # needed only while other threads use the engine
-    output = engine.model.generate(
-        result.input_ids, past_key_values=result.past_key_values, max_new_tokens=40, do_sample=False
-    )
+    output = engine.model.generate(**result.inputs, max_new_tokens=40, do_sample=False)
 print(engine.tokenizer.decode(output[0, result.input_ids.shape[1] :], skip_special_tokens=True))
 print(result.report)

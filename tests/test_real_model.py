@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicCache
 
 from prophetkv_rag import Prompt, ProphetKVEngine
 from prophetkv_rag.defaults import fetch_default_model
+from prophetkv_rag.model import cache_argument
 from prophetkv_rag.model.loading import load_model
 from tests.reuse.naive.prompt_reference import context_positions
 from tests.reuse.naive.transformers_oracle import reuse_as_one_pass
@@ -44,7 +45,7 @@ def messages(order=(0, 1, 2)):
 def own_prefill(engine, input_ids):
     cache = DynamicCache()
     with torch.no_grad():
-        logits = engine.model(input_ids, past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = engine.model(input_ids, **cache_argument(engine.model, cache), use_cache=True).logits[:, -1]
     return logits, cache.layers
 
 

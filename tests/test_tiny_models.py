@@ -1,6 +1,5 @@
 """The tiny models themselves: each runs, is the same every time, and shows what its family is in the list for."""
 
-import time
 from functools import partial
 
 import pytest
@@ -22,9 +21,8 @@ def _run(model, input_ids=INPUT_IDS):
 
 @pytest.mark.parametrize("name", ALL)
 def test_each_runs_on_40_tokens_and_is_the_same_every_time(name):
-    start = time.perf_counter()
     model = ALL[name]()
-    assert time.perf_counter() - start < 5
+    assert sum(parameter.numel() for parameter in model.parameters()) < 2 * 10**6, "tests make hundreds of these"
     output = _run(model)
     assert output.shape[:2] == (1, 40)
     assert output.isfinite().all()

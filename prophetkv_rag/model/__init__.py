@@ -10,6 +10,7 @@ all that).
 
 from prophetkv_rag.model.ambient import own_state
 from prophetkv_rag.model.attention import AttentionCall, model_lock
+from prophetkv_rag.model.cache_argument import CACHE_NAME, cache_argument
 from prophetkv_rag.model.cache_layers import RowsLayer, cache_of, complete_cache, resumable_cache
 from prophetkv_rag.model.encode_pass import EncodePass
 from prophetkv_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -22,6 +23,7 @@ from prophetkv_rag.model.state import ModelState
 from prophetkv_rag.model.support import ModelSupport
 
 __all__ = [
+    "CACHE_NAME",
     "AttentionCall",
     "EncodePass",
     "ModelState",
@@ -32,6 +34,7 @@ __all__ = [
     "RowsPass",
     "ScoringPass",
     "backbone",
+    "cache_argument",
     "cache_of",
     "complete_cache",
     "decoder_layers",

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from prophetkv_rag.model.ambient import own_state
 from prophetkv_rag.model.attention import AttentionPass, attention_implementation
+from prophetkv_rag.model.cache_argument import cache_argument
 from prophetkv_rag.model.uncompiled import uncompiled
 
 
@@ -42,7 +43,7 @@ def plain_forward(model: Any, input_ids: torch.Tensor, cache: Cache) -> torch.Te
         `[b, vocab]` logits of the last row in fp32.
     """
     with running(model):
-        output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(input_ids=input_ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
     last: torch.Tensor = output.logits[:, -1].float()
     return last
 
@@ -74,15 +75,15 @@ def run_pass(
     arguments = {
         "input_ids": input_ids,
         "position_ids": position_ids,
-        "past_key_values": cache,
         "attention_mask": no_mask,
         "use_cache": True,
     }
     with running(model), attention_implementation(model, attention_pass):
         if not logits:
-            backbone(model)(**arguments)
+            headless = backbone(model)
+            headless(**arguments, **cache_argument(headless, cache))
             return None
-        output = model(**arguments, logits_to_keep=1)
+        output = model(**arguments, **cache_argument(model, cache), logits_to_keep=1)
     last: torch.Tensor = output.logits[:, -1].float()
     return last
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from prophetkv_rag.chunks import ChunkLibrary
 from prophetkv_rag.config import ProphetKVConfig, check_recompute_ratio
 from prophetkv_rag.generation import InterruptibleLock
-from prophetkv_rag.model import ModelSupport, RowsLayer, own_state, plain_forward, resumable_cache
+from prophetkv_rag.model import CACHE_NAME, ModelSupport, RowsLayer, own_state, plain_forward, resumable_cache
 from prophetkv_rag.prompt import AnyPrompt, PromptLayout, PromptReader
 from prophetkv_rag.report import PromptView, ReuseReport, Timings, end_stage
 from prophetkv_rag.reuse.accounting import attach_view, ends_with_chunk, report_full_prefill, report_reuse
@@ -26,7 +26,7 @@ from prophetkv_rag.reuse.selection.base import token_budget
 
 @dataclass(frozen=True, slots=True)
 class PrefillResult:
-    """A filled cache: `model.generate(result.input_ids, past_key_values=result.past_key_values)` goes on from it.
+    """A filled cache: `model.generate(**result.inputs)` goes on from it.
 
     Attributes:
         past_key_values: A transformers cache with one row for each of the prompt's N tokens. `generate` continues from
@@ -43,6 +43,11 @@ class PrefillResult:
     logits: torch.Tensor
     report: ReuseReport
     recomputed: torch.Tensor
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What `model.generate` takes, by the installed transformers' names (the cache has a new one from 5.24 on)."""
+        return {"input_ids": self.input_ids, CACHE_NAME: self.past_key_values}
 
     def view(self) -> PromptView:
         """Return the prompt token by token: text, stage-I score, reused or recomputed; decoded at the first look."""

@@ -81,12 +81,11 @@ def test_a_fetch_that_is_stopped_halfway_starts_over(
     registry.cut = 1
     registry.stalls.set()
     process = made.start()
-    deadline = time.monotonic() + 60
-    while registry.cut and time.monotonic() < deadline:
+    while registry.cut and process.poll() is None:
         time.sleep(0.05)
     assert registry.cut == 0, "the wheel was never asked for"
     os.killpg(process.pid, number)
-    process.communicate(timeout=60)
+    process.communicate()
     assert process.returncode != 0
     if number == signal.SIGINT:
         assert not made.is_fetched()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import Any
 
 import pytest
 
 from prophetkv_rag import DeadlineError, InputError, Prompt, ProphetKVEngine
 from prophetkv_rag.generation.interrupt import Interrupted, InterruptibleLock
+from tests.clock import at_forward, stop_the_clock
 from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
 
 PROMPT = [{"role": "user", "content": f"Context:\n{CORPUS[0]}\n\n{CORPUS[1]}\n\nQuestion: Who watches?"}]
@@ -67,17 +67,8 @@ def test_held_back_text_is_given_when_cancelled(engine: ProphetKVEngine) -> None
     whole = engine.generate(PROMPT, max_new_tokens=3).text
     cancel = threading.Event()
     stream = engine.stream(PROMPT, max_new_tokens=FOREVER, stop=[whole[:-1] + "\0", "\0"], cancel=cancel)
-    count = 0
-
-    def cancel_at_third(*_: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == 3:
-            cancel.set()
-
-    hook = engine.model.register_forward_hook(cancel_at_third)
-    pieces = list(stream)
-    hook.remove()
+    with at_forward(engine.model, 3, cancel.set):
+        pieces = list(stream)
     assert pieces[-1].finish_reason == "cancelled"
     assert "".join(piece.delta for piece in pieces) == pieces[-1].text != ""
 
@@ -107,11 +98,13 @@ def test_a_deadline_that_is_no_number_is_refused(engine: ProphetKVEngine) -> Non
         engine.generate(PROMPT, deadline_s=float("nan"))
 
 
-def test_a_deadline_ends_a_running_answer(engine: ProphetKVEngine) -> None:
-    engine.generate(PROMPT, max_new_tokens=2)
-    answer = engine.generate(PROMPT, max_new_tokens=FOREVER, deadline_s=0.5)
+def test_a_deadline_ends_a_running_answer(engine: ProphetKVEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = stop_the_clock(monkeypatch)
+    with at_forward(engine.model.model, 5, clock.pass_all_deadlines) as forwards:
+        answer = engine.generate(PROMPT, max_new_tokens=FOREVER, deadline_s=60)
     assert answer.finish_reason == "deadline"
-    assert 0 < len(answer.token_ids) < FOREVER
+    assert len(forwards) == 5
+    assert 0 < len(answer.token_ids) <= 5
     assert answer.token_ids == engine.generate(PROMPT, max_new_tokens=len(answer.token_ids)).token_ids
 
 
@@ -123,21 +116,24 @@ def test_without_either_nothing_changes(engine: ProphetKVEngine) -> None:
 
 @pytest.mark.parametrize("is_started", [False, True], ids=["before the prefill", "while generating"])
 @pytest.mark.parametrize("by", ["cancel", "deadline"])
-def test_waiting_for_the_model_ends_too(engine: ProphetKVEngine, is_started: bool, by: str) -> None:
+def test_waiting_for_the_model_ends_too(
+    engine: ProphetKVEngine, is_started: bool, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Somebody else holds the model for good; the call comes back all the same."""
-    cancel = threading.Event()
-    deadline_s = 1.0 if by == "deadline" else None
+    cancel, clock = threading.Event(), stop_the_clock(monkeypatch)
+    deadline_s = 60 if by == "deadline" else None
     stream = engine.stream(PROMPT, max_new_tokens=FOREVER, cancel=cancel, deadline_s=deadline_s)
     if is_started:
         next(stream)
     with engine.model_lock:
         thread, results = in_thread(lambda: list(stream))
+        clock.wait_until_asked(8)  # it waits, for the second slice at least
+        assert thread.is_alive()
         if by == "cancel":
-            time.sleep(0.1)
-            assert thread.is_alive()
             cancel.set()
-        thread.join(60)
-        assert not thread.is_alive()
+        else:
+            clock.pass_all_deadlines()
+        thread.join()
     [found] = results
     if by == "deadline" and not is_started:
         assert isinstance(found, DeadlineError)
@@ -153,8 +149,7 @@ def test_chunks_that_must_be_encoded_first_wait_like_the_rest(engine: ProphetKVE
         prompt = Prompt("Read this: ", [CORPUS[4]], " What does it say?")
         thread, results = in_thread(lambda: engine.generate(prompt, cancel=cancel))
         cancel.set()
-        thread.join(60)
-        assert not thread.is_alive()
+        thread.join()
     assert results[0].finish_reason == "cancelled"
 
 

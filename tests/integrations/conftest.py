@@ -1,8 +1,10 @@
 from __future__ import annotations
 
-import time
+import asyncio
+import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import chromadb
@@ -18,10 +20,6 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 
 MODEL = tiny_llama(initializer_range=0.3, max_position_embeddings=4096)
 """Weights so large that its answers depend on every recomputed token: a lost chunk or question shows."""
-
-
-STEP_S = 0.02
-"""How long a pass of the model takes at least under `forwards`."""
 
 
 def make_engine(*, chat: bool = True) -> ProphetKVEngine:
@@ -98,14 +96,55 @@ def indexes(chat_engine: ProphetKVEngine, completion_engine: ProphetKVEngine) ->
 
 
 @pytest.fixture
-def forwards(chat_engine: ProphetKVEngine) -> Iterator[list[float]]:
-    """Times of the model's passes, each of which is made to take at least `STEP_S`."""
-    times = []
-
-    def note(*args: Any) -> None:
-        times.append(time.monotonic())
-        time.sleep(STEP_S)
-
-    hook = chat_engine.model.model.layers[0].register_forward_pre_hook(note)
-    yield times
+def forwards(chat_engine: ProphetKVEngine) -> Iterator[list[int]]:
+    """Numbers of the model's passes, in the shared model of all engines here."""
+    begun: list[int] = []
+    hook = chat_engine.model.model.layers[0].register_forward_pre_hook(lambda *_: begun.append(len(begun) + 1))
+    yield begun
     hook.remove()
+
+
+@pytest.fixture
+async def turns(chat_engine: ProphetKVEngine) -> AsyncIterator[list[int]]:
+    """Every pass of the model waits until the event loop has turned, which a blocked one never does; notes it."""
+    loop, seen = asyncio.get_running_loop(), list[int]()
+
+    def wait_for_a_turn(*_: Any) -> None:
+        has_turned = threading.Event()
+        loop.call_soon_threadsafe(has_turned.set)
+        assert has_turned.wait(300), "the model runs while the event loop is blocked"
+        seen.append(len(seen) + 1)
+
+    hook = chat_engine.model.model.layers[0].register_forward_pre_hook(wait_for_a_turn)
+    yield seen
+    hook.remove()
+
+
+@contextmanager
+def cancelled_at(forward: int, engine: ProphetKVEngine, task: asyncio.Task[Any]) -> Iterator[None]:
+    """Cancel the task during the model's `forward`-th pass from now, which ends when the task has."""
+    loop, is_over, begun = asyncio.get_running_loop(), threading.Event(), list[int]()
+    task.add_done_callback(lambda _: is_over.set())
+
+    def cancel(*_: Any) -> None:
+        begun.append(1)
+        if len(begun) == forward:
+            loop.call_soon_threadsafe(task.cancel)
+            assert is_over.wait(300), "who cancels has to wait for the model"
+
+    hook = engine.model.model.layers[0].register_forward_pre_hook(cancel)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def stream_threads() -> list[threading.Thread]:
+    """The threads in which async calls run the model."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prophetkv-stream")]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop turn until this is so, however long the machine takes."""
+    while not condition():
+        await asyncio.sleep(0.001)

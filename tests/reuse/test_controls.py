@@ -11,6 +11,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
+from prophetkv_rag.model import cache_argument
 from tests import families
 
 TOLERANCE = 1e-4
@@ -41,7 +42,7 @@ def own_prefill(model, input_ids):
     """Full prefill by plain transformers, every row kept also in layers with a sliding window."""
     cache = DynamicCache()
     with torch.no_grad():
-        logits = model(input_ids, past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = model(input_ids, **cache_argument(model, cache), use_cache=True).logits[:, -1]
     return logits, cache.layers
 
 
@@ -145,5 +146,5 @@ def test_generation_goes_on_by_plain_transformers(family):
     result = family.prefill(PROMPT, recompute_ratio=1.0)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = family.model.generate(result.input_ids, **settings)
-    actual = family.model.generate(result.input_ids, past_key_values=result.past_key_values, **settings)
+    actual = family.model.generate(**result.inputs, **settings)
     assert actual.tolist() == expected.tolist()

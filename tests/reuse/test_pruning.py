@@ -7,6 +7,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
+from prophetkv_rag.model import cache_argument
 from prophetkv_rag.reuse.selection import Selection, Strategy
 from tests import families
 
@@ -44,7 +45,7 @@ def test_first_layers_in_full(name):
 
     cache = DynamicCache()
     with torch.no_grad():
-        model(result.input_ids, past_key_values=cache, use_cache=True)
+        model(result.input_ids, **cache_argument(model, cache), use_cache=True)
     stale = engine.prefill(PROMPT, strategy="full_reuse").past_key_values.layers
     num_tokens = result.input_ids.shape[1]
     dropped = [p for p in range(3, 40) if p not in KEPT]

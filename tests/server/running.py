@@ -46,7 +46,7 @@ class Running:
         return f"{self.url}/v1"
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, **options)
+        return httpx.Client(base_url=self.url, timeout=None, **options)
 
     def body(self, *chunks: str, question: str = "How many?", **more: Any) -> dict[str, Any]:
         return {"model": MODEL_NAME, "messages": messages(*chunks, question=question), "max_tokens": 8} | more
@@ -68,10 +68,9 @@ class Running:
         return self.services.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
-def wait_until(condition: Callable[[], bool], *, seconds: float = 30) -> None:
-    ends = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait however long the machine takes; what never comes true ends by pytest's own limit."""
     while not condition():
-        assert time.monotonic() < ends, "this did not come true in time"
         time.sleep(0.01)
 
 
@@ -90,5 +89,4 @@ def running(engine: ProphetKVEngine, *, grace_s: int = 5, **settings: Any) -> It
         yield Running(f"http://127.0.0.1:{port}", engine, app.state.services, server)
     finally:
         server.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
+        thread.join()

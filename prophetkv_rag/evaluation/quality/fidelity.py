@@ -14,7 +14,7 @@ import torch
 from prophetkv_rag.config import check_recompute_ratio
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.model import RowsLayer, complete_cache
+from prophetkv_rag.model import RowsLayer, cache_argument, complete_cache
 from prophetkv_rag.profile import CORPUS, PROMPT
 from prophetkv_rag.prompt import Prompt
 from prophetkv_rag.reuse import PrefillResult, make_strategy
@@ -136,7 +136,7 @@ def full_prefill(
         if answer[-1] in engine.end_tokens or len(answer) >= max(answer_tokens, score_tokens or 0):
             break
         step = torch.tensor([answer[-1:]], device=result.input_ids.device)
-        logits = engine.model(input_ids=step, past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = engine.model(input_ids=step, **cache_argument(engine.model, cache), use_cache=True).logits[:, -1]
     whole = answer[: score_tokens or answer_tokens]
     return Truth(result, answer[: len(rows)], whole, torch.stack(rows), _attention_of(engine, prompt, result))
 
@@ -175,7 +175,7 @@ def forced_logits(engine: ProphetKVEngine, result: PrefillResult, answer: Sequen
     if len(answer) == 1:
         return first
     forced = torch.tensor([list(answer[:-1])], device=result.input_ids.device)
-    logits = engine.model(input_ids=forced, past_key_values=_fork(result), use_cache=True).logits[0]
+    logits = engine.model(input_ids=forced, **cache_argument(engine.model, _fork(result)), use_cache=True).logits[0]
     return torch.cat([first, torch.log_softmax(logits.double(), dim=-1)])
 
 
@@ -205,6 +205,7 @@ def _greedy_from(
     while own[-1] not in engine.end_tokens and len(own) < score_tokens:
         step = torch.tensor([own[fed:]], device=result.input_ids.device)
         fed = len(own)
-        logits = engine.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        argument = cache_argument(engine.model, cache)
+        logits = engine.model(input_ids=step, **argument, use_cache=True, logits_to_keep=1).logits[:, -1]
         own.append(int(logits.argmax(-1)))
     return own[:score_tokens]

@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from prophetkv_rag.engine import ProphetKVEngine
-from prophetkv_rag.model import complete_cache
+from prophetkv_rag.model import cache_argument, complete_cache
 from prophetkv_rag.prompt import Prompt
 from prophetkv_rag.reuse import PrefillResult
 
@@ -73,7 +73,7 @@ class PrefixReuse:
         with engine.model_lock, torch.no_grad():
             engine.model(
                 input_ids=torch.tensor([earlier], device=engine.model.device),
-                past_key_values=self.cache,
+                **cache_argument(engine.model, self.cache),
                 use_cache=True,
                 logits_to_keep=1,
             )
@@ -91,7 +91,7 @@ class PrefixReuse:
             started = time.perf_counter()
             output = self.engine.model(
                 input_ids=self.input_ids[:, self.num_shared :],
-                past_key_values=self.cache,
+                **cache_argument(self.engine.model, self.cache),
                 use_cache=True,
                 logits_to_keep=1,
             )
@@ -124,10 +124,11 @@ def transformers_peers(engine: ProphetKVEngine, prompt: Prompt) -> list[Peer]:
 def decode_seconds(engine: ProphetKVEngine, result: PrefillResult) -> float:
     """Return the time of `DECODE_STEPS` greedy steps from a prefill's cache, end tokens or not."""
     cache: Any = complete_cache(result.past_key_values)
+    argument = cache_argument(engine.model, cache)
     step = result.logits.argmax(-1, keepdim=True)
     started = time.perf_counter()
     for _ in range(DECODE_STEPS):
         with engine.model_lock:
-            logits = engine.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = engine.model(input_ids=step, **argument, use_cache=True, logits_to_keep=1).logits
         step = logits[:, -1].argmax(-1, keepdim=True)
     return time.perf_counter() - started

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import IO, Any
 
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.evaluation.tasks.example import TaskExample
+from prophetkv_rag.evaluation.tasks.longbench_units import split_context
 
 REPOSITORY = "THUDM/LongBench"
 ARCHIVE = "data.zip"
@@ -63,24 +63,6 @@ LONGBENCH_E_TASKS = tuple(f"{task}_e" for task in _EVEN.split())
 _PLAIN_TASKS = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")  # no chat template
 _CODE_TASKS = ("lcc", "repobench-p")
 
-_PASSAGE, _PARAGRAPH = r"^Passage \d+:", r"^Paragraph \d+:"
-_UNIT_STARTS = {
-    "hotpotqa": _PASSAGE,
-    "2wikimqa": _PASSAGE,
-    "musique": _PASSAGE,
-    "multi_news": _PASSAGE,
-    "dureader": r"^文章\s*\d+",
-    "passage_count": _PARAGRAPH,
-    "passage_retrieval_en": _PARAGRAPH,
-    "passage_retrieval_zh": r"^段落\s*\d+",
-    "trec": r"^Question:",
-    "triviaqa": r"^Passage:",
-    "samsum": r"^Dialogue:",
-    "lsht": r"^新闻",
-    "repobench-p": r"^(?:# |// )?Path: ",
-}
-"""What a document, or an example of a few-shot task, begins with; without two of them, paragraphs are the units."""
-
 
 Encode = Callable[[str], Sequence[int]]
 Decode = Callable[[Sequence[int]], str]
@@ -111,17 +93,6 @@ def load_longbench(task: str, folder: Path | None = None, limit: int | None = No
             if line.strip():
                 examples.append(_example(task, line, f"{name}, line {number}"))
     return examples
-
-
-def split_context(task: str, context: str) -> tuple[str, ...]:
-    """Cut a row's context before each of its documents or examples, or after each paragraph; nothing is lost."""
-    start = _UNIT_STARTS.get(task.removesuffix("_e"))
-    pieces = re.split(f"(?={start})", context, flags=re.MULTILINE) if start else [context]
-    pieces = [piece for piece in pieces if piece]
-    for boundary in (r"(?<=\n\n)(?!\n)", r"(?<=\n)"):
-        if len(pieces) < 2:
-            pieces = [piece for piece in re.split(boundary, context) if piece]
-    return tuple(pieces)
 
 
 def truncate_middle(text: str, max_tokens: int, encode: Encode, decode: Decode) -> str:

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from prophetkv_rag.errors import UnsupportedModelError
 from prophetkv_rag.model.attention import AttentionCall, AttentionPass, attention_implementation
+from prophetkv_rag.model.cache_argument import cache_argument
 from prophetkv_rag.model.cache_layers import cache_of
 from prophetkv_rag.model.forward import backbone, running
 
@@ -86,13 +87,14 @@ def run_single_tokens(
     """
     recorder, masks = CallRecorder(), MaskRecorder(model.dtype, model.device)
     layers = [SeenLayer(seen) for _ in range(num_layers)]
+    headless = backbone(model)
     try:
         with running(model), attention_implementation(model, recorder, mask_function=masks):
-            backbone(model)(
+            headless(
                 input_ids=tokens[:, None],
                 position_ids=torch.full((tokens.shape[0], 1), position, dtype=torch.int64, device=tokens.device),
-                past_key_values=cache_of(layers),
                 use_cache=True,
+                **cache_argument(headless, cache_of(layers)),
             )
     except UnsupportedModelError:
         raise

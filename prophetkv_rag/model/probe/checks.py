@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from prophetkv_rag.errors import UnsupportedModelError
+from prophetkv_rag.model.cache_argument import cache_argument
 from prophetkv_rag.model.cache_layers import RowsLayer, cache_of
 from prophetkv_rag.model.encode_pass import EncodePass
 from prophetkv_rag.model.forward import run_pass, running
@@ -26,7 +27,7 @@ def _own_forward(model: Any, tokens: torch.Tensor, num_layers: int) -> list[tupl
             model(
                 input_ids=tokens[None],
                 position_ids=torch.arange(tokens.shape[0], device=tokens.device)[None],
-                past_key_values=cache_of(layers),
+                **cache_argument(model, cache_of(layers)),
                 use_cache=True,
                 logits_to_keep=1,
             )

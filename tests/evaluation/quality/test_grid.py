@@ -127,13 +127,13 @@ def test_kl_and_agreement_by_an_independent_forward(engines):
 
     row = measure_example(engines, example(), [Arm("full_reuse", 0.0)], chunk_tokens=64, answer_tokens=5)[1]
     keys = engine.add_chunks(prompt.chunks, owner="test")
-    from prophetkv_rag.model.cache_layers import complete_cache
+    from prophetkv_rag.model import cache_argument, complete_cache
 
     result = engine.prefill(prompt, strategy="full_reuse")
     cache, actual = complete_cache(result.past_key_values), [result.logits[0]]
     with torch.no_grad():
         for token in truth.answer[:-1]:
-            step = engine.model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            step = engine.model(torch.tensor([[token]]), **cache_argument(engine.model, cache), use_cache=True)
             actual.append(step.logits[0, -1])
     engine.remove_chunks(keys, owner="test")
     actual = torch.log_softmax(torch.stack(actual).double(), dim=-1)

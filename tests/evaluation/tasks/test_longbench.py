@@ -19,10 +19,10 @@ from prophetkv_rag.evaluation.tasks.longbench import (
     LONGBENCH_E_TASKS,
     LONGBENCH_TASKS,
     load_longbench,
-    split_context,
     truncate_example,
     truncate_middle,
 )
+from prophetkv_rag.evaluation.tasks.longbench_units import split_context
 from prophetkv_rag.evaluation.tasks.own_data import load_questions
 
 OFFICIAL = json.loads(files("prophetkv_rag.evaluation.tasks").joinpath("longbench_prompts.json").read_text("utf-8"))
@@ -117,10 +117,10 @@ def test_the_query_is_the_question_alone(tmp_path: Path) -> None:
 
 
 def test_code_tasks_end_with_the_code_to_complete(tmp_path: Path) -> None:
-    write(tmp_path / "repobench-p.jsonl", row(context="Path: a.py\nx = 1\nPath: b.py\n", input="import a\n"))
+    write(tmp_path / "repobench-p.jsonl", row(context="src/a.py\nx = 1\nsrc/b.py\n", input="import a\n"))
     write(tmp_path / "lcc.jsonl", row(context="x = 1\n", input=""))
     [repobench], [lcc] = load_longbench("repobench-p", tmp_path), load_longbench("lcc", tmp_path)
-    assert repobench.context == ("Path: a.py\nx = 1\n", "Path: b.py\n")
+    assert repobench.context == ("src/a.py\nx = 1\n", "src/b.py\n")
     assert repobench.after == "import a\nNext line of code:\n"
     assert lcc.before == "Please complete the code given below. \n"
     assert lcc.after == "Next line of code:\n"
@@ -145,12 +145,66 @@ def test_a_loaded_row_can_be_marked(tmp_path: Path) -> None:
         ("qasper", "a\nb\n\n\nc\n\nd", ("a\nb\n\n\n", "c\n\n", "d")),  # paragraphs
         ("qmsum", "A: hi\nB: ho\n", ("A: hi\n", "B: ho\n")),  # lines, where there are no paragraphs
         ("musique", "only one\n\nPassage without a number", ("only one\n\n", "Passage without a number")),
+        ("qmsum", "\nA: hi\n \nB: ho", ("\nA: hi\n \n", "B: ho")),  # no unit is blank
+        (
+            "gov_report",
+            "One (see fig. 1). The U.S. Army did. 2 more!",
+            ("One (see fig. 1). ", "The U.S. Army did. 2 more!"),
+        ),
+        ("gov_report", 'He said "so." Then he left? "No."', ('He said "so." ', "Then he left? ", '"No."')),
+        ("vcsum", "甲说。乙问！丙？！", ("甲说。", "乙问！", "丙？！")),  # noqa: RUF001
         ("narrativeqa", "one line", ("one line",)),
         ("narrativeqa", "", ()),
     ],
 )
 def test_context_is_cut_at_its_natural_units(task: str, context: str, expected: tuple[str, ...]) -> None:
     assert split_context(task, context) == expected
+
+
+SHAPES = {
+    "narrativeqa": ("Transcribed from\n\n\n   THE FUND\n\n\n\nThey\nmet.\n\n", "They left."),
+    "qasper": ("Introduction\n", "Words are vectors. They help.\n", "Method\n", "We train."),
+    "multifieldqa_en": ("Address: London.\n", "Reduced intake extends life.\n", "See (B)."),
+    "multifieldqa_zh": ("第一段。它很长。\n", "第二段。"),
+    "hotpotqa": ("Passage 1:\nNobody\nA song.\n\nCharts\n", "Passage 2:\nRecords\nA label."),
+    "2wikimqa": ("Passage 1:\nHenry\nBorn 1913.\n", "Passage 2:\nSamuel\nDied 1735.\n\nSee also"),
+    "musique": ("Passage 1:\nBull\nA drink.\n\n", "Passage 2:\nSteel\nImports\nNet."),
+    "dureader": ("文章1\n标题：甲\n内容。\n", "文章2\n标题：乙\n内容。"),  # noqa: RUF001
+    "gov_report": (
+        "Schools must be 1) certified by the U.S. Department (See table 1.) ",
+        "The agency agreed. ",
+        "GAO did.",
+    ),
+    "qmsum": ("Manager: So welcome . Hello .\n", "Designer: {vocalsound}\n", "Manager: Okay ."),
+    "multi_news": ("Passage 1:\nA study NEWLINE_CHAR NEWLINE_CHAR found it.\n", "Passage 2:\nAnother.\n"),
+    "vcsum": ("主持人：大家好。开始吧。\n", "嘉宾：好的。"),  # noqa: RUF001
+    "trec": ("Question: Who ?\nType: Individual\n", "Question: Where ?\nType: City"),
+    "triviaqa": ("Passage:\nCalf\n\nA feast.\nQuestion:\nWhat?\nAnswer:\nA calf\n", "Passage:\nTack\nAnswer:\nA pin\n"),
+    "samsum": ("Dialogue: T: Yo\r\nH: :) \nSummary: T greets.\n", "Dialogue: L: Hi\r\nO: Ho\nSummary: They meet.\n"),
+    "lsht": ("新闻内容：\n甲\n类别：体育\n", "新闻内容：\n乙\n类别：财经\n"),  # noqa: RUF001
+    "passage_count": ("Paragraph 1: A station.\n\n", "Paragraph 2: A team."),
+    "passage_retrieval_en": ("Paragraph 1: A match. Won.\n\n", "Paragraph 2: A suit."),
+    "passage_retrieval_zh": ("段落1：甲\n\n", "段落2：乙"),  # noqa: RUF001
+    "lcc": ("#!/usr/bin/env python\n", "from a import b\n", "class C(b):\n", "    def d(self):\n"),
+    "repobench-p": (
+        "error.py\nclass E(Exception):\n\n    path = 'a/b.py'\n",
+        "src/main/java/io/Log.java\n// see Other.java\nclass Log {\n}\n",
+        "error.py\nimport error.py\n",
+    ),
+}
+"""Contexts of the shape that the official files have, as the units that they consist of."""
+
+
+@pytest.mark.parametrize("task", LONGBENCH_TASKS + LONGBENCH_E_TASKS)
+def test_every_task_s_rows_are_cut_into_the_units_they_have(task: str, tmp_path: Path) -> None:
+    units = SHAPES[task.removesuffix("_e")]
+    write(tmp_path / f"{task}.jsonl", row(context="".join(units)))
+    [example] = load_longbench(task, tmp_path)
+    assert "".join(example.context) == "".join(units)
+    if task != "narrativeqa":  # a book has as many as it has paragraphs
+        assert example.context == units
+    assert len(example.context) > 1
+    assert all(unit.strip() for unit in example.context)
 
 
 @pytest.mark.parametrize("name", ["qasper.jsonl", "qasper.jsonl.gz", "data/qasper.jsonl", "data/qasper.jsonl.gz"])

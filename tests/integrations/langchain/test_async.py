@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-import time
 import weakref
 from typing import Any
 
@@ -16,7 +15,8 @@ from langchain_core.prompts import ChatPromptTemplate
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import DeadlineError
 from prophetkv_rag.integrations.langchain import ChatProphetKV, ProphetKVLLM
-from tests.integrations.conftest import STEP_S
+from tests.clock import at_forward, stop_the_clock
+from tests.integrations.conftest import cancelled_at, stream_threads, until
 from tests.integrations.langchain.rag import town_store
 from tests.integrations.rag import QUESTION
 
@@ -40,33 +40,25 @@ async def drain(stream: Any) -> None:
 
 
 @pytest.mark.parametrize("style", ["ainvoke", "astream", "abatch", "aretrieve"])
-async def test_the_loop_keeps_turning(style: str, chat_engine: ProphetKVEngine, forwards: list[float]) -> None:
-    model, store = ChatProphetKV(engine=chat_engine, max_tokens=6), town_store(chat_engine)
-    forwards.clear()
-    count = 0
-
-    async def tick() -> None:
-        nonlocal count
-        while True:
-            await asyncio.sleep(STEP_S / 10)
-            count += 1
+async def test_the_loop_keeps_turning(style: str, chat_engine: ProphetKVEngine, turns: list[int]) -> None:
+    model = ChatProphetKV(engine=chat_engine, max_tokens=6)
+    store = await asyncio.to_thread(town_store, chat_engine)
+    turns.clear()
 
     async def retrieve_and_add() -> None:
         found = await store.as_retriever().ainvoke(QUESTION)
         await store.aadd_texts([f"{document.page_content} Again." for document in found])
 
-    ticker = asyncio.create_task(tick())
     await {
         "ainvoke": lambda: model.ainvoke("Hi"),
         "astream": lambda: drain(model.astream("Hi")),
         "abatch": lambda: model.abatch(["Hi", "Ho"]),
         "aretrieve": retrieve_and_add,
     }[style]()
-    ticker.cancel()
-    assert count >= len(forwards) > 0, "a blocked loop ticks once or not at all"
+    assert turns
 
 
-def test_closing_a_stream_stops_and_frees(endless: Any, forwards: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_a_stream_stops_and_frees(endless: Any, forwards: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     caches = []
     real = endless.engine._prefiller.run
 
@@ -81,14 +73,14 @@ def test_closing_a_stream_stops_and_frees(endless: Any, forwards: list[float], m
         next(stream)
     done = len(forwards)
     stream.close()
-    time.sleep(5 * STEP_S)
+    assert stream_threads() == [], "nobody is left who could run the model"
     assert len(forwards) == done < 20
     del stream
     gc.collect()
     assert [cache() for cache in caches] == [None], "the cache of the closed stream is still there"
 
 
-def test_an_event_stops_a_chains_stream(endless: Any, forwards: list[float]) -> None:
+def test_an_event_stops_a_chains_stream(endless: Any, forwards: list[int]) -> None:
     """LangChain reads the model to its end when such a stream is closed, so closing alone would take 500 tokens."""
     cancel = threading.Event()
     chain = ChatPromptTemplate.from_template("{x}") | endless | StrOutputParser()
@@ -101,54 +93,50 @@ def test_an_event_stops_a_chains_stream(endless: Any, forwards: list[float]) -> 
     assert len(forwards) <= done + 2
 
 
-def test_an_event_stops_a_call(endless_engine: ProphetKVEngine, forwards: list[float]) -> None:
+def test_an_event_stops_a_call(endless_engine: ProphetKVEngine, forwards: list[int]) -> None:
     model, cancel = ChatProphetKV(engine=endless_engine, max_tokens=500), threading.Event()
-    threading.Timer(6 * STEP_S, cancel.set).start()
-    message = model.invoke("Hi", cancel=cancel)
+    with at_forward(endless_engine.model.model, 6, cancel.set):
+        message = model.invoke("Hi", cancel=cancel)
+    assert len(forwards) == 6, "the model did not run once more"
     assert message.response_metadata["finish_reason"] == "cancelled"
-    assert 0 < message.usage_metadata["output_tokens"] < 500
+    assert 0 < message.usage_metadata["output_tokens"] <= 6
 
 
 @pytest.mark.parametrize("style", ["ainvoke", "astream", "aclose"])
-async def test_leaving_early_stops_the_generation(style: str, endless: Any, forwards: list[float]) -> None:
+async def test_leaving_early_stops_the_generation(style: str, endless: Any, forwards: list[int]) -> None:
     if style == "aclose":
         stream = endless.astream("Hi")
         await anext(stream)
         await stream.aclose()
     else:
         task = asyncio.create_task(endless.ainvoke("Hi") if style == "ainvoke" else drain(endless.astream("Hi")))
-        while len(forwards) < 3:
-            await asyncio.sleep(STEP_S / 4)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
+        with cancelled_at(3, endless.engine, task), pytest.raises(asyncio.CancelledError):
             await task
-    await asyncio.sleep(5 * STEP_S)  # the step that was running may end
-    done = len(forwards)
-    await asyncio.sleep(10 * STEP_S)
-    assert len(forwards) == done < 50
+    await until(lambda: stream_threads() == [])  # the step that was running may end
+    assert 0 < len(forwards) <= 3
     assert await endless.ainvoke("Hi", max_tokens=1), "the engine is free again"
 
 
-async def test_a_cancelled_call_in_the_queue_never_runs(endless: Any, forwards: list[float]) -> None:
-    before = set(threading.enumerate())
+async def test_a_cancelled_call_in_the_queue_never_runs(
+    endless: Any, forwards: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = stop_the_clock(monkeypatch)
     with endless.engine.model_lock:
         task = asyncio.create_task(endless.ainvoke("Hi"))
-        await asyncio.sleep(5 * STEP_S)
+        await asyncio.to_thread(clock.wait_until_asked, 8)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        deadline = time.monotonic() + 10  # it gives up while somebody else still has the model
-        while set(threading.enumerate()) - before and time.monotonic() < deadline:
-            await asyncio.sleep(STEP_S)
-        assert not [t for t in set(threading.enumerate()) - before if t.name.startswith("prophetkv")]
+        await until(lambda: stream_threads() == [])  # it gives up while somebody else still has the model
     assert forwards == []
 
 
-def test_an_answer_ends_at_its_deadline(endless_engine: ProphetKVEngine, forwards: list[float]) -> None:
-    model = ChatProphetKV(engine=endless_engine, max_tokens=2000, timeout=20 * STEP_S)
-    message = model.invoke("Hi")
+def test_an_answer_ends_at_its_deadline(endless_engine: ProphetKVEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, clock = ChatProphetKV(engine=endless_engine, max_tokens=2000, timeout=60), stop_the_clock(monkeypatch)
+    with at_forward(endless_engine.model.model, 5, clock.pass_all_deadlines):
+        message = model.invoke("Hi")
     assert message.response_metadata["finish_reason"] == "deadline"
-    assert message.usage_metadata["output_tokens"] < 30
+    assert 0 < message.usage_metadata["output_tokens"] <= 5
     with pytest.raises(DeadlineError):
         model.invoke("Hi", timeout=0)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +21,8 @@ from llama_index.core.memory import ChatMemoryBuffer
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import DeadlineError
 from prophetkv_rag.integrations.llama_index import ProphetKVLLM, ReuseReportEvent
+from tests.clock import at_forward, stop_the_clock
+from tests.integrations.conftest import stream_threads, until
 from tests.integrations.llama_index.reuse_table import Opening
 from tests.integrations.rag import QUESTION, TEXTS, CallLog, build_index
 from tests.integrations.scripted import ScriptedLLM
@@ -144,12 +145,15 @@ def test_an_answer_that_does_not_follow_the_schema_is_an_error(llm: ProphetKVLLM
         llm.structured_predict(Opening, QA, context_str="c", query_str="q")
 
 
-def test_a_deadline_ends_the_answer(endless: ProphetKVLLM) -> None:
-    timed = endless.model_copy(update={"deadline_s": 0.5})
-    response = timed.complete("Tell me everything.")
+def test_a_deadline_ends_the_answer(endless: ProphetKVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, model = stop_the_clock(monkeypatch), endless.engine.model.model
+    timed = endless.model_copy(update={"deadline_s": 60})
+    with at_forward(model, 5, clock.pass_all_deadlines):
+        response = timed.complete("Tell me everything.")
     assert response.raw["finish_reason"] == "deadline"
-    assert 0 < response.raw["usage"]["completion_tokens"] < 2000
-    assert list(timed.stream_complete("Tell me everything."))[-1].raw["finish_reason"] == "deadline"
+    assert 0 < response.raw["usage"]["completion_tokens"] <= 5
+    with at_forward(model, 5, clock.pass_all_deadlines):
+        assert list(timed.stream_complete("Tell me everything."))[-1].raw["finish_reason"] == "deadline"
     assert endless.complete("Hi", max_new_tokens=3, deadline_s=60).raw["finish_reason"] == "length"
     with pytest.raises(DeadlineError):
         endless.complete("Hi", deadline_s=0)
@@ -164,29 +168,28 @@ def test_cancelled_by_stops_a_chat_engine_that_nobody_reads(
     event = threading.Event()
     memory = ChatMemoryBuffer.from_defaults(token_limit=3000)
     chat = index.as_chat_engine(chat_mode="context", llm=endless.cancelled_by(event), memory=memory)
-    tokens = iter(chat.stream_chat(QUESTION).response_gen)
-    next(tokens)
-    event.set()
-    list(tokens)
+    with at_forward(endless.engine.model.model, 30, lambda: event.wait(300)):  # nobody reads on; it must not run away
+        tokens = iter(chat.stream_chat(QUESTION).response_gen)
+        next(tokens)
+        event.set()
+        list(tokens)
     (end,) = [event for event in order.events if isinstance(event, LLMChatEndEvent)]
     assert end.response.raw["finish_reason"] == "cancelled"
     assert end.response.raw["usage"]["completion_tokens"] < 2000
     assert endless.complete("Hi", max_new_tokens=1).raw["finish_reason"] == "length", "only the copy is cancelled"
 
 
-async def test_a_cancelled_task_that_waits_for_the_model_lets_go(endless: ProphetKVLLM) -> None:
-    lock = endless.engine.model_lock
-    before = {thread.name for thread in threading.enumerate()}
+async def test_a_cancelled_task_that_waits_for_the_model_lets_go(
+    endless: ProphetKVLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, clock = endless.engine.model_lock, stop_the_clock(monkeypatch)
     lock.acquire()
     try:
         task = asyncio.create_task(endless.acomplete("Hi"))
-        await asyncio.sleep(0.2)
+        await asyncio.to_thread(clock.wait_until_asked, 8)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        give_up = time.monotonic() + 20
-        while {thread.name for thread in threading.enumerate()} - before:
-            assert time.monotonic() < give_up, "the call still waits for the model, which is not free"
-            await asyncio.sleep(0.02)
+        await until(lambda: stream_threads() == [])  # though the model is not free
     finally:
         lock.release()

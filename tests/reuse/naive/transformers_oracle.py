@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prophetkv_rag.model import CACHE_NAME
 from tests.reuse.naive.llama_reference import NaiveLlama
 from tests.reuse.naive.prompt_reference import context_positions, fresh_positions, prompt_ids
 
@@ -88,7 +89,7 @@ def transformers_pass(model, ids, positions=None, allowed=None) -> Pass:
             use_cache=True,
             output_attentions=True,
         )
-    layers = out.past_key_values.layers
+    layers = out[CACHE_NAME].layers
     return Pass(
         out.logits[0].numpy(),
         [layer.keys[0].numpy() for layer in layers],

@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from prophetkv_rag import InputError, Prompt, ProphetKVConfig, ProphetKVEngine
+from prophetkv_rag.model import cache_argument
 from prophetkv_rag.reuse.selection import Selection, Strategy, make_strategy
 from prophetkv_rag.reuse.selection.cacheblend import CacheBlend
 from prophetkv_rag.reuse.selection.epic import Epic
@@ -206,7 +207,7 @@ def plain_forward(model, input_ids, **settings):
     """The model's own prefill: its output, keys and values."""
     cache = DynamicCache()
     with torch.no_grad():
-        output = model(input_ids, past_key_values=cache, use_cache=True, **settings)
+        output = model(input_ids, **cache_argument(model, cache), use_cache=True, **settings)
     return output, [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]
 
 

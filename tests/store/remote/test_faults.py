@@ -109,7 +109,7 @@ def test_no_fault_changes_an_answer_and_each_costs_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
     inject, expected = FAULTS[fault]
-    store = open_machine(tmp_path / "mine", remote_timeout_s=0.3 if "hangs" in fault else 30.0)
+    store = open_machine(tmp_path / "mine", remote_timeout_s=1.0 if "hangs" in fault else 30.0)
     engine = engine_on(store)
     engine.add_chunks(TEXTS)
     with ExitStack() as stack, caplog.at_level(logging.WARNING):
