@@ -59,7 +59,12 @@ class Outcome:
             results = [engine.prefill(PROMPT), engine.prefill(PROMPT, recompute_ratio=1.0)]
             results.append(engine.prefill(PROMPT, strategy="full_prefill"))
         for result in results:
-            self.tensors.append(result.logits)
+            scores = result.view().scores
+            self.tensors += [
+                result.logits,
+                result.recomputed,
+                torch.tensor([]) if scores is None else torch.tensor(scores),
+            ]
             for layer in result.past_key_values.layers:
                 self.tensors += [layer.keys, layer.values]
         with state("stream"):
