@@ -35,6 +35,7 @@ from prophetkv_rag.profile import Profile, load_profile
 from prophetkv_rag.prompt import AnyPrompt, ChunkIndex, PromptLayout, PromptReader, Tokens
 from prophetkv_rag.reuse import Prefiller, PrefillResult, QueryContext, Strategy, make_strategy
 from prophetkv_rag.store import ChunkStore, MemoryStore
+from prophetkv_rag.waiting import advise
 
 
 class ProphetKVEngine:
@@ -79,6 +80,8 @@ class ProphetKVEngine:
             ops.in_use(model.device)
         except ValueError as error:  # a wrong environment variable
             raise InputError(str(error)) from None
+        if model.device.type == "cpu":
+            advise(torch.get_num_threads())
         self.store = store if store is not None else MemoryStore()
         self.model_lock = model_lock(model)
         self.support = probe_model(model)
