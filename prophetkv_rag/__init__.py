@@ -1,6 +1,7 @@
 """Reuse the KV caches of retrieved chunks, so that RAG with a local model answers several times sooner.
 
-Importing this package loads neither torch nor a framework; names are resolved on first use.
+Importing this package loads neither torch nor a framework; names are resolved on first use. It has torch's threads
+sleep while they wait, where torch is not loaded yet and the environment does not say otherwise (`waiting.py`).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prophetkv_rag.lazy import lazily
+from prophetkv_rag.waiting import wait_asleep
 
 if TYPE_CHECKING:
     from prophetkv_rag.config import ProphetKVConfig
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from prophetkv_rag.reuse import PrefillResult
 
 __version__ = "0.1.0"
+
+wait_asleep()
 
 _HOME = {
     "ContextWindowError": "prophetkv_rag.errors",

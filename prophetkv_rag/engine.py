@@ -37,6 +37,7 @@ from prophetkv_rag.profile import Profile, load_profile
 from prophetkv_rag.prompt import AnyPrompt, ChunkIndex, PromptLayout, PromptReader, Tokens
 from prophetkv_rag.reuse import Prefiller, PrefillResult, QueryContext, Strategy, make_strategy
 from prophetkv_rag.store import ChunkStore, MemoryStore
+from prophetkv_rag.waiting import advise
 
 
 class ProphetKVEngine:
@@ -86,6 +87,8 @@ class ProphetKVEngine:
             ops.in_use(model.device)
         except ValueError as error:  # a wrong environment variable
             raise InputError(str(error)) from None
+        if model.device.type == "cpu":
+            advise(torch.get_num_threads())
         self.store = store if store is not None else MemoryStore()
         limit = self.config.max_prompt_tokens or self.support.context_window
         self.context_window = min(limit, self.support.context_window)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-NOT_FOR_EVER_S = 120.0
+NOT_FOR_EVER_S = 60.0
 """A net: a child that has not answered by then hangs."""
 
 
@@ -46,9 +46,12 @@ class Child:
     def result(self) -> Any:
         """What the function returned; a test fails where it raised, or hangs."""
         os.close(self._go)
-        ready, _, _ = select.select([self._answer], [], [], NOT_FOR_EVER_S)
-        if not ready:
-            os.kill(self.pid, signal.SIGKILL)
+        ready: list[int] = []
+        try:
+            ready, _, _ = select.select([self._answer], [], [], NOT_FOR_EVER_S)
+        finally:
+            if not ready:  # nor may it outlive a test that was stopped meanwhile
+                os.kill(self.pid, signal.SIGKILL)
         with os.fdopen(self._answer) as file:
             text = file.read()
         os.waitpid(self.pid, 0)

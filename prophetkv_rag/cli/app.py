@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -56,9 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What follows the program's name; by default the process's own.
     """
-    # Threads that wait by spinning make everything several times slower as soon as another program wants a core. Read
-    # when torch is loaded, which no import above does.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     take_any_text()
     try:
         status = app(args=None if arguments is None else list(arguments), prog_name=PROGRAM, standalone_mode=False)
@@ -66,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(str(error))
         return USER_ERROR
     except (KeyboardInterrupt, typer.Abort):
-        print_error("interrupted")
-        return INTERRUPTED
+        status = INTERRUPTED
     except Exception as error:
         # The command line's own errors (unknown option, value out of range) have no public base class in typer.
         explain = getattr(error, "format_message", None)
@@ -75,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print_error(explain())
         return USER_ERROR
+    if status == INTERRUPTED:  # newer versions of typer say so by their status
+        if arguments is None:  # a second Ctrl-C, while the process ends, ends it at once
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        print_error("interrupted")
     return status if isinstance(status, int) else 0
 
 

