@@ -12,14 +12,15 @@ from prophetkv_rag.errors import ProphetKVError
 
 def main() -> None:
     """Fetch both models that the command line uses, and say where they lie: `make model`."""
-    from transformers.utils.logging import disable_progress_bar
 
     def tell(message: str) -> None:
         sys.stderr.write(f"{message}\n")
 
-    if not sys.stderr.isatty():
-        disable_progress_bar()
     try:
+        if not sys.stderr.isatty():
+            from transformers.utils.logging import disable_progress_bar
+
+            disable_progress_bar()
         for path in (fetch_default_model(tell), fetch_embedding_model(tell)):
             sys.stdout.write(f"{path}  ({read_source(path)})\n")
     except ProphetKVError as error:
