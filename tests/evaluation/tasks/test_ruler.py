@@ -588,7 +588,7 @@ def test_a_missing_source_names_the_option(task: str, message: str) -> None:
 def test_without_wonderwords_the_extra_is_named(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wonderwords", None)
     word_lists.cache_clear()
-    with pytest.raises(InputError, match=r"pip install 'prophetkv_rag\[bench\]'"):
+    with pytest.raises(InputError, match=r"pip install 'prophetkv-rag\[bench\]'"):
         make("ruler_cwe", sources)
     assert make("ruler_niah_multikey_3", sources)  # has no words
 
