@@ -26,11 +26,11 @@ from llama_index.core.response_synthesizers import BaseSynthesizer
 from llama_index.core.schema import MetadataMode
 
 from prophetkv_rag.errors import ContextWindowError, InputError
+from prophetkv_rag.forks import around_fork
+from prophetkv_rag.integrations.llama_index.llm import ProphetKVLLM
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.forks import around_fork
-from prophetkv_rag.integrations.llama_index.llm import ProphetKVLLM
 
 logger = logging.getLogger(__name__)
 
