@@ -74,6 +74,10 @@ class ProphetKVEngine:
             InputError: If the profile cannot be read or was made for other weights, or the strategy is unknown.
         """
         self.config = config or ProphetKVConfig()
+        try:
+            ops.in_use(getattr(model, "device", torch.device("cpu")))  # what has none is refused by the probe
+        except ValueError as error:  # a wrong environment variable
+            raise InputError(str(error)) from None
         self.support = probe_model(model)
         self.model, self.tokenizer = model, tokenizer
         self.model_lock = model_lock(model)
@@ -83,10 +87,6 @@ class ProphetKVEngine:
             profile = profile if isinstance(profile, Profile) else load_profile(profile)
             self.config = profile.apply_to(self.config, model_fingerprint=fingerprint)
         make_strategy(self.config.strategy)
-        try:
-            ops.in_use(model.device)
-        except ValueError as error:  # a wrong environment variable
-            raise InputError(str(error)) from None
         if model.device.type == "cpu":
             advise(torch.get_num_threads())
         self.store = store if store is not None else MemoryStore()
