@@ -36,7 +36,12 @@ def injected() -> Any:
     model = tiny_llama()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False))
+        try:
+            model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False))
+        except ValueError as error:  # transformers asks for a newer one, which is not published for everybody yet
+            if "version of PEFT" not in str(error):
+                raise
+            pytest.skip(str(error))
     return model
 
 
@@ -107,7 +112,8 @@ def gated() -> Any:
 REFUSED = {
     "prompt_tuning": (virtual_tokens("PromptTuningConfig"), r"keeps 28 rows for 24 tokens.*prompt or prefix tuning"),
     "p_tuning": (virtual_tokens("PromptEncoderConfig", encoder_hidden_size=16), "keeps 28 rows for 24 tokens"),
-    "prefix_tuning": (virtual_tokens("PrefixTuningConfig"), "something stands before every prompt"),
+    # Whether the prefix is told as rows or as another attention depends on how peft and transformers hand it over.
+    "prefix_tuning": (virtual_tokens("PrefixTuningConfig"), "something stands before every prompt|from our own pass"),
     "activated_lora": (
         lambda: lora(alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM"),
         "begins to act at certain tokens",

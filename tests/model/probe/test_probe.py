@@ -16,7 +16,7 @@ REASONS = {
     "bloom": "attention interface",
     "falcon": "attention interface",
     "mpt": "attention interface",
-    "gptj": "attention interface",
+    "gptj": "attention interface|rotated by a known table",  # before transformers 5.24, and since
     "hunyuan_v1_dense": "keys at a new position",
     "deepseek_v3": "one row per token",
     "qwen3_next": "linear_attention layer",
