@@ -115,7 +115,7 @@ def test_parts_are_read_like_a_string(server: Running) -> None:
 
 
 @pytest.mark.parametrize("key", ["refusal", "tool_calls", "function_call", "content"])
-def test_half_characters_and_deep_nests_are_refused(key: str, server: Running) -> None:
+def test_half_characters_are_replaced_and_deep_nests_end_no_server(key: str, server: Running) -> None:
     nest: Any = [{"type": "text", "text": "x"}]
     for _ in range(300):
         nest = [{"type": "tool_result", "content": nest}]
@@ -126,6 +126,6 @@ def test_half_characters_and_deep_nests_are_refused(key: str, server: Running) -
             body = json.dumps({"model": MODEL_NAME, "messages": messages, "max_tokens": 2})
             response = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
             assert response.status_code in (200, 400), response.text
-            if value != nest:
-                assert response.json()["error"]["param"] == f"messages.0.{key}"
+            if value != nest and key in ("content", "refusal"):  # the one rule of `text.py`: it becomes U+FFFD
+                assert response.status_code == 200, response.text
         assert client.post("/v1/chat/completions", json=server.body()).status_code == 200
