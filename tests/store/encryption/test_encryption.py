@@ -355,7 +355,9 @@ def test_without_the_package_an_encrypted_blob_is_locked_and_a_key_says_what_is_
 ) -> None:
     sealed = seal(PLAIN, MINE, key=key_of(1))
     for name in [name for name in sys.modules if name.partition(".")[0] == "cryptography"]:
-        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [])  # where it would be found again
+    monkeypatch.setattr(sys, "path_importer_cache", {})
     with pytest.raises(LockedBlobError, match="no key"):
         opened(sealed, None)
     with pytest.raises(InputError, match=r"prophetkv-rag\[encryption\]"):
