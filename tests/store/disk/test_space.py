@@ -20,7 +20,6 @@ from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.prompt.chunk_index import text_entry
 from prophetkv_rag.store.blobs.blob import encode_blob
-from prophetkv_rag.store.catalog import catalog as catalog_module
 from prophetkv_rag.store.catalog import file as catalog_file_module
 from prophetkv_rag.store.disk.store import DiskStore
 from prophetkv_rag.store.files import write_file
@@ -253,8 +252,9 @@ def test_what_is_leased_is_neither_evicted_nor_collected(tmp_path: Path) -> None
 
 
 def test_a_query_never_waits_for_another_process_that_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (catalog_module, catalog_file_module):
-        monkeypatch.setattr(module, "BUSY_TIMEOUT_S", 10_000.0)  # who waits for SQLite's patience waits for ever
+    monkeypatch.setattr(
+        catalog_file_module, "BUSY_TIMEOUT_S", 10_000.0
+    )  # SQLite's patience, for whoever waits for it
     store = open_store(tmp_path, 3)
     put(store, 1)
     blocker = sqlite3.connect(tmp_path / "catalog.sqlite", isolation_level=None)
