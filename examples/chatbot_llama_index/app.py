@@ -17,6 +17,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: threads that wait do not spin
 
+sys.path.insert(0, str(Path(__file__).parent))  # which Python does by itself, but not with PYTHONSAFEPATH
+
 from prophetkv_rag.errors import MissingExtraError
 from prophetkv_rag.extras import needs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from prophetkv_rag.errors import ProphetKVError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(
     name=PROGRAM,
@@ -64,6 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        print_error(f"{error.strerror}: {error.filename or 'the output cannot be written'}")
+        return USER_ERROR
     except Exception as error:
         # The command line's own errors (unknown option, value out of range) have no public base class in typer.
         explain = getattr(error, "format_message", None)

@@ -71,3 +71,19 @@ def test_an_sqlite_that_is_too_old_for_chroma(command: str, tmp_path: Path) -> N
     assert "Chroma does not run with this Python, whose SQLite is 3.31.1" in said
     assert "\x1b" not in said
     assert "A newer Python" in said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_cannot_be_written(tiny_model: Path, tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-P", "-m", "prophetkv_rag.cli.app", "doctor", str(tiny_model)],
+            cwd=tmp_path,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert run.returncode == 2
+    assert "prophetkv-rag: error: No space left on device" in run.stderr
+    assert "Traceback" not in run.stderr

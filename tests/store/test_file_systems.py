@@ -7,6 +7,8 @@ import fcntl
 import logging
 import os
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +122,20 @@ def test_a_catalog_that_was_made_with_locks_is_used_without(tmp_path: Path, monk
     store = DiskStore(tmp_path)
     assert found_in(store, 1, 2) == [True, True]
     assert store.verify().num_faults == 0
+
+
+def test_the_catalog_asks_for_no_locks_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite's own calls are not to be caught here, but another process tells whether it holds anything."""
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
+    monkeypatch.setattr(fcntl, "lockf", failing(errno.ENOLCK))
+    store = DiskStore(tmp_path)
+    other = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0).execute('PRAGMA user_version').fetchone()"
+    with store.catalog.transaction() as run:
+        run.execute("UPDATE state SET value = value")
+        found = subprocess.run(
+            [sys.executable, "-c", other, tmp_path / "catalog.sqlite"], capture_output=True, text=True, check=False
+        )
+    assert found.stderr == ""
 
 
 def test_threads_read_and_write_a_catalog_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

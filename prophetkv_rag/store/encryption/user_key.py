@@ -44,7 +44,7 @@ class EncryptionKey:
 
     def derive(self, salt: bytes, purpose: bytes, length: int = KEY_BYTES) -> bytes:
         """Return a key for one purpose and salt, from which neither this key nor another derived one can be found."""
-        with needs("encryption", "cryptography", what="encrypting chunk caches"):
+        with needs("encryption", "cryptography.hazmat.primitives.hashes", what="encrypting chunk caches"):
             from cryptography.hazmat.primitives.hashes import SHA256
             from cryptography.hazmat.primitives.kdf.hkdf import HKDF
         return HKDF(SHA256(), length, salt or None, purpose).derive(self._secret)

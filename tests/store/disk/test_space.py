@@ -252,7 +252,7 @@ def test_what_is_leased_is_neither_evicted_nor_collected(tmp_path: Path) -> None
 
 
 def test_a_query_never_waits_for_another_process_that_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog_file_module, "BUSY_TIMEOUT_S", 10_000.0)  # SQLite's patience: for ever
+    monkeypatch.setattr(catalog_file_module, "BUSY_TIMEOUT_S", 10_000.0)  # SQLite's patience, for whoever waits for it
     store = open_store(tmp_path, 3)
     put(store, 1)
     blocker = sqlite3.connect(tmp_path / "catalog.sqlite", isolation_level=None)
