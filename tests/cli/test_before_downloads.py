@@ -10,6 +10,7 @@ import pytest
 
 from prophetkv_rag.cli.app import main
 from prophetkv_rag.cli.database import DatabaseSettings, save_settings
+from prophetkv_rag.evaluation.tasks.ruler.words import word_lists
 
 COMMANDS = {
     "index": ("index", "docs", "--db", "db"),
@@ -71,6 +72,25 @@ def test_a_remote_tier_of_a_server_without_a_database(
 def test_a_key_that_is_not_there(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     make_database(key_file=str(Path("gone").absolute()))
     assert "cannot read the key file" in refusal(command, capsys)
+
+
+@pytest.mark.parametrize(
+    ("task", "package"),
+    [("ruler_niah_multikey_1", "wonderwords"), ("longbench_gov_report_e", "rouge"), ("longbench_vcsum", "jieba")],
+)
+def test_a_package_that_a_measured_task_needs(
+    task: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    word_lists.cache_clear()
+    assert main(["bench", "quality", "--task", task, "--model", "some/model"]) == 2
+    assert f"{package!r}, which is not installed: pip install 'prophetkv-rag[bench]'" in capsys.readouterr().err
+
+
+def test_a_source_text_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--task", "ruler_qa_1", "--squad", "gone.json", "--model", "some/model"]
+    assert main(["bench", "quality", *arguments]) == 2
+    assert "gone.json" in capsys.readouterr().err
 
 
 def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:

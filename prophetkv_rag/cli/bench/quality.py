@@ -58,14 +58,24 @@ def quality(
     import tempfile
 
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.evaluation.quality import Engines, ResultsFile, arms_of, run_grid, summarise
+    from prophetkv_rag.evaluation.quality import Engines, ResultsFile, arms_of, run_grid, summarise, try_metrics
     from prophetkv_rag.evaluation.quality import markdown as markdown_of
-    from prophetkv_rag.evaluation.tasks import Sources, check_names, load_examples, task_names
+    from prophetkv_rag.evaluation.tasks import (
+        Sources,
+        check_names,
+        check_sources,
+        load_examples,
+        metric_names,
+        task_names,
+    )
 
     if task == ["list"]:
         typer.echo("\n".join(task_names()))
         return
     check_names(task or [], data or [])
+    sources = Sources(essay, squad, hotpot)
+    check_sources(task or [], length=length, seed=seed, sources=sources)
+    try_metrics(metric_names(task or []))
     arms = arms_of(strategy, recompute_ratio)
     if against not in (known := dict.fromkeys(arm.strategy for arm in arms)) and against != DEFAULT_AGAINST:
         msg = f"--against is {against!r}, which is not measured; allowed: {', '.join(known)}"
@@ -90,7 +100,7 @@ def quality(
             length=length,
             chunk_tokens=chunk_tokens,
             seed=seed,
-            sources=Sources(essay, squad, hotpot),
+            sources=sources,
             longbench=longbench,
         )
     engines = Engines(engine, surroundings)

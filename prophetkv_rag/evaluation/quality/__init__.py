@@ -9,6 +9,7 @@ from prophetkv_rag.evaluation.quality.calibration import calibrate
 from prophetkv_rag.evaluation.quality.fidelity import Arm, arms_of, forced_logits, full_prefill
 from prophetkv_rag.evaluation.quality.grid import Engines, run_grid
 from prophetkv_rag.evaluation.quality.intervals import bootstrap_mean
+from prophetkv_rag.evaluation.quality.metrics import try_metrics
 from prophetkv_rag.evaluation.quality.picks import picks_of
 from prophetkv_rag.evaluation.quality.plots import plot_against_budget, plot_picks, plot_tasks
 from prophetkv_rag.evaluation.quality.results import FULL, ResultsFile
@@ -34,4 +35,5 @@ __all__ = [
     "run_grid",
     "summarise",
     "table_rows",
+    "try_metrics",
 ]

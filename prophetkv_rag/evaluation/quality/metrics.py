@@ -12,7 +12,7 @@ import logging
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import SequenceMatcher
 from types import ModuleType
 
@@ -202,3 +202,13 @@ METRICS: dict[str, Metric] = {
     "code_similarity": _best(_code_similarity),
     "best_subspan_em": _best(_best_subspan_em),
 }
+
+
+def try_metrics(names: Iterable[str]) -> None:
+    """Run these once, so that a package that one needs is missed now and not after hours.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
+    for name in names:
+        METRICS[name]("a", ["a"], ["a"])

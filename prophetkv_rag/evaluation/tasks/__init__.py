@@ -13,7 +13,13 @@ from prophetkv_rag.lazy import lazily
 
 if TYPE_CHECKING:
     from prophetkv_rag.evaluation.tasks.example import TaskExample
-    from prophetkv_rag.evaluation.tasks.loading import check_names, load_examples, task_names
+    from prophetkv_rag.evaluation.tasks.loading import (
+        check_names,
+        check_sources,
+        load_examples,
+        metric_names,
+        task_names,
+    )
     from prophetkv_rag.evaluation.tasks.prompting import task_prompt
     from prophetkv_rag.evaluation.tasks.ruler import Sources
 
@@ -21,11 +27,22 @@ _HOME = {
     "Sources": "prophetkv_rag.evaluation.tasks.ruler",
     "TaskExample": "prophetkv_rag.evaluation.tasks.example",
     "check_names": "prophetkv_rag.evaluation.tasks.loading",
+    "check_sources": "prophetkv_rag.evaluation.tasks.loading",
     "load_examples": "prophetkv_rag.evaluation.tasks.loading",
+    "metric_names": "prophetkv_rag.evaluation.tasks.loading",
     "task_names": "prophetkv_rag.evaluation.tasks.loading",
     "task_prompt": "prophetkv_rag.evaluation.tasks.prompting",
 }
 
-__all__ = ["Sources", "TaskExample", "check_names", "load_examples", "task_names", "task_prompt"]
+__all__ = [
+    "Sources",
+    "TaskExample",
+    "check_names",
+    "check_sources",
+    "load_examples",
+    "metric_names",
+    "task_names",
+    "task_prompt",
+]
 
 __getattr__, __dir__ = lazily(__name__, _HOME)

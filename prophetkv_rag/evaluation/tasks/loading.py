@@ -14,11 +14,12 @@ from prophetkv_rag.evaluation.tasks.longbench import (
     LONGBENCH_E_TASKS,
     LONGBENCH_TASKS,
     load_longbench,
+    metric_of,
     truncate_example,
 )
 from prophetkv_rag.evaluation.tasks.own_data import load_questions
 from prophetkv_rag.evaluation.tasks.prompting import prompt_length, user_turn
-from prophetkv_rag.evaluation.tasks.ruler import RULER_TASKS, Sources, generate
+from prophetkv_rag.evaluation.tasks.ruler import RULER_TASKS, Sources, TaskSettings, generate
 from prophetkv_rag.evaluation.tasks.surroundings import Surroundings, surroundings_of
 
 _LONGBENCH = "longbench_"
@@ -118,6 +119,23 @@ def load_examples(
     surroundings = {measured[0].task: found for measured, found in groups if found}
     interleaved = zip_longest(*(measured for measured, _ in groups))
     return [example for together in interleaved for example in together if example is not None], surroundings
+
+
+def check_sources(tasks: Sequence[str], *, length: int, seed: int, sources: Sources | None) -> None:
+    """Open what RULER's tasks are made of (word lists, source texts), as `load_examples` does with a tokenizer.
+
+    Raises:
+        InputError: For a file that is missing or malformed.
+        MissingExtraError: If a package that a task needs is not installed.
+    """
+    for name in tasks:
+        if name in RULER_TASKS:
+            RULER_TASKS[name](TaskSettings(name, length, seed, lambda example: 0, sources or Sources()))
+
+
+def metric_names(tasks: Sequence[str]) -> set[str]:
+    """Return the official metrics of LongBench's tasks among these; RULER's need no package."""
+    return {metric_of(name.removeprefix(_LONGBENCH)) for name in tasks if name.startswith(_LONGBENCH)}
 
 
 def check_names(tasks: Sequence[str], data: Sequence[Path]) -> None:

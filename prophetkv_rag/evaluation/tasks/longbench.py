@@ -128,6 +128,11 @@ def truncate_example(example: TaskExample, max_tokens: int, encode: Encode, deco
     return replace(example, before=kept[0], context=context, after=kept[-1], query=query)
 
 
+def metric_of(task: str) -> str:
+    """Return the name of a task's official metric."""
+    return _METRICS[task.removesuffix("_e")]
+
+
 def _halves(text: str, max_tokens: int, encode: Encode, decode: Decode) -> tuple[str, str] | None:
     half = max_tokens // 2
     if half < 1:
@@ -139,8 +144,7 @@ def _halves(text: str, max_tokens: int, encode: Encode, decode: Decode) -> tuple
 
 def _example(task: str, line: str, where: str) -> TaskExample:
     row = _row(line, where)
-    base = task.removesuffix("_e")
-    metric = _METRICS[base]
+    base, metric = task.removesuffix("_e"), metric_of(task)
     prompts, max_new_tokens = _official()
     before, _, rest = prompts[base].partition("{context}")
     question = _text(row, "input", where)

@@ -18,7 +18,7 @@ random draws: rows have RULER's format and distribution, not RULER's numbers. Wh
   the number of samples.
 """
 
-from prophetkv_rag.evaluation.tasks.ruler.settings import Sources
+from prophetkv_rag.evaluation.tasks.ruler.settings import Sources, TaskSettings
 from prophetkv_rag.evaluation.tasks.ruler.tasks import RULER_TASKS, generate
 
-__all__ = ["RULER_TASKS", "Sources", "generate"]
+__all__ = ["RULER_TASKS", "Sources", "TaskSettings", "generate"]
