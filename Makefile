@@ -43,8 +43,10 @@ types: $(INSTALLED)
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p prophetkv_rag
 	rm -rf build
 
+# One thread of torch a process, and a process a core: that ends several times sooner than one process with them all.
+PYTEST_OPTIONS ?= -n auto --maxprocesses 4 --dist worksteal
 unit: model
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_OPTIONS)
 
 # Both passes have an environment of their own, made anew; torch stays the pinned build in both, since each other one is
 # gigabytes. The lowest torch is therefore stated, not run.
@@ -62,7 +64,7 @@ test-newest:
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip setuptools
 	$(NEWEST)/bin/python -m pip install --quiet -c $(NEWEST)/torch.txt torch
 	$(NEWEST)/bin/python -m pip install --quiet --no-build-isolation -c $(NEWEST)/torch.txt --editable '.[all]' --group dev
-	$(NEWEST)/bin/pytest -q $(CORE) tests/integrations/langchain/test_standard.py
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -q $(PYTEST_OPTIONS) $(CORE) tests/integrations/langchain/test_standard.py
 
 # Only what pyproject.toml names goes down to its bound; torch's own requirements come with it by uv, not before it.
 # Nemotron's layers do not call transformers' attention interface in the early 5.x: the probe refuses it there, rightly.
@@ -73,8 +75,8 @@ test-lowest: $(INSTALLED)
 	$(LOWEST)/bin/python -m pip install --quiet --no-deps -c $(LOWEST)/torch.txt torch
 	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --no-build-isolation \
 		-c $(LOWEST)/torch.txt --editable '.[all]' \
-		$$(grep -E '^(httpx|hypothesis|opentelemetry-sdk|psutil|pytest|pytest-asyncio|pytest-timeout)==' constraints.txt)
-	$(LOWEST)/bin/pytest -q -k 'not nemotron' $(CORE)
+		$$(grep -E '^(httpx|hypothesis|opentelemetry-sdk|psutil|pytest|pytest-asyncio|pytest-timeout|pytest-xdist)==' constraints.txt)
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest -q $(PYTEST_OPTIONS) -k 'not nemotron' $(CORE)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
