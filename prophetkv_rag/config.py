@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from prophetkv_rag.errors import InputError
 
@@ -14,6 +14,39 @@ LEAD_IN_TOKENS = 256
 
 PLACEHOLDER = re.compile(r"\{context\w*\}")
 """Where the chunks stand in `ProphetKVConfig.prompt_template`."""
+
+EncodingKind = Literal["plain", "previous", "neighbours"]
+_DEFAULT_COUNTS: dict[EncodingKind, int] = {"plain": 0, "previous": 2, "neighbours": 3}
+_MOST_CHUNKS = 16
+
+
+class Encoding(NamedTuple):
+    """What chunks are encoded behind besides the encoding prefix: so many other chunks, of one kind."""
+
+    kind: EncodingKind
+    count: int
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "plain" else f"{self.kind}:{self.count}"
+
+
+def parse_encoding(text: str) -> Encoding:
+    """Read `ProphetKVConfig.encoding`.
+
+    Raises:
+        InputError: If it is none.
+    """
+    kind, colon, number = text.partition(":") if isinstance(text, str) else ("", "", "")
+    known = get_args(EncodingKind)
+    is_counted = number.isdecimal() and 1 <= int(number) <= _MOST_CHUNKS and kind != "plain"
+    if kind not in known or (colon and not is_counted):
+        msg = (
+            f"encoding is {text!r}; allowed: plain, previous, neighbours, or with a number of chunks from 1 to "
+            f"{_MOST_CHUNKS}, such as previous:2"
+        )
+        raise InputError(msg)
+    return Encoding(kind, int(number) if colon else _DEFAULT_COUNTS[kind])  # type: ignore[arg-type,index]
+
 
 ScoreSoftmax = Literal["context", "full_row"]
 QueryScope = Literal["suffix", "question"]
@@ -47,6 +80,10 @@ class ProphetKVConfig:
             rather than at its start, at no cost at query time (docs/quality.md says what both gain). It leaves its
             trace in every cache, so take a text that you trust and that all readers of the collection may see.
             `None` for none, as in the papers.
+        encoding: Which other chunks a chunk is encoded behind, after the prefix: none (`"plain"`, as in the paper), the
+            chunks before it in its document (`"previous:2"`: two of them), or its nearest neighbours in the collection
+            (`"neighbours:3"`, as in FusionRAG, arXiv 2601.12904). They leave their trace in its cache, so a deleted
+            document takes along the caches that bear its trace; they are computed again. See docs/quality.md.
         index_batch_tokens: Upper bound of tokens in one index-time forward pass; bounds memory while indexing.
         namespace: Whose caches these are. Engines of different namespaces share nothing: neither hits, nor what is
             found in prompts, nor deletes, though they may share a directory (and its byte limit).
@@ -64,6 +101,7 @@ class ProphetKVConfig:
     encoding_prefix: str | tuple[int, ...] | None = None
     prompt_template: str | Sequence[Mapping[str, str]] | None = None
     lead_in: str | None = None
+    encoding: str = "plain"
     index_batch_tokens: int = 2048
     max_prompt_tokens: int | None = None
     namespace: str = ""
@@ -76,6 +114,7 @@ class ProphetKVConfig:
         if self.query_scope not in get_args(QueryScope):
             msg = f"query_scope is {self.query_scope!r}; allowed: {', '.join(get_args(QueryScope))}"
             raise ValueError(msg)
+        parse_encoding(self.encoding)
         if self.prompt_template is not None:
             _check_template(self.prompt_template)
         if self.index_batch_tokens < 1:

@@ -1,4 +1,8 @@
-"""Index time: run chunks through the model, alone behind the encoding prefix, and keep their un-rotated KV caches."""
+"""Index time: run chunks through the model, behind the encoding prefix, and keep their un-rotated KV caches.
+
+Between the prefix and a chunk other chunks may stand, by their caches: joined and rotated to where they stand, they are
+what the chunk attends to; only the chunk itself is run (FusionRAG, arXiv 2601.12904, section 4.1, for neighbours).
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,36 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from prophetkv_rag.errors import ContextWindowError, UnsupportedModelError
-from prophetkv_rag.model import EncodePass, ModelSupport, cache_of, model_lock, run_pass
-from prophetkv_rag.store import CacheIdentity, ChunkCache
+from prophetkv_rag.model import (
+    EncodeBehindPass,
+    EncodePass,
+    ModelSupport,
+    RopeTables,
+    cache_of,
+    model_lock,
+    run_pass,
+)
+from prophetkv_rag.store import ALONE, Behind, CacheIdentity, ChunkCache
+
+Layers = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+"""Rotated keys and values, `[Hkv, n, D]` per layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodingPrefix:
-    """Rotated keys and values of the encoding prefix, `[Hkv, prefix_len, D]` per layer, computed once per engine."""
+    """The encoding prefix, computed once per engine."""
 
     input_ids: tuple[int, ...]
-    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    layers: Layers
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A chunk to encode: its token ids, and the caches of the chunks before it, in order; `behind` says which."""
+
+    input_ids: Sequence[int]
+    caches: Sequence[ChunkCache] = ()
+    behind: Behind = ALONE
 
 
 def encode_prefix(model: Any, support: ModelSupport, prefix_ids: Sequence[int]) -> EncodingPrefix | None:
@@ -27,9 +51,10 @@ def encode_prefix(model: Any, support: ModelSupport, prefix_ids: Sequence[int]) 
     if not prefix_ids:
         return None
     with model_lock(model):
-        encode, layers = _run(model, support, torch.tensor([list(prefix_ids)], device=model.device), None)
+        layers = _run(model, support, torch.tensor([list(prefix_ids)], device=model.device), None)
+    tables = RopeTables(torch.arange(len(prefix_ids), device=model.device))
     rotated = tuple(
-        (encode.tables.rotate(layer.keys[0], found.rotation), layer.values[0])
+        (tables.rotate(layer.keys[0], found.rotation), layer.values[0])
         for layer, found in zip(layers, support.layers, strict=True)
     )
     return EncodingPrefix(tuple(prefix_ids), rotated)
@@ -81,17 +106,65 @@ def encode_chunks(
         longest = max(len(chunks[index]) for index in batch)
         # Padding stands to the right of every real token, so causal attention never sees it.
         padded = [[*chunks[index], *[0] * (longest - len(chunks[index]))] for index in batch]
-        _, layers = _run(model, support, torch.tensor(padded, device=model.device), prefix)
+        layers = _run(model, support, torch.tensor(padded, device=model.device), prefix)
         for row, index in enumerate(batch):
-            length = len(chunks[index])
-            yield (
-                index,
-                ChunkCache(
-                    input_ids=torch.tensor(list(chunks[index]), dtype=torch.int32),
-                    keys=tuple(layer.keys[row, :, :length].contiguous() for layer in layers),
-                    values=tuple(layer.values[row, :, :length].contiguous() for layer in layers),
-                ),
-            )
+            yield index, _cut(layers, row, chunks[index])
+
+
+def encode_behind(
+    model: Any, support: ModelSupport, prefix: EncodingPrefix | None, jobs: Sequence[Job]
+) -> list[ChunkCache]:
+    """Encode chunks, each behind the prefix and the caches of its own, in one batch.
+
+    Args:
+        model: The language model; the caller holds its lock.
+        support: The probe's findings.
+        prefix: What stands before all else.
+        jobs: The chunks. What their caches were encoded behind does not matter here.
+
+    Returns:
+        Their caches, in order; see `encode_chunks`.
+    """
+    longest = max(len(job.input_ids) for job in jobs)
+    padded = [[*job.input_ids, *[0] * (longest - len(job.input_ids))] for job in jobs]
+    prefixes = [_joined(model, support, prefix, job.caches) for job in jobs]
+    layers = _run(model, support, torch.tensor(padded, device=model.device), prefixes)
+    return [_cut(layers, row, job.input_ids, job.behind) for row, job in enumerate(jobs)]
+
+
+def _cut(layers: Sequence[CacheLayerMixin], row: int, input_ids: Sequence[int], behind: Behind = ALONE) -> ChunkCache:
+    length = len(input_ids)
+    return ChunkCache(
+        torch.tensor(list(input_ids), dtype=torch.int32),
+        keys=tuple(layer.keys[row, :, :length].contiguous() for layer in layers),
+        values=tuple(layer.values[row, :, :length].contiguous() for layer in layers),
+        behind=behind,
+    )
+
+
+def _joined(
+    model: Any, support: ModelSupport, prefix: EncodingPrefix | None, caches: Sequence[ChunkCache]
+) -> Layers | None:
+    """The prefix's rows and then the caches' own, keys rotated to where they stand now, layer by layer."""
+    if not caches:
+        return None if prefix is None else prefix.layers
+    first = 0 if prefix is None else len(prefix.input_ids)
+    starts = [first]
+    for cache in caches:
+        starts.append(starts[-1] + cache.num_tokens)
+    end, device, dtype = starts.pop(), model.device, getattr(torch, support.dtype)
+    tables = RopeTables(torch.arange(first, end, device=device))
+    caches = [cache.ahead(device) for cache in caches]
+    joined = []
+    for index, found in enumerate(support.layers):
+        keys = torch.empty(found.num_key_value_heads, end, found.head_dim, dtype=dtype, device=device)
+        values = torch.empty(found.num_key_value_heads, end, found.value_head_dim, dtype=dtype, device=device)
+        if prefix is not None:
+            keys[:, :first], values[:, :first] = prefix.layers[index]
+        sources = [cache.source(index).to(device) for cache in caches]
+        tables.gather(keys, values, sources, starts, found.rotation)
+        joined.append((keys, values))
+    return tuple(joined)
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -117,14 +190,19 @@ class _CaptureLayer(DynamicLayer):
 
 
 def _run(
-    model: Any, support: ModelSupport, input_ids: torch.Tensor, prefix: EncodingPrefix | None
-) -> tuple[EncodePass, list[CacheLayerMixin]]:
+    model: Any,
+    support: ModelSupport,
+    input_ids: torch.Tensor,
+    prefix: EncodingPrefix | Sequence[Layers | None] | None,
+) -> list[CacheLayerMixin]:
+    """Run chunks behind one prefix for all, or one for each."""
     layers: list[CacheLayerMixin] = [_CaptureLayer() for _ in support.layers]
-    encode = EncodePass(
-        support.layers,
-        seq_len=input_ids.shape[1],
-        prefix=None if prefix is None else prefix.layers,
-        device=input_ids.device,
-    )
+    seq_len, device = input_ids.shape[1], input_ids.device
+    encode: EncodePass | EncodeBehindPass
+    if prefix is None or isinstance(prefix, EncodingPrefix):
+        shared = None if prefix is None else prefix.layers
+        encode = EncodePass(support.layers, seq_len=seq_len, prefix=shared, device=device)
+    else:
+        encode = EncodeBehindPass(support.layers, seq_len=seq_len, prefixes=prefix, device=device)
     run_pass(model, encode, input_ids=input_ids, position_ids=torch.zeros_like(input_ids), cache=cache_of(layers))
-    return encode, layers
+    return layers

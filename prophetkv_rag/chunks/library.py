@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prophetkv_rag.chunks.encode import EncodingPrefix, check_dtype, check_length, encode_chunks
+from prophetkv_rag.chunks.encode import EncodingPrefix, check_length
+from prophetkv_rag.chunks.encoder import ChunkEncoder
 from prophetkv_rag.chunks.loader import ChunkLoader, Origin
 from prophetkv_rag.chunks.writer import ChunkWriter, Wanted
+from prophetkv_rag.config import Encoding
 from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.forks import around_fork
 from prophetkv_rag.model import ModelState, ModelSupport, own_state
 from prophetkv_rag.prompt import ChunkIndex, PromptLayout, Tokens, text_entry
-from prophetkv_rag.store import CacheIdentity, ChunkCache, ChunkStore, TextEntry
+from prophetkv_rag.store import ALONE, CacheIdentity, ChunkCache, ChunkStore, TextEntry
 from prophetkv_rag.text import well_formed
 
 logger = logging.getLogger(__name__)
@@ -34,6 +37,7 @@ class ChunkLibrary:
         identity: CacheIdentity,
         prefix: EncodingPrefix | None,
         *,
+        encoding: Encoding,
         state: ModelState,
         context_window: int,
         batch_tokens: int,
@@ -48,7 +52,7 @@ class ChunkLibrary:
         self.prefix = prefix
         self.state = state
         self.context_window = context_window
-        self.batch_tokens = batch_tokens
+        self.encoding = encoding
         self.model_lock = model_lock
         self.chunk_index = ChunkIndex()
         self._begin_anew()
@@ -57,8 +61,19 @@ class ChunkLibrary:
         self._registered: set[str] = set()  # keys whose text the index knows and the store does not
         if model.device.type == "cuda":
             store.pin_memory()
-        self._writer = ChunkWriter(store, identity.fingerprint, self._encode, model_lock)
-        self._loader = ChunkLoader(store, identity, self._encode, context_window=support.context_window)
+        self._encoder = ChunkEncoder(
+            model,
+            support,
+            prefix,
+            identity,
+            encoding,
+            store,
+            state=state,
+            context_window=support.context_window,
+            batch_tokens=batch_tokens,
+        )
+        self._writer = ChunkWriter(store, identity.fingerprint, model_lock)
+        self._loader = ChunkLoader(store, identity, self._encoder, context_window=support.context_window)
         self._describe(None)
         self.chunk_index.load(store.entry_columns(identity.fingerprint))
 
@@ -105,12 +120,18 @@ class ChunkLibrary:
         texts: Sequence[str | Sequence[int]],
         *,
         owner: str,
+        behind: Sequence[Sequence[str]] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """Compute and store what is missing, refer to all of it, and find it in prompts from now on.
 
         Where the store fails that is noted (`ChunkStore.failures`), and this process alone knows the chunks.
         """
+        if behind is not None and len(behind) != len(texts):
+            msg = (
+                f"behind has {len(behind)} entries for {len(texts)} chunks; give one for each, empty where none stands"
+            )
+            raise InputError(msg)
         keys, wanted, missing = [], Wanted(), Wanted()
         for number, chunk in enumerate(texts):
             input_ids, entry = self._chunk_ids(number, chunk)
@@ -123,7 +144,11 @@ class ChunkLibrary:
             is_stored = self._writer.tried(self.store.__contains__, key, otherwise=False)
             if not is_stored or (is_unknown_text and not self._learn_text(key, input_ids, entry)):
                 missing[key] = (input_ids, entry)
-        failed = self._compute(missing, progress)
+        before = self._before(texts, keys, behind)
+        if behind is not None:
+            missing.update({key: wanted[key] for key in before if self._stands_elsewhere(key, before[key])})
+            missing = Wanted({key: wanted[key] for key in wanted if key in missing})  # documents in order
+        failed = self._compute(missing, before, progress)
         with self._owners_lock:
             self._writer.refer(owner, wanted)
             for key, (_, entry) in wanted.items():
@@ -132,7 +157,7 @@ class ChunkLibrary:
                     self._registered.discard(key)
         # Another owner may have dropped a cache between the look above and our reference, which holds it from now on.
         known = {key for key in wanted if key in failed or self._writer.tried(self.store.knows, key, otherwise=True)}
-        self._compute({key: chunk for key, chunk in wanted.items() if key not in known}, None)
+        self._compute({key: chunk for key, chunk in wanted.items() if key not in known}, before, None)
         return keys
 
     @own_state()
@@ -193,22 +218,62 @@ class ChunkLibrary:
         check_length(f"chunk {number}", input_ids, self.identity.prefix_ids, self.context_window)
         return input_ids, entry
 
-    def _compute(self, missing: Wanted, progress: Callable[[int, int], None] | None) -> set[str]:
+    def _before(
+        self, texts: Sequence[str | Sequence[int]], keys: Sequence[str], behind: Sequence[Sequence[str]] | None
+    ) -> dict[str, tuple[str, ...]]:
+        """Return, for each chunk that is encoded behind others, their keys; those that the store does not know are not.
+
+        Chunks of one call follow each other in one document, where the caller does not say what they stand behind.
+        """
+        count = self.encoding.count
+        if not count:
+            return {}
+        if behind is not None:
+            known = dict(zip(texts, keys, strict=True)) if all(isinstance(text, str) for text in texts) else {}
+            found = [[known.get(text) or self._key_of(text) for text in before] for before in behind]
+        elif self.encoding.kind == "previous":
+            found = [list(keys[max(0, number - count) : number]) for number in range(len(keys))]
+        else:
+            return {}
+        others = {key for before in found for key in before}.difference(keys)
+        there = self._writer.tried(self.store.known, others, otherwise=set()) if others else set()
+        before: dict[str, tuple[str, ...]] = {}
+        for key, candidates in zip(keys, found, strict=True):
+            chosen = [one for one in candidates if one != key and (one in there or one in keys)]
+            if chosen and key not in before:
+                before[key] = tuple(dict.fromkeys(chosen))[-count:]
+        return before
+
+    def _key_of(self, text: str) -> str:
+        return self.identity.key(self.tokens.chunk(well_formed(text).strip()))
+
+    def _stands_elsewhere(self, key: str, before: Sequence[str]) -> bool:
+        """Whether the cache of a chunk is encoded behind other chunks than these."""
+        return self._writer.tried(self.store.behind, key, otherwise=ALONE).keys != tuple(before)
+
+    def _compute(
+        self,
+        missing: Wanted,
+        before: Mapping[str, Sequence[str]],
+        progress: Callable[[int, int], None] | None,
+    ) -> set[str]:
         """Compute and store what is missing; returns the keys that the store failed to take."""
-        failed, seconds_per_token = self._writer.write(missing, progress)
+        if before.keys().isdisjoint(missing):
+            encode = self._encode_alone
+        else:
+            encode = partial(self._encoder.encode_behind, behind=before)
+            for key, (
+                input_ids,
+                entry,
+            ) in missing.items():  # a cache is kept where all that it bears a trace of is known
+                self._writer.note(key, input_ids, entry)
+        failed, seconds_per_token = self._writer.write(missing, encode, progress)
         if seconds_per_token is not None:
             self._describe(seconds_per_token)
         return failed
 
-    def _encode(self, chunks: Sequence[Sequence[int]]) -> Iterator[tuple[int, ChunkCache]]:
-        encoding = encode_chunks(self.model, self.support, self.prefix, chunks, batch_tokens=self.batch_tokens)
-        while True:
-            self.state.check()
-            item = next(encoding, None)
-            if item is None:
-                return
-            check_dtype(item[1], self.identity)
-            yield item
+    def _encode_alone(self, chunks: Mapping[str, Sequence[int]]) -> Iterator[tuple[int, ChunkCache]]:
+        return self._encoder.encode(list(chunks.values()))
 
     @own_state()
     def load(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from prophetkv_rag.chunks.encode import check_length
-from prophetkv_rag.chunks.writer import Encode
+from prophetkv_rag.chunks.encoder import ChunkEncoder
+from prophetkv_rag.errors import StoreError
 from prophetkv_rag.prompt import PromptLayout
 from prophetkv_rag.report import ChunkStatus, ChunkTier
 from prophetkv_rag.store import CacheIdentity, ChunkCache, ChunkStore
@@ -17,6 +19,7 @@ class Origin(NamedTuple):
 
     status: ChunkStatus
     tier: ChunkTier
+    behind: int = 0
 
 
 class ChunkLoader:
@@ -25,20 +28,24 @@ class ChunkLoader:
     Args:
         store: Where from; what had to be computed goes back into it.
         identity: Whose caches.
-        encode: Runs the model.
+        encoder: Runs the model.
         context_window: The model's own.
     """
 
-    def __init__(self, store: ChunkStore, identity: CacheIdentity, encode: Encode, *, context_window: int) -> None:
+    def __init__(
+        self, store: ChunkStore, identity: CacheIdentity, encoder: ChunkEncoder, *, context_window: int
+    ) -> None:
         self._store = store
         self._identity = identity
-        self._encode = encode
+        self._encoder = encoder
         self._context_window = context_window
 
     def load(
         self, layout: PromptLayout, model_lock: AbstractContextManager[Any]
     ) -> tuple[list[ChunkCache], list[Origin]]:
         """Load the chunks' caches; what is missing or bad is encoded again, exactly as at index time.
+
+        So is what bears the trace of a chunk that was deleted since; that is encoded without it.
 
         What was encoded is stored if somebody refers to it. A chunk that was never added is encoded for this prompt
         alone. The model runs under `model_lock`.
@@ -71,12 +78,14 @@ class ChunkLoader:
                 cache, was_corrupt = None, True
             if cache is not None:
                 found[chunk.key] = cache
-                origins[chunk.key] = Origin("hit", tier or "")
+                origins[chunk.key] = Origin("hit", tier or "", len(cache.behind.keys))
             else:
                 origins[chunk.key] = Origin("corrupt" if was_corrupt else "miss", "computed")
-        wanted = {chunk.key: chunk for chunk in layout.chunks if chunk.key not in found}
+        for key in self._stale(found):
+            del found[key]
+            origins[key] = Origin("miss", "computed")
+        wanted = {chunk.key: chunk.input_ids for chunk in layout.chunks if chunk.key not in found}
         if wanted:
-            keys = list(wanted)
             for number, chunk in enumerate(layout.chunks):
                 if chunk.key in wanted:
                     check_length(
@@ -86,8 +95,34 @@ class ChunkLoader:
                         self._context_window,
                     )
             with model_lock:
-                encoded = list(self._encode([wanted[key].input_ids for key in keys]))
-            for index, cache in encoded:
-                found[keys[index]] = cache
-                self._store.put_soon(keys[index], cache, fingerprint=self._identity.fingerprint)
+                encoded = self._encode(wanted)
+            for key, cache in encoded.items():
+                found[key] = cache
+                origins[key] = origins[key]._replace(behind=len(cache.behind.keys))
+                self._store.put_soon(key, cache, fingerprint=self._identity.fingerprint)
         return [found[chunk.key] for chunk in layout.chunks], [origins[chunk.key] for chunk in layout.chunks]
+
+    def _stale(self, found: Mapping[str, ChunkCache]) -> list[str]:
+        """Drop, and return, the caches that bear the trace of a chunk that is not known any more."""
+        traces = {key: set(cache.behind.traces) for key, cache in found.items() if cache.behind.keys}
+        if not traces:
+            return []
+        try:
+            known = self._store.known(set().union(*traces.values()))
+        except StoreError:  # who cannot tell does not use them
+            known = set()
+        stale = [key for key, needed in traces.items() if not needed <= known]
+        self._store.drop_caches(stale)
+        return stale
+
+    def _encode(self, wanted: Mapping[str, Sequence[int]]) -> dict[str, ChunkCache]:
+        """Encode chunks as they were, or the plain way where what they stood behind is gone."""
+        encoded: dict[str, ChunkCache] = {}
+        for key, input_ids in wanted.items():
+            again = self._encoder.encode_again(key, input_ids)
+            if again is not None:
+                encoded[key] = again
+        plain = [key for key in wanted if key not in encoded]
+        for index, cache in self._encoder.encode([wanted[key] for key in plain]):
+            encoded[plain[index]] = cache
+        return encoded

@@ -7,7 +7,7 @@ from typing import Any
 
 from prophetkv_rag.chunks.encode import encode_prefix
 from prophetkv_rag.chunks.library import ChunkLibrary
-from prophetkv_rag.config import LEAD_IN_TOKENS, ProphetKVConfig
+from prophetkv_rag.config import LEAD_IN_TOKENS, ProphetKVConfig, parse_encoding
 from prophetkv_rag.model import ModelState, ModelSupport, tokenizer_fingerprint
 from prophetkv_rag.prompt import Tokens
 from prophetkv_rag.store import CacheIdentity, ChunkStore
@@ -43,15 +43,22 @@ def open_library(
         # A lead-in must leave most of a short window to the chunk.
         max_lead_in_tokens=min(LEAD_IN_TOKENS, context_window // 8),
     )
+    encoding = parse_encoding(config.encoding)
     return ChunkLibrary(
         model,
         support,
         tokens,
         store,
         CacheIdentity(
-            fingerprint, tokenizer_fingerprint(tokens.tokenizer), prefix_ids, support.dtype, config.namespace
+            fingerprint,
+            tokenizer_fingerprint(tokens.tokenizer),
+            prefix_ids,
+            support.dtype,
+            config.namespace,
+            "" if encoding.kind == "plain" else str(encoding),
         ),
         encode_prefix(model, support, prefix_ids),
+        encoding=encoding,
         state=state,
         context_window=context_window,
         batch_tokens=config.index_batch_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
@@ -18,8 +18,8 @@ MAX_PENDING_WRITES = 16
 
 Wanted = dict[str, tuple[list[int], TextEntry | None]]
 """Key -> token ids, and how the text is recognised."""
-Encode = Callable[[Sequence[Sequence[int]]], Iterator[tuple[int, ChunkCache]]]
-"""Token ids of chunks -> (index, cache), batch by batch; each step runs under the model's lock."""
+Encode = Callable[[Mapping[str, Sequence[int]]], Iterator[tuple[int, ChunkCache]]]
+"""Key -> token ids of chunks; to (index, cache), batch by batch; each step runs under the model's lock."""
 T = TypeVar("T")
 
 
@@ -29,16 +29,12 @@ class ChunkWriter:
     Args:
         store: Where to; its `failures` are told what it could not take.
         fingerprint: Of the identity.
-        encode: Runs the model.
         model_lock: Held while the model runs.
     """
 
-    def __init__(
-        self, store: ChunkStore, fingerprint: str, encode: Encode, model_lock: AbstractContextManager[Any]
-    ) -> None:
+    def __init__(self, store: ChunkStore, fingerprint: str, model_lock: AbstractContextManager[Any]) -> None:
         self._store = store
         self._fingerprint = fingerprint
-        self._encode = encode
         self._model_lock = model_lock
         self._unsaved: dict[str, dict[str, None]] = {}
         """Owner -> keys whose references the store could not take."""
@@ -51,7 +47,9 @@ class ChunkWriter:
             self._store.failures.note(error)
             return otherwise
 
-    def write(self, missing: Wanted, progress: Callable[[int, int], None] | None) -> tuple[set[str], float | None]:
+    def write(
+        self, missing: Wanted, encode: Encode, progress: Callable[[int, int], None] | None
+    ) -> tuple[set[str], float | None]:
         """Compute and store chunks; what the store has no room for, or does not want yet, it only gets to know.
 
         Returns:
@@ -61,13 +59,17 @@ class ChunkWriter:
         left = {key: chunk for key, chunk in missing.items() if key not in here}
         seconds_per_token: float | None = None
         if left and self._accepts_new():
-            seconds_per_token = self._encode_and_store(dict(left), left, progress)
+            seconds_per_token = self._encode_and_store(dict(left), left, encode, progress)
         failed = set(left) if self._store.failures.is_failing and self._store.policy == "eager" else set()
         self._store.failures.count(len(failed))
         for key, chunk in left.items():
-            if not self.tried(self._note, key, *chunk, otherwise=False):
+            if not self.note(key, *chunk):
                 failed.add(key)
         return failed, seconds_per_token
+
+    def note(self, key: str, input_ids: list[int], entry: TextEntry | None) -> bool:
+        """Let the store know a chunk without a cache; returns whether that succeeded."""
+        return self.tried(self._note, key, input_ids, entry, otherwise=False)
 
     def put(self, key: str, cache: ChunkCache, entry: TextEntry | None) -> bool:
         """Store a cache; returns whether that succeeded."""
@@ -118,12 +120,12 @@ class ChunkWriter:
         return True
 
     def _encode_and_store(
-        self, missing: Wanted, left: Wanted, progress: Callable[[int, int], None] | None
+        self, missing: Wanted, left: Wanted, encode: Encode, progress: Callable[[int, int], None] | None
     ) -> float | None:
         """Take from `left` what was computed and stored, until all is or the store takes no more."""
         keys = list(missing)
         seconds, tokens, computed = 0.0, 0, 0
-        encoding = self._encode([missing[key][0] for key in keys])
+        encoding = encode({key: input_ids for key, (input_ids, _) in missing.items()})
         # Writing a blob waits for the disk; a second thread does that while the model computes the next batch.
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prophetkv-store") as writer:
             writes: deque[tuple[str, Future[bool]]] = deque()

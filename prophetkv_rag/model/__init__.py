@@ -12,7 +12,7 @@ from prophetkv_rag.model.ambient import own_state
 from prophetkv_rag.model.attention import AttentionCall, model_lock
 from prophetkv_rag.model.cache_argument import CACHE_NAME, cache_argument
 from prophetkv_rag.model.cache_layers import RowsLayer, cache_of, complete_cache, resumable_cache
-from prophetkv_rag.model.encode_pass import EncodePass
+from prophetkv_rag.model.encode_pass import EncodeBehindPass, EncodePass
 from prophetkv_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
 from prophetkv_rag.model.forward import backbone, decoder_layers, plain_forward, run_pass
 from prophetkv_rag.model.loading import load_model
@@ -25,6 +25,7 @@ from prophetkv_rag.model.support import ModelSupport
 __all__ = [
     "CACHE_NAME",
     "AttentionCall",
+    "EncodeBehindPass",
     "EncodePass",
     "ModelState",
     "ModelSupport",

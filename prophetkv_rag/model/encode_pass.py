@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -88,3 +89,26 @@ class EncodePass(AttentionPass):
             for i in range(query.shape[0])
         ]
         return torch.stack(outputs)
+
+
+class EncodeBehindPass(AttentionPass):
+    """As `EncodePass`, where each sequence of the batch has a prefix of its own, of any length.
+
+    Attention is computed sequence by sequence, so nothing is padded in front of them; all else is computed together.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSupport],
+        *,
+        seq_len: int,
+        prefixes: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]] | None],
+        device: torch.device,
+    ) -> None:
+        """Prepare the pass; `prefixes` has one entry a sequence, each as `EncodePass` takes it."""
+        self.rows = [EncodePass(layers, seq_len=seq_len, prefix=prefix, device=device) for prefix in prefixes]
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Let every sequence attend to its own prefix and itself."""
+        parts = zip(self.rows, call.query.split(1), call.key.split(1), call.value.split(1), strict=True)
+        return torch.cat([row.attend(replace(call, query=q, key=k, value=v)) for row, q, k, v in parts])

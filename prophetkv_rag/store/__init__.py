@@ -8,7 +8,7 @@ tier behind the disk) and `disk/`, which is opened by `open_disk_store`.
 """
 
 from prophetkv_rag.store.base import ChunkStore, Lookup, Policy
-from prophetkv_rag.store.chunk_cache import LAYOUT_VERSION, CacheIdentity, ChunkCache
+from prophetkv_rag.store.chunk_cache import ALONE, LAYOUT_VERSION, Behind, CacheIdentity, ChunkCache
 from prophetkv_rag.store.directory_lock import DirectoryLock, has_locks
 from prophetkv_rag.store.failures import Failures
 from prophetkv_rag.store.files import (
@@ -28,8 +28,10 @@ from prophetkv_rag.store.reports import RemoteStats, StoreStats, VerifyReport
 from prophetkv_rag.store.text_entry import EntryColumns, TextEntry
 
 __all__ = [
+    "ALONE",
     "LAYOUT_VERSION",
     "TEMPORARY_SUFFIX",
+    "Behind",
     "CacheIdentity",
     "ChunkCache",
     "ChunkStore",

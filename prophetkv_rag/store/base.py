@@ -14,7 +14,7 @@ from prophetkv_rag.store.reports import StoreStats, VerifyReport
 from prophetkv_rag.store.text_entry import EntryColumns, TextEntry
 
 if TYPE_CHECKING:
-    from prophetkv_rag.store.chunk_cache import ChunkCache
+    from prophetkv_rag.store.chunk_cache import Behind, ChunkCache
 
 Policy = Literal["eager", "on_first_use", "read_only"]
 """When caches are computed and stored: as soon as a chunk is added, when a prompt first has it, or never."""
@@ -49,8 +49,10 @@ class ChunkStore(ABC):
         return self.find(key, fingerprint=fingerprint, input_ids=input_ids)[:2]
 
     @abstractmethod
-    def find(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> Lookup:
+    def find(self, key: str, *, fingerprint: str, input_ids: Sequence[int] | None) -> Lookup:
         """Look a cache up; what is found is verified, and is of exactly these tokens and this fingerprint.
+
+        Without `input_ids` it may be of any tokens: of those that the key was made of, as far as the blob says.
 
         Never raises for a bad blob: it is logged once, counted and dropped, so that the caller computes it again.
         """
@@ -67,6 +69,10 @@ class ChunkStore(ABC):
     ) -> None:
         """Store a cache (idempotent). After it returns the cache survives a crash, where the store is persistent.
 
+        A cache that is there already stays, unless it was encoded behind other chunks: then the new one takes its
+        place, in one step. A cache that bears the trace of a chunk that the store does not know (any more) is not
+        stored.
+
         With `if_referenced` nothing happens unless somebody refers to the key: a query that computes a lost cache
         again must not bring back one that was deleted meanwhile.
         """
@@ -77,7 +83,19 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
-        """Drop caches, their catalog rows and their references."""
+        """Drop caches, their catalog rows and their references, and all caches that bear their trace."""
+
+    @abstractmethod
+    def behind(self, key: str) -> Behind:
+        """What a chunk's cache is encoded behind, or was, if it is gone since; of the plain ones and unknown: none."""
+
+    @abstractmethod
+    def known(self, keys: Iterable[str]) -> set[str]:
+        """Those of the keys that are chunks of this store, with or without a cache."""
+
+    @abstractmethod
+    def drop_caches(self, keys: Iterable[str]) -> None:
+        """Drop caches that bear the trace of a deleted chunk; their chunks stay known. Never waits, never raises."""
 
     @abstractmethod
     def add_references(self, owner: str, keys: Iterable[str]) -> None:

@@ -16,19 +16,45 @@ LAYOUT_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
+class Behind:
+    """Which other chunks stood before a chunk when it was encoded, and so left their trace in its cache.
+
+    Attributes:
+        keys: Keys of the chunks that stood there, in order: the last one right before it.
+        through: Keys of chunks that left a trace in the caches of those, and so in this one.
+        is_chained: Whether those caches were as they are stored, with the traces of others, and not made for this.
+    """
+
+    keys: tuple[str, ...] = ()
+    through: tuple[str, ...] = ()
+    is_chained: bool = False
+
+    @property
+    def traces(self) -> tuple[str, ...]:
+        """Keys of all chunks that left a trace; a cache must not outlive any of them."""
+        return (*self.through, *self.keys)
+
+
+ALONE = Behind()
+"""Of a chunk that was encoded behind the encoding prefix alone."""
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkCache:
-    """KV cache of one chunk, encoded alone behind the encoding prefix (the prefix's own rows are not included).
+    """KV cache of one chunk, encoded behind the encoding prefix (the prefix's own rows are not included).
 
     Attributes:
         input_ids: `[num_tokens]`, int32, on the CPU.
         keys: One `[num_key_value_heads, num_tokens, head_dim]` per layer, **un-rotated**: as the model makes them at
             position 0 (after k-norm, and with the RoPE's attention scaling), to be rotated once at query time.
         values: One `[num_key_value_heads, num_tokens, value_head_dim]` per layer.
+        behind: The chunks that stood between the prefix and this one, if any did.
     """
 
     input_ids: torch.Tensor
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
+    behind: Behind = ALONE
 
     @property
     def num_tokens(self) -> int:
@@ -60,7 +86,7 @@ class ChunkCache:
     def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ChunkCache:
         """Return the cache with every tensor that it holds replaced by what `function` makes of it."""
         keys, values = (tuple(map(function, part)) for part in (self.keys, self.values))
-        return ChunkCache(function(self.input_ids), keys, values)
+        return ChunkCache(function(self.input_ids), keys, values, self.behind)
 
     def owned(self) -> ChunkCache:
         """Return the cache in contiguous CPU tensors that own their memory, copied where they do not yet.
@@ -69,9 +95,9 @@ class ChunkCache:
         """
         return self.mapped(_owned)
 
-    def has_ids(self, input_ids: Sequence[int]) -> bool:
-        """Whether the cache is of exactly these tokens."""
-        return bool(self.input_ids.tolist() == list(input_ids))
+    def has_ids(self, input_ids: Sequence[int] | None) -> bool:
+        """Whether the cache is of exactly these tokens; `None` for any."""
+        return input_ids is None or bool(self.input_ids.tolist() == list(input_ids))
 
 
 def _owned(tensor: torch.Tensor) -> torch.Tensor:
@@ -89,6 +115,7 @@ class CacheIdentity:
         prefix_ids: The encoding prefix.
         dtype: Dtype that the model computes in and the caches are stored in, for example `"float32"`.
         namespace: Caches of different namespaces are never found by each other's engines (`ProphetKVConfig.namespace`).
+        encoding: What else chunks are encoded behind (`ProphetKVConfig.encoding`), or "" for nothing.
     """
 
     model: str
@@ -96,6 +123,7 @@ class CacheIdentity:
     prefix_ids: tuple[int, ...]
     dtype: str
     namespace: str = ""
+    encoding: str = ""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -103,6 +131,8 @@ class CacheIdentity:
         parts = [f"layout={LAYOUT_VERSION}", self.model, self.tokenizer, self.dtype, repr(self.prefix_ids)]
         if self.namespace:
             parts.append(f"namespace={self.namespace!r}")
+        if self.encoding:
+            parts.append(f"encoding={self.encoding}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def key(self, input_ids: Sequence[int]) -> str:

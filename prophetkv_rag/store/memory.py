@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.forks import around_fork
 from prophetkv_rag.store.base import ChunkStore, Lookup
-from prophetkv_rag.store.chunk_cache import ChunkCache
+from prophetkv_rag.store.chunk_cache import ALONE, Behind, ChunkCache
 from prophetkv_rag.store.keys import check_key
 from prophetkv_rag.store.reports import StoreStats, VerifyReport
 from prophetkv_rag.store.text_entry import TextEntry
@@ -24,6 +24,7 @@ class _Chunk:
     cache: ChunkCache | None
     fingerprint: str
     entry: TextEntry | None
+    behind: Behind = ALONE
 
 
 class MemoryStore(ChunkStore):
@@ -50,7 +51,7 @@ class MemoryStore(ChunkStore):
         self._nbytes = self._typical = 0
         self._hits = self._misses = self._corrupt = self._evictions = 0
 
-    def find(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> Lookup:
+    def find(self, key: str, *, fingerprint: str, input_ids: Sequence[int] | None) -> Lookup:
         """See `ChunkStore.find`."""
         check_key(key)
         with self._lock:
@@ -91,12 +92,16 @@ class MemoryStore(ChunkStore):
         with self._lock:
             if if_referenced and not self._owners.get(key):
                 return
+            if not self._chunks.keys() >= set(cache.behind.traces):
+                return
             chunk = self._chunks.setdefault(key, _Chunk(None, fingerprint, entry))
             chunk.entry = entry or chunk.entry
             self._typical = cache.nbytes
-            if chunk.cache is not None or (self.max_bytes is not None and cache.nbytes > self.max_bytes):
+            is_there = chunk.cache is not None and chunk.cache.behind == cache.behind
+            if is_there or (self.max_bytes is not None and cache.nbytes > self.max_bytes):
                 return
-            chunk.cache, chunk.fingerprint = cache.owned(), fingerprint
+            self._drop(key)
+            chunk.cache, chunk.fingerprint, chunk.behind = cache.owned(), fingerprint, cache.behind
             self._recent[key] = cache.nbytes
             self._nbytes += cache.nbytes
             while self.max_bytes is not None and self._nbytes > self.max_bytes:
@@ -110,6 +115,25 @@ class MemoryStore(ChunkStore):
     def knows(self, key: str) -> bool:
         """See `ChunkStore.knows`."""
         return key in self._chunks
+
+    def known(self, keys: Iterable[str]) -> set[str]:
+        """See `ChunkStore.known`."""
+        with self._lock:
+            return {key for key in keys if key in self._chunks}
+
+    def behind(self, key: str) -> Behind:
+        """See `ChunkStore.behind`."""
+        with self._lock:
+            chunk = self._chunks.get(key)
+            return ALONE if chunk is None else chunk.behind
+
+    def drop_caches(self, keys: Iterable[str]) -> None:
+        """See `ChunkStore.drop_caches`."""
+        with self._lock:
+            for key in keys:
+                if key in self._chunks:
+                    self._drop(key)
+                    self._chunks[key].behind = ALONE
 
     def note(self, key: str, *, fingerprint: str, num_tokens: int, entry: TextEntry | None) -> None:
         """See `ChunkStore.note`."""
@@ -127,12 +151,15 @@ class MemoryStore(ChunkStore):
 
     def delete(self, keys: Iterable[str]) -> None:
         """See `ChunkStore.delete`."""
+        keys = list(keys)
         with self._lock:
             for key in keys:
                 if key in self._chunks:
                     self._drop(key)
                     del self._chunks[key]
                 self._owners.pop(key, None)
+            gone = set(keys)
+            self.drop_caches([key for key, chunk in self._chunks.items() if not gone.isdisjoint(chunk.behind.traces)])
 
     def add_references(self, owner: str, keys: Iterable[str]) -> None:
         """See `ChunkStore.add_references`."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from prophetkv_rag.kernels import ops
-from prophetkv_rag.store.chunk_cache import ChunkCache
+from prophetkv_rag.store.chunk_cache import ALONE, Behind, ChunkCache
 
 
 class PackedRows(NamedTuple):
@@ -57,13 +57,20 @@ class PackedCache(ChunkCache):
     _parts: tuple[tuple[_Part, ...], tuple[_Part, ...]]
     _scales: torch.Tensor
 
-    def __init__(self, input_ids: torch.Tensor, keys: Iterable[PackedRows], values: Iterable[PackedRows]) -> None:
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        keys: Iterable[PackedRows],
+        values: Iterable[PackedRows],
+        behind: Behind = ALONE,
+    ) -> None:
         """Hold a chunk.
 
         Args:
             input_ids: As in `ChunkCache`.
             keys: One per layer, `[Hkv, T, D]`, un-rotated; scales and lows are fp16.
             values: One per layer, `[Hkv, T, Dv]`.
+            behind: As in `ChunkCache`.
         """
         small: list[torch.Tensor] = []
         count = 0
@@ -80,10 +87,12 @@ class PackedCache(ChunkCache):
             tuple(_Part(rows.stored, place(rows.scale), place(rows.low), rows.dtype) for rows in part)
             for part in (keys, values)
         )
-        self._hold(input_ids, parts, torch.cat(small) if small else torch.empty(0, dtype=torch.float16))
+        self._hold(input_ids, parts, torch.cat(small) if small else torch.empty(0, dtype=torch.float16), behind)
 
-    def _hold(self, input_ids: torch.Tensor, parts: Sequence[tuple[_Part, ...]], scales: torch.Tensor) -> None:
-        for name, value in (("input_ids", input_ids), ("_parts", parts), ("_scales", scales)):
+    def _hold(
+        self, input_ids: torch.Tensor, parts: Sequence[tuple[_Part, ...]], scales: torch.Tensor, behind: Behind
+    ) -> None:
+        for name, value in (("input_ids", input_ids), ("_parts", parts), ("_scales", scales), ("behind", behind)):
             object.__setattr__(self, name, value)  # nothing else ever changes them
 
     @property
@@ -114,14 +123,14 @@ class PackedCache(ChunkCache):
     def ahead(self, device: torch.device) -> PackedCache:
         """See `ChunkCache.ahead`: scales and lows."""
         moved = PackedCache.__new__(PackedCache)
-        moved._hold(self.input_ids, self._parts, self._scales.to(device, non_blocking=True))
+        moved._hold(self.input_ids, self._parts, self._scales.to(device, non_blocking=True), self.behind)
         return moved
 
     def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedCache:
         """See `ChunkCache.mapped`; of what is stored."""
         moved = PackedCache.__new__(PackedCache)
         parts = tuple(tuple(part._replace(stored=function(part.stored)) for part in parts) for parts in self._parts)
-        moved._hold(function(self.input_ids), parts, function(self._scales))
+        moved._hold(function(self.input_ids), parts, function(self._scales), self.behind)
         return moved
 
     def _rows(self, part: _Part) -> PackedRows:

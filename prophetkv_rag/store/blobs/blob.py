@@ -65,6 +65,8 @@ def encode_blob(
         metadata["entry"] = json.dumps([entry.anchor, entry.length, entry.digest])
     if namespace is not None:
         metadata["namespace"] = namespace
+    if cache.behind.keys:
+        metadata["behind"] = json.dumps([cache.behind.keys, cache.behind.through, cache.behind.is_chained])
     for layer, pair in enumerate(zip(cache.keys, cache.values, strict=True)):
         for part, tensor in zip(_PARTS, pair, strict=True):
             packed = pack(tensor, part, blob_format)
@@ -158,9 +160,10 @@ def decode_body(
         [_rows(header, tensors, part, layer, packed) for layer in range(header.num_layers)] for part in _PARTS
     )
     if any(rows.is_packed for rows in (*keys, *values)):
-        cache: ChunkCache = PackedCache(tensors["input_ids"], keys, values)
+        cache: ChunkCache = PackedCache(tensors["input_ids"], keys, values, header.behind)
     else:
-        cache = ChunkCache(tensors["input_ids"], *(tuple(rows.stored for rows in part) for part in (keys, values)))
+        plain = (tuple(rows.stored for rows in part) for part in (keys, values))
+        cache = ChunkCache(tensors["input_ids"], *plain, header.behind)
     if input_ids is not None and not cache.has_ids(input_ids):
         msg = "it is of other token ids"
         raise BlobError(msg)

@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from prophetkv_rag.errors import BlobError
-from prophetkv_rag.store import LAYOUT_VERSION, TextEntry
+from prophetkv_rag.store import ALONE, LAYOUT_VERSION, Behind, TextEntry, is_key
 from prophetkv_rag.store.blobs.formats import BlobFormat, Part, Shape, check_format, packed_sizes
 
 FORMAT = "prophetkv-chunk"
@@ -72,6 +72,7 @@ class BlobHeader:
     tensors: dict[str, TensorInfo]
     num_layers: int
     packings: dict[tuple[Part, int], Packing] = field(default_factory=dict)
+    behind: Behind = ALONE
 
     @property
     def num_tokens(self) -> int:
@@ -137,9 +138,24 @@ def parse_header(data: bytes, body_bytes: int) -> BlobHeader:
     if sum(info.end - info.start for info in tensors.values()) != body_bytes:
         msg = f"it holds {len(header)} tensors in {body_bytes} bytes, which is not what they take"
         raise BlobError(msg)
-    found = BlobHeader(metadata, tensors, num_layers)
+    found = BlobHeader(metadata, tensors, num_layers, behind=_behind(metadata))
     _check_tensors(found)
     return found
+
+
+def _behind(metadata: dict[str, Any]) -> Behind:
+    """What else left its trace in the cache; what cannot be read could be anything, so such a blob is bad."""
+    if "behind" not in metadata:
+        return ALONE
+    try:
+        keys, through, is_chained = json.loads(metadata["behind"])
+        is_sound = all(is_key(key) for key in (*keys, *through)) and isinstance(is_chained, bool)
+    except (TypeError, ValueError, RecursionError):
+        is_sound = False
+    if not is_sound:
+        msg = "it does not say in a known way which chunks it was encoded behind"
+        raise BlobError(msg)
+    return Behind(tuple(keys), tuple(through), is_chained)
 
 
 def checksum(name: str, dtype_name: str, shape: Sequence[int], data: memoryview) -> str:

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from prophetkv_rag.errors import StoreError
-from prophetkv_rag.store import EntryColumns, TextEntry
+from prophetkv_rag.store import Behind, EntryColumns, TextEntry
 from prophetkv_rag.store.catalog.file import CatalogFile
+from prophetkv_rag.store.catalog.traces import behind_of, doom_remote, drop_traced, note_behind, traced
 
 UNKNOWN_OWNER = ""
 """Owner of chunks that were found without a catalog: whoever drops such a chunk deletes it."""
@@ -20,12 +21,18 @@ _ROWS_AT_ONCE = 500  # few enough objects at a time that the garbage collector d
 
 @dataclass(frozen=True, slots=True)
 class CatalogRow:
-    """One chunk as the catalog knows it; `nbytes` is its blob's size, or 0 if it has none (evicted, lost, not yet)."""
+    """One chunk as the catalog knows it.
+
+    Attributes:
+        nbytes: Its blob's size, or 0 if it has none (evicted, lost, not yet).
+        behind: What its cache was encoded behind; `None` to leave what the catalog knows of that.
+    """
 
     key: str
     fingerprint: str
     num_tokens: int
     nbytes: int
+    behind: Behind | None = None
 
 
 class Catalog(CatalogFile):
@@ -48,6 +55,8 @@ class Catalog(CatalogFile):
                 length = coalesce(excluded.length, length), digest = coalesce(excluded.digest, digest)""",
                 (row.key, row.fingerprint, row.num_tokens, row.nbytes, *text, time.time()),
             )
+            if row.behind is not None:
+                note_behind(run, row.key, row.behind)
 
     def mark_lost(self, keys: Iterable[str]) -> None:
         """Note that the blobs of these keys are gone."""
@@ -64,13 +73,36 @@ class Catalog(CatalogFile):
             query = "SELECT key FROM chunks WHERE key IN (SELECT value FROM json_each(?))"
             return {key for (key,) in run.execute(query, (json.dumps(list(keys)),))}
 
-    def delete(self, run: sqlite3.Connection, keys: Iterable[str]) -> int:
-        """Drop chunks and all references to them, inside a transaction; returns how many chunks there were."""
+    def delete(self, run: sqlite3.Connection, keys: Iterable[str]) -> tuple[int, list[str]]:
+        """Drop chunks and all references to them, inside a transaction.
+
+        Returns:
+            How many chunks there were; and the keys of others whose caches bear their trace, which have none any more.
+            The caller removes the files of both.
+        """
+        keys = list(keys)
+        found = traced(run, keys)
         count = 0
         for key in keys:
             count += run.execute("DELETE FROM chunks WHERE key = ?", (key,)).rowcount
             run.execute("DELETE FROM refs WHERE key = ?", (key,))
-        return count
+        drop_traced(run, found)
+        return count, found
+
+    def drop_traced(self, keys: Iterable[str]) -> None:
+        """Note that the caches of these keys are gone, here and (soon) in remote tiers, with what they stood behind."""
+        with self.transaction() as run:
+            drop_traced(run, keys)
+
+    def replaced(self, key: str) -> None:
+        """Note that a chunk's blob is about to be another one: remote tiers must not keep the one they have."""
+        with self.transaction() as run:
+            doom_remote(run, key)
+
+    def behind(self, key: str) -> Behind:
+        """What a chunk's cache is encoded behind, or was when it had one; without what it bears `through` that."""
+        with self.transaction(is_write=False) as run:
+            return behind_of(run, key)
 
     def add_references(self, owner: str, keys: Iterable[str]) -> None:
         """Note that `owner` refers to these keys."""

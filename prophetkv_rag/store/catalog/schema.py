@@ -10,7 +10,7 @@ from prophetkv_rag.errors import StoreError
 OLDEST_SQLITE = (3, 24, 0)
 """The first that knows `ON CONFLICT DO UPDATE`."""
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Bumped whenever the tables change; kept in the file as SQLite's `user_version`."""
 
 _STEPS: tuple[tuple[str, ...], ...] = (
@@ -78,6 +78,14 @@ _STEPS: tuple[tuple[str, ...], ...] = (
         """CREATE TRIGGER chunk_gone AFTER DELETE ON chunks BEGIN
             UPDATE fingerprint_bytes SET nbytes = nbytes - old.nbytes WHERE fingerprint = old.fingerprint;
             UPDATE state SET value = value + 1 WHERE name = 'deletes'; END""",
+    ),
+    # 5: which chunks a cache was encoded behind, in order of `place`, so that it goes when one of them is deleted. The
+    # neighbour's trace goes on through `is_chained` ones, to whatever stands behind those.
+    (
+        "CREATE TABLE behind (key TEXT NOT NULL, place INTEGER NOT NULL, neighbour TEXT NOT NULL, "
+        "is_chained INTEGER NOT NULL, PRIMARY KEY (key, place)) WITHOUT ROWID",
+        "CREATE INDEX behind_by_neighbour ON behind (neighbour)",
+        "CREATE TRIGGER chunk_uncoupled AFTER DELETE ON chunks BEGIN DELETE FROM behind WHERE key = old.key; END",
     ),
 )
 

@@ -6,8 +6,8 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from prophetkv_rag.errors import InputError
-from prophetkv_rag.store import ChunkStore, DirectoryLock, EntryColumns, Policy, TextEntry, check_key
+from prophetkv_rag.errors import InputError, StoreError
+from prophetkv_rag.store import ALONE, Behind, ChunkStore, DirectoryLock, EntryColumns, Policy, TextEntry, check_key
 from prophetkv_rag.store.blobs import BlobFiles
 from prophetkv_rag.store.catalog import Catalog, CatalogRow
 from prophetkv_rag.store.disk.leases import Leases
@@ -45,6 +45,18 @@ class CatalogedStore(ChunkStore):
         """See `ChunkStore.knows`."""
         return key in self.catalog
 
+    def known(self, keys: Iterable[str]) -> set[str]:
+        """See `ChunkStore.known`."""
+        keys = list(keys)
+        return self.catalog.known(keys) if keys else set()
+
+    def behind(self, key: str) -> Behind:
+        """See `ChunkStore.behind`."""
+        try:
+            return self.catalog.behind(key)
+        except StoreError:  # opened read-only, and made by an older version
+            return ALONE
+
     def note(self, key: str, *, fingerprint: str, num_tokens: int, entry: TextEntry | None) -> None:
         """See `ChunkStore.note`."""
         if self.policy != "read_only":
@@ -61,9 +73,9 @@ class CatalogedStore(ChunkStore):
         self._must_be_writable("delete caches")
         keys = [check_key(key) for key in keys]
         with self.directory_lock.exclusive(), self.catalog.transaction() as run:
-            count = self.catalog.delete(run, keys)
-            self._forget(keys)
-        self._deleted(keys, count)
+            count, traced = self.catalog.delete(run, keys)
+            self._forget([*keys, *traced])
+        self._deleted([*keys, *traced], count)
 
     def add_references(self, owner: str, keys: Iterable[str]) -> None:
         """See `ChunkStore.add_references`."""
@@ -77,9 +89,9 @@ class CatalogedStore(ChunkStore):
         keys = [check_key(key) for key in keys]
         with self.directory_lock.exclusive(), self.catalog.transaction() as run:
             unreferenced = self.catalog.unreferenced_without(run, owner, keys)
-            count = self.catalog.delete(run, unreferenced)
-            self._forget(unreferenced)
-        self._deleted(unreferenced, count)
+            count, traced = self.catalog.delete(run, unreferenced)
+            self._forget([*unreferenced, *traced])
+        self._deleted([*unreferenced, *traced], count)
         return unreferenced
 
     def references(self, owner: str) -> list[str]:

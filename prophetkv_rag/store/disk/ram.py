@@ -54,7 +54,7 @@ class RamTier:
         with self._lock:
             return list(self._caches)
 
-    def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> ChunkCache | None:
+    def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int] | None) -> ChunkCache | None:
         """Return the cache if it is held and is the one that is meant."""
         with self._lock:
             found = self._caches.get(key)

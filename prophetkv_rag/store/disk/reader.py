@@ -53,7 +53,7 @@ class BlobReader:
         self._blob_format = blob_format
         self._later = later
         self._bad_lock = threading.Lock()
-        self._bad: dict[str, tuple[str, Sequence[int], str | None]] = {}
+        self._bad: dict[str, tuple[str, Sequence[int] | None, str | None]] = {}
         around_fork(self, "_bad_lock", in_child=BlobReader._forget_bad)
 
     def is_bad(self, key: str) -> bool:
@@ -61,7 +61,7 @@ class BlobReader:
         with self._bad_lock:
             return key in self._bad
 
-    def read(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> tuple[ChunkCache | None, bool]:
+    def read(self, key: str, *, fingerprint: str, input_ids: Sequence[int] | None) -> tuple[ChunkCache | None, bool]:
         """Return the verified cache, or `None`, and whether there was a blob that cannot be used."""
         if self.is_bad(key):  # that was said already
             self._counters.add(misses=1)
@@ -116,14 +116,14 @@ class BlobReader:
     def _forget_bad(self) -> None:
         self._bad.clear()  # the parent's thread drops them
 
-    def _note_bad(self, key: str, fingerprint: str, input_ids: Sequence[int], dtype: str | None = None) -> None:
+    def _note_bad(self, key: str, fingerprint: str, input_ids: Sequence[int] | None, dtype: str | None = None) -> None:
         if self._lock is not None:
             self._forget([key])
             with self._bad_lock:
                 self._bad[key] = fingerprint, input_ids, dtype
             self._later(self.settle, key)
 
-    def _is_good(self, key: str, fingerprint: str, input_ids: Sequence[int], dtype: str | None) -> bool:
+    def _is_good(self, key: str, fingerprint: str, input_ids: Sequence[int] | None, dtype: str | None) -> bool:
         """Whether what is there now may stay; also where nothing is."""
         try:
             header, cache = self._files.read(key, fingerprint=fingerprint, input_ids=input_ids)
@@ -133,7 +133,7 @@ class BlobReader:
             return False
         return header.blob_format in ("exact", self._blob_format) and (dtype is None or cache.is_of(dtype))
 
-    def _look_again(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> ChunkCache | None:
+    def _look_again(self, key: str, *, fingerprint: str, input_ids: Sequence[int] | None) -> ChunkCache | None:
         """Read a blob once more: somebody may just have replaced a bad one."""
         try:
             header, cache = self._files.read(key, fingerprint=fingerprint, input_ids=input_ids)

@@ -26,7 +26,8 @@ def rebuild(catalog: Catalog, files: BlobFiles) -> int:
             header = files.read_header(key)
             if header.metadata.get("key") != key:
                 continue
-            row = CatalogRow(key, str(header.metadata["fingerprint"]), header.num_tokens, path.stat().st_size)
+            fingerprint, nbytes = str(header.metadata["fingerprint"]), path.stat().st_size
+            row = CatalogRow(key, fingerprint, header.num_tokens, nbytes, header.behind)
         except (BlobError, OSError, KeyError):
             continue
         found.append((row, header.entry))

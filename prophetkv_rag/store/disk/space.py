@@ -170,7 +170,7 @@ class Space:
 
     def _make_room(self, row: CatalogRow, entry: TextEntry | None, nbytes: int) -> bool:
         with self._catalog.transaction():
-            self._catalog.upsert(replace(row, nbytes=0), entry)
+            self._catalog.upsert(replace(row, nbytes=0, behind=None), entry)
             if not self._files.path(row.key).exists():  # a blob that somebody has removed takes no room
                 self._catalog.mark_lost([row.key])
         limits = self._limits

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prophetkv_rag.errors import StoreError
+from prophetkv_rag.errors import BlobError, StoreError
 from prophetkv_rag.store import (
     ChunkCache,
     DirectoryLock,
@@ -134,7 +134,7 @@ class DiskStore(CatalogedStore):
         if policy != "read_only":
             self.space.adopt()
 
-    def find(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> Lookup:
+    def find(self, key: str, *, fingerprint: str, input_ids: Sequence[int] | None) -> Lookup:
         """See `ChunkStore.find`."""
         self.files.path(key)  # a key that is none is an error
         if self.policy != "read_only" and self.space.use(key):
@@ -253,6 +253,28 @@ class DiskStore(CatalogedStore):
         keys = list(keys)
         self._later.drop(keys)
         self._ram.drop(keys)
+
+    def drop_caches(self, keys: Iterable[str]) -> None:
+        """See `ChunkStore.drop_caches`: a thread drops the blobs."""
+        keys = list(keys)
+        self.drop_from_memory(keys)
+        if self.policy != "read_only":
+            self._later.run(self._drop_traced, keys)
+
+    def _drop_traced(self, keys: Sequence[str]) -> None:
+        with self.directory_lock.exclusive(), self.catalog.transaction():
+            stale = [key for key in keys if self._is_stale(key)]
+            self.files.remove(stale)
+            self.catalog.drop_traced(stale)
+        self._ram.drop(stale)
+
+    def _is_stale(self, key: str) -> bool:
+        """Whether a blob bears the trace of a chunk that is not known any more; another may have been written since."""
+        try:
+            traces = self.files.read_header(key).behind.traces
+        except (BlobError, OSError):
+            return False
+        return len(self.known(traces)) < len(set(traces))
 
     def forget_deleted(self) -> None:
         """See `ChunkStore.forget_deleted`."""

@@ -86,7 +86,7 @@ class TieredStore(DiskStore):
             if records.num_to_delete():
                 self._settle()
 
-    def find(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> Lookup:
+    def find(self, key: str, *, fingerprint: str, input_ids: Sequence[int] | None) -> Lookup:
         """See `ChunkStore.find`: from RAM, from disk, else from the remote, if it answers in time."""
         begun, is_on_its_way = self._fetches.expected(key)
         here = super().find(key, fingerprint=fingerprint, input_ids=input_ids)
@@ -268,7 +268,7 @@ class TieredStore(DiskStore):
                 return False
             self.remote.records.add(key, len(found.data))
             self._ram.put(key, cache, fingerprint=fingerprint)
-            row = CatalogRow(key, fingerprint, cache.num_tokens, 0)
+            row = CatalogRow(key, fingerprint, cache.num_tokens, 0, cache.behind)
             if self.files.path(key).exists() or self.space.write(row, None, found.data, is_used=fetch.is_used):
                 return True
         return self._ram.holds(key)

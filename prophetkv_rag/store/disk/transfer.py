@@ -106,7 +106,7 @@ def import_caches(
                     continue
                 if expected != store.files.encryption_key:
                     data = store.files.seal(key, data if expected is None else unseal(data, expected, key=key))
-                row = CatalogRow(key, str(header.metadata["fingerprint"]), header.num_tokens, 0)
+                row = CatalogRow(key, str(header.metadata["fingerprint"]), header.num_tokens, 0, header.behind)
                 namespaces.learn(store.catalog, row.fingerprint, header.namespace)
                 with store.directory_lock.shared():
                     is_kept = store.space.write(row, header.entry, data, is_used=False)

@@ -139,10 +139,10 @@ def gc(store: CatalogedStore, live: Live | None = None, *, grace_s: float = GRAC
             for key in doomed:
                 path = store.files.path(key)
                 freed += path.stat().st_size if path.exists() else 0
-            store.files.remove(doomed)
-            store.catalog.delete(run, doomed)
+            _, traced = store.catalog.delete(run, doomed)
+            store.files.remove([*doomed, *traced])
             unreferenced += len(doomed)
-        store.drop_from_memory(doomed)  # when no query sees the chunks any more
+        store.drop_from_memory([*doomed, *traced])  # when no query sees the chunks any more
     remote = RemoteCollection() if store.remote is None else collect_remote(store.remote, grace_s)
     return GcReport(
         orphans, unreferenced, dropped, freed, remote.deleted, remote.waiting, remote_orphans=remote.orphans
@@ -171,13 +171,13 @@ def clear(store: CatalogedStore, namespace: str | None = None) -> int:
             # What no engine of this version has described yet has no namespace.
             if fingerprint not in others and (not namespace or fingerprint in named)
         ]
-        store.files.remove(keys)
-        store.catalog.delete(run, keys)
+        _, traced = store.catalog.delete(run, keys)
+        store.files.remove([*keys, *traced])
         doom_whole(run, named.difference(others))
         if namespace is None:
             write_mark(store.directory, None)  # any key may follow
             damaged(store.directory / "catalog.sqlite").unlink(missing_ok=True)
-    store.drop_from_memory(keys)  # when no query sees the chunks any more
+    store.drop_from_memory([*keys, *traced])  # when no query sees the chunks any more
     store.catalog.scrub()
     if store.remote is not None:
         settle_remote(store.remote)

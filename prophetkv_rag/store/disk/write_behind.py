@@ -51,7 +51,7 @@ class WriteBehind:
             self._nbytes += cache.nbytes
         self.run(self._write, key)
 
-    def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int]) -> ChunkCache | None:
+    def get(self, key: str, *, fingerprint: str, input_ids: Sequence[int] | None) -> ChunkCache | None:
         """Return a cache that waits, if it is the one that is meant."""
         with self._lock:
             found = self._waiting.get(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from prophetkv_rag.store import ChunkCache, DirectoryLock, TextEntry
@@ -9,6 +10,8 @@ from prophetkv_rag.store.blobs import BlobFiles, BlobFormat, decode_blob, encode
 from prophetkv_rag.store.catalog import Catalog, CatalogRow, namespaces
 from prophetkv_rag.store.disk.ram import RamTier
 from prophetkv_rag.store.disk.space import Space
+
+logger = logging.getLogger(__name__)
 
 
 class BlobWriter:
@@ -55,8 +58,16 @@ class BlobWriter:
         with self._lock.shared():
             if if_referenced and not self._catalog.has_references(key):
                 return
-            row, path = CatalogRow(key, fingerprint, cache.num_tokens, 0), self._files.path(key)
-            if path.exists():
+            traces = cache.behind.traces
+            if traces and len(self._catalog.known(traces)) < len(set(traces)):
+                logger.debug("the chunk cache %s is not kept: it was encoded behind a chunk deleted since", key)
+                return
+            row, path = CatalogRow(key, fingerprint, cache.num_tokens, 0, cache.behind), self._files.path(key)
+            is_there = path.exists()
+            is_other = is_there and self._catalog.behind(key).keys != cache.behind.keys
+            if is_other:
+                self._catalog.replaced(key)
+            elif is_there:
                 self._space.note_written(row, entry, path.stat().st_size, is_used=if_referenced)
                 if self._blob_format == "exact":  # else what is there may differ from what was computed
                     self._ram.put(key, cache, fingerprint=fingerprint)

@@ -213,10 +213,11 @@ def test_a_catalog_of_the_version_before_learns_what_its_blobs_take(tmp_path: Pa
     before = charged(store)
     store.close()
     with sqlite3.connect(tmp_path / "catalog.sqlite") as catalog:
-        for trigger in ("chunk_charged", "chunk_recharged", "chunk_gone"):
+        for trigger in ("chunk_charged", "chunk_recharged", "chunk_gone", "chunk_uncoupled"):
             catalog.execute(f"DROP TRIGGER {trigger}")
         catalog.execute("DROP INDEX chunks_by_fingerprint_and_rank")
         catalog.execute("DROP TABLE fingerprint_bytes")
+        catalog.execute("DROP TABLE behind")
         catalog.execute("DELETE FROM state WHERE name = 'deletes'")
         catalog.execute("PRAGMA user_version = 3")
     catalog.close()
