@@ -156,6 +156,7 @@ class ProphetKVEngine:
         *,
         owner: str = "engine",
         behind: Sequence[Sequence[str]] | None = None,
+        refresh: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """Compute and store the KV caches of chunks, as far as they are not stored yet.
@@ -168,8 +169,9 @@ class ProphetKVEngine:
             owner: Who refers to them; a cache lives as long as somebody does.
             behind: For each chunk, the texts of the chunks it is encoded behind, the last one right before it; only
                 those that the store knows or that are among `texts` count, and only as many as
-                `ProphetKVConfig.encoding` says. A chunk that is stored behind others is encoded anew. By default the
+                `ProphetKVConfig.encoding` says. A chunk that is stored without any is encoded anew. By default the
                 texts of one call are one document, in order (`"previous"`), or stand alone (`"neighbours"`).
+            refresh: Also encode anew what is stored behind others than most of those.
             progress: Called with (chunks computed so far, chunks to compute).
 
         Returns:
@@ -183,7 +185,7 @@ class ProphetKVEngine:
         if isinstance(texts, str):
             msg = "add_chunks got one string; give a list of chunks"
             raise InputError(msg)
-        return self.library.add(texts, owner=owner, behind=behind, progress=progress)
+        return self.library.add(texts, owner=owner, behind=behind, refresh=refresh, progress=progress)
 
     def remove_chunks(self, keys: Iterable[str], *, owner: str = "engine") -> list[str]:
         """Drop `owner`'s references; returns the keys of the caches that nobody refers to any more and are deleted."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from prophetkv_rag.chroma.document_order import Record, previous_texts
 from prophetkv_rag.chroma.records import PROPHETKV_ID, StoredRecord, batches, cache_keys
 from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.store import is_key
@@ -40,7 +41,9 @@ class CollectionCaches:
         """Cache the texts that these records hold, and correct the keys that they carry."""
         keys: dict[str, str | None] = {}
         try:
-            self.compute([record.document for record in stored.values()], keys, progress)
+            records = [Record(name, record.document, record.metadata) for name, record in stored.items()]
+            before = self.before(records, is_one_call=False)
+            self.compute([record.document for record in stored.values()], keys, progress, before)
             wanted = {name: keys.get(record.document or "") for name, record in stored.items()}
             stale = [name for name, record in stored.items() if record.key != wanted[name]]
             for batch in batches(stale, self.max_batch_size()):
@@ -50,14 +53,36 @@ class CollectionCaches:
             raise
         self.release_if_possible(stored[name].key for name in stale)
 
-    def compute(self, texts: Iterable[str | None], keys: dict[str, str | None], progress: Progress) -> None:
-        """Fill `keys` (text -> cache key, or `None` if it cannot be a chunk), computing what is missing."""
+    def before(self, records: Sequence[Record], *, is_one_call: bool) -> dict[str, list[str]]:
+        """Return the texts before each text in its document, where chunks are encoded behind those."""
+        encoding = self.engine.library.encoding
+        if encoding.kind != "previous":
+            return {}
+        return previous_texts(records, encoding.count, self._fetch, is_one_call=is_one_call)
+
+    def _fetch(self, names: Sequence[str]) -> list[Record]:
+        return [Record(name, found.document, found.metadata) for name, found in self.stored(names).items()]
+
+    def compute(
+        self,
+        texts: Iterable[str | None],
+        keys: dict[str, str | None],
+        progress: Progress,
+        before: Mapping[str, Sequence[str]],
+    ) -> None:
+        """Fill `keys` (text -> cache key, or `None` if it cannot be a chunk), computing what is missing.
+
+        `before` says which texts stand before a text in its document.
+        """
         wanted = list(dict.fromkeys(text for text in texts if text is not None))
         refused: list[InputError] = []
 
         def add(part: list[str]) -> None:
             try:
-                added: Sequence[str | None] = self.engine.add_chunks(part, owner=self.owner, progress=progress)
+                behind = [before.get(text, ()) for text in part]
+                added: Sequence[str | None] = self.engine.add_chunks(
+                    part, owner=self.owner, behind=behind, progress=progress
+                )
             except InputError as error:  # about one of them; the engine has stored none
                 if len(part) > 1:
                     add(part[: len(part) // 2])
@@ -82,7 +107,7 @@ class CollectionCaches:
         for batch in batches(ids, QUERY_SIZE):
             found = self.collection.get(ids=batch, include=["metadatas", "documents"])
             for name, metadata, document in zip(found["ids"], found["metadatas"], found["documents"], strict=True):
-                stored[name] = StoredRecord((metadata or {}).get(PROPHETKV_ID), document)
+                stored[name] = StoredRecord((metadata or {}).get(PROPHETKV_ID), document, metadata)
         return stored
 
     def release(self, keys: Iterable[str | None]) -> None:

@@ -13,7 +13,9 @@ import threading
 from typing import TYPE_CHECKING, Any, Literal
 
 from prophetkv_rag.chroma.caches import QUERY_SIZE, CollectionCaches, Progress
+from prophetkv_rag.chroma.document_order import Record
 from prophetkv_rag.chroma.locks import collection_lock
+from prophetkv_rag.chroma.neighbours import NeighbourPass
 from prophetkv_rag.chroma.records import (
     as_list,
     as_records,
@@ -41,12 +43,16 @@ class KVCachingCollection:
         collection: A collection of a persistent, ephemeral or HTTP client (not of an asynchronous one).
         engine: Computes and keeps the caches; its store's directory is the caller's choice, see `open_store`.
         progress: Called with (chunks computed so far, chunks to compute) while a write computes caches.
+        in_background: Whether a thread encodes what is written behind its neighbours, where the engine's encoding is
+            that; else `encode_behind_neighbours` is to be called.
 
     Raises:
         InputError: If the collection is one of an asynchronous client.
     """
 
-    def __init__(self, collection: Any, engine: ProphetKVEngine, *, progress: Progress = None) -> None:
+    def __init__(
+        self, collection: Any, engine: ProphetKVEngine, *, progress: Progress = None, in_background: bool = True
+    ) -> None:
         if isinstance(collection, KVCachingCollection):
             collection = collection.collection
         if inspect.iscoroutinefunction(collection.add):
@@ -56,9 +62,11 @@ class KVCachingCollection:
         self._pid = os.getpid()
         self.engine = engine
         self.progress = progress
+        self.in_background = in_background
         self.owner = str(collection.id)
         """Who refers to this collection's caches, in the store's words."""
         self._caches = CollectionCaches(collection, engine, self.owner)
+        self._neighbours = NeighbourPass(lambda: self.collection, engine, self.owner)
 
     @property
     def collection(self) -> Any:
@@ -132,6 +140,19 @@ class KVCachingCollection:
         with self._lock, self.engine.store.lease([writing(self.owner)]):
             for batch in batches(self.collection.get(include=[])["ids"], QUERY_SIZE):
                 self._caches.renew(self._caches.stored(batch), self.progress)
+
+    def encode_behind_neighbours(self, progress: Progress = None, *, refresh: bool = False) -> None:
+        """Encode every text of the collection behind its nearest neighbours, where the engine's encoding is that.
+
+        A write does that for its own records, in a thread; this waits for it, and does what is left.
+
+        Args:
+            progress: Called with (records looked at so far, all of them).
+            refresh: Also encode anew what stands behind others than most of its neighbours of today.
+        """
+        if self.engine.library.encoding.kind == "neighbours":
+            self._neighbours.wait()
+            self._neighbours.run(self.collection.get(include=[])["ids"], progress, refresh=refresh)
 
     # ---- deletes: Chroma first, then caches -------------------------------------------------------------------------
 
@@ -214,7 +235,9 @@ class KVCachingCollection:
             ]
             keys: dict[str, str | None] = {}
             try:
-                self._caches.compute(texts, keys, self.progress)
+                records = [Record(*record) for record in zip(names, texts, metadata_list, strict=True)]
+                before = self._caches.before(records, is_one_call=True)
+                self._caches.compute(texts, keys, self.progress, before)
                 columns["documents"] = None if documents is None else document_list
                 columns["metadatas"] = [
                     with_key(metadata, text, keys, clears=method != "add")
@@ -229,3 +252,5 @@ class KVCachingCollection:
             self._caches.release_if_possible(
                 old.key for old, text in renewed if text is not None and old.key != keys[text]
             )
+        if self.in_background and self.engine.library.encoding.kind == "neighbours" and any(keys.values()):
+            self._neighbours.later(names)

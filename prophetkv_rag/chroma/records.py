@@ -21,6 +21,7 @@ class StoredRecord:
 
     key: str | None
     document: str | None
+    metadata: Mapping[str, Any] | None = None
 
 
 def as_list(one_or_many: Any) -> list[Any]:

@@ -87,7 +87,7 @@ class ChunkEncoder:
         """Encode chunks behind others.
 
         Args:
-            chunks: Key -> token ids of the chunks to encode; where they are chained, documents in order.
+            chunks: Key -> token ids of the chunks to encode.
             behind: Key -> keys of the chunks before it, the last one right before it. Those that are neither among
                 `chunks` nor in the store are left out, and the farthest where the context window is too short.
 

@@ -121,6 +121,7 @@ class ChunkLibrary:
         *,
         owner: str,
         behind: Sequence[Sequence[str]] | None = None,
+        refresh: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """Compute and store what is missing, refer to all of it, and find it in prompts from now on.
@@ -146,8 +147,7 @@ class ChunkLibrary:
                 missing[key] = (input_ids, entry)
         before = self._before(texts, keys, behind)
         if behind is not None:
-            missing.update({key: wanted[key] for key in before if self._stands_elsewhere(key, before[key])})
-            missing = Wanted({key: wanted[key] for key in wanted if key in missing})  # documents in order
+            missing.update({key: wanted[key] for key in before if self._is_wanted_anew(key, before[key], refresh)})
         failed = self._compute(missing, before, progress)
         with self._owners_lock:
             self._writer.refer(owner, wanted)
@@ -230,7 +230,7 @@ class ChunkLibrary:
             return {}
         if behind is not None:
             known = dict(zip(texts, keys, strict=True)) if all(isinstance(text, str) for text in texts) else {}
-            found = [[known.get(text) or self._key_of(text) for text in before] for before in behind]
+            found = [[known.get(text) or self.key_of(text) for text in before] for before in behind]
         elif self.encoding.kind == "previous":
             found = [list(keys[max(0, number - count) : number]) for number in range(len(keys))]
         else:
@@ -244,12 +244,14 @@ class ChunkLibrary:
                 before[key] = tuple(dict.fromkeys(chosen))[-count:]
         return before
 
-    def _key_of(self, text: str) -> str:
+    def key_of(self, text: str) -> str:
+        """Return the key of the chunk with this text, whether or not it is known."""
         return self.identity.key(self.tokens.chunk(well_formed(text).strip()))
 
-    def _stands_elsewhere(self, key: str, before: Sequence[str]) -> bool:
-        """Whether the cache of a chunk is encoded behind other chunks than these."""
-        return self._writer.tried(self.store.behind, key, otherwise=ALONE).keys != tuple(before)
+    def _is_wanted_anew(self, key: str, before: Sequence[str], refresh: bool) -> bool:
+        """Whether a chunk is stored alone; with `refresh` also if most of what it stands behind is not in `before`."""
+        there = self._writer.tried(self.store.behind, key, otherwise=ALONE).keys
+        return 2 * len(set(before).intersection(there)) < len(before) if refresh else not there
 
     def _compute(
         self,

@@ -16,7 +16,7 @@ def waves(
     that the caches of neighbours are used again while they are at hand.
 
     Args:
-        lengths: Key -> number of tokens, chained documents in order.
+        lengths: Key -> number of tokens.
         behind: Key -> keys of the chunks before it, among these or not.
         batch_tokens: Upper bound of tokens in a batch, padding included (one chunk is always allowed).
         is_chained: Whether a chunk needs what it stands behind to be encoded first.
@@ -45,10 +45,10 @@ def _fits(keys: Sequence[str], lengths: Mapping[str, int], batch_tokens: int) ->
 
 
 def _chains(lengths: Mapping[str, int], behind: Mapping[str, Sequence[str]]) -> list[deque[str]]:
-    """Group what depends on each other, in the given order; a chunk joins the group of the last one before it."""
+    """Group what depends on each other; a chunk joins the group of the last one before it."""
     chain_of: dict[str, deque[str]] = {}
     chains: list[deque[str]] = []
-    for key in lengths:
+    for key in _in_order(lengths, behind):
         joined = [chain_of[one] for one in behind.get(key, ()) if one in chain_of]
         if joined:
             chain = joined[-1]
@@ -58,6 +58,23 @@ def _chains(lengths: Mapping[str, int], behind: Mapping[str, Sequence[str]]) -> 
         chain.append(key)
         chain_of[key] = chain
     return chains
+
+
+def _in_order(lengths: Mapping[str, int], behind: Mapping[str, Sequence[str]]) -> list[str]:
+    """Order chunks so that what stands before a chunk comes first; a circle is cut where it is met."""
+    ordered: dict[str, None] = {}
+    met: set[str] = set()
+    for first in lengths:
+        stack = [first]
+        while stack:
+            key = stack[-1]
+            left = [one for one in behind.get(key, ()) if one in lengths and one not in met]
+            met.add(key)
+            if left:
+                stack.append(left[0])
+            else:
+                ordered.setdefault(stack.pop())
+    return list(ordered)
 
 
 def _close_together(lengths: Mapping[str, int], behind: Mapping[str, Sequence[str]]) -> list[str]:

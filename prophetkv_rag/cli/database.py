@@ -46,6 +46,7 @@ class DatabaseSettings:
             (`ProphetKVConfig.prompt_template`); databases made by early versions stand behind the chat template's.
         cache_limit: Most bytes of caches on disk, or `None`.
         namespace_limit: Most bytes of each namespace's caches on disk, or `None`.
+        encoding: Which other chunks they are encoded behind (`ProphetKVConfig.encoding`).
         cache_format: How caches are written (`store.blobs.formats`).
         cache_policy: `"eager"` or `"on_first_use"` (`DiskStore`).
         remote: URL of the tier behind the disk (`store.disk.tiered`); "" for none.
@@ -68,6 +69,7 @@ class DatabaseSettings:
     remote_timeout: float | None = None
     key_file: str = ""
     namespace_limit: int | None = None
+    encoding: str = "plain"
 
     def store_options(self) -> dict[str, Any]:
         """Return what `open_disk_store` is called with."""
@@ -113,6 +115,7 @@ def find_settings(path: Path) -> DatabaseSettings | None:
             remote_timeout=None if values.get("remote_timeout") is None else float(values["remote_timeout"]),
             key_file=str(values.get("key_file", "")),
             namespace_limit=None if values.get("namespace_limit") is None else int(values["namespace_limit"]),
+            encoding=str(values.get("encoding", "plain")),
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -198,9 +201,24 @@ class Database:
                     self.collection.cache_existing()
                 finally:
                     self.collection.progress = None
+            self.encode_behind_neighbours()
         self.settings = replace(self.settings, cached_for=fingerprint)
         save_settings(self.path, self.settings)
         return 0 if is_current else count
+
+    def encode_behind_neighbours(self, *, refresh: bool = False) -> None:
+        """Do the second pass of an encoding behind neighbours, where it is left to do."""
+        if self.engine.library.encoding.kind == "neighbours":
+            title = "encoding chunks behind their neighbours"
+            with progress_bar(title, self.collection.count()) as advance:
+                done = 0
+
+                def progress(now: int, total: int) -> None:
+                    nonlocal done
+                    advance(now - done)
+                    done = now
+
+                self.collection.encode_behind_neighbours(progress, refresh=refresh)
 
     def close(self) -> None:
         """Release Chroma's and the caches' files."""
@@ -235,12 +253,13 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
             config or ProphetKVConfig(),
             prompt_template=frameworks.prompt_template_of(tokenizer) if settings.behind_prompt else None,
             lead_in=settings.lead_in or None,
+            encoding=settings.encoding,
         )
         store = open_disk_store(directory / BLOB_DIRECTORY, **options)
         must_be_unlocked(store.files)
         engine = ProphetKVEngine(model, tokenizer, config=config, store=store)
         client, chroma_collection = open_chroma(directory)
-        collection = KVCachingCollection(chroma_collection, engine)
+        collection = KVCachingCollection(chroma_collection, engine, in_background=False)
     vector_store = frameworks.vector_store(chroma_collection=collection)
     # LlamaIndex counts tokens with a global tokenizer; ours is the only model of this process.
     frameworks.set_global_tokenizer(token_counter(tokenizer))

@@ -25,6 +25,7 @@ from prophetkv_rag.cli.database import (
 )
 from prophetkv_rag.cli.documents import read_documents
 from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
+from prophetkv_rag.config import parse_encoding
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.text import decode_text
 
@@ -45,6 +46,14 @@ def index(
             metavar="FILE",
             help="Text file whose start all chunks are encoded behind, or 'none'; by default the database's, else the "
             "first document. Another one means that all KV caches are computed again.",
+        ),
+    ] = None,
+    encoding: Annotated[
+        str | None,
+        typer.Option(
+            help="Which other chunks a chunk is encoded behind: plain (none), previous (of its file) or neighbours "
+            "(nearest in the collection), with a number of them such as previous:2 (docs/quality.md). Another one "
+            "means that all KV caches are computed again.",
         ),
     ] = None,
     cache_limit: Annotated[
@@ -92,11 +101,16 @@ def index(
     documents = read_documents(directory, exclude=db)
     check_writable(db)
     remembered = find_settings(db)
+    chosen = str(parse_encoding(encoding or (remembered.encoding if remembered else "plain")))
+    default_lead_in = remembered.lead_in if remembered else lead_in_of(documents.files[0].text)
+    if chosen != "plain" and (remembered is None or remembered.encoding != chosen):
+        default_lead_in = ""  # the other chunks do what a lead-in is for
     settings = DatabaseSettings(
         model="",
         chunk_size=chunk_size or (remembered.chunk_size if remembered else DEFAULT_CHUNK_SIZE),
         cached_for=remembered.cached_for if remembered else "",
-        lead_in=_lead_in(lead_in, remembered.lead_in if remembered else lead_in_of(documents.files[0].text)),
+        lead_in=_lead_in(lead_in, default_lead_in),
+        encoding=chosen,
         behind_prompt=remembered.behind_prompt if remembered else True,
     )
     tier = RemoteOptions(remote, remote_limit, remote_timeout)
@@ -115,7 +129,8 @@ def index(
         save_settings(db, settings)
         database.bring_caches_up_to_date()
         summary = index_documents(database, directory, documents)
-        report = {"database": str(db), "model": settings.model, "chunk_size": settings.chunk_size, **asdict(summary)}
+        report = {"database": str(db), "model": settings.model, "chunk_size": settings.chunk_size}
+        report |= {"encoding": settings.encoding, **asdict(summary)}
         finish_uploads(database.engine.store)
         report["caches"] = cache_totals(database)
         report |= caches_not_kept(database)
@@ -181,7 +196,8 @@ def _print(report: dict[str, Any]) -> None:
     caches = report["caches"]
     console.print(
         f"{report['total_chunks']} chunks in {report['database']}, {report['new_chunks']} of them new, "
-        f"in {report['seconds']:.1f} s; KV caches: {caches['tokens']:,} tokens, {caches['nbytes'] / 1e6:,.0f} MB",
+        f"in {report['seconds']:.1f} s; KV caches: {caches['tokens']:,} tokens, {caches['nbytes'] / 1e6:,.0f} MB, "
+        f"encoding {report['encoding']}",
         markup=False,
         soft_wrap=True,
     )

@@ -37,7 +37,7 @@ def engine_on(store: ChunkStore, config: ProphetKVConfig) -> ProphetKVEngine:
 
 
 def found(engine: ProphetKVEngine, text: str) -> ChunkCache | None:
-    key = engine.library._key_of(text)
+    key = engine.library.key_of(text)
     return engine.store.find(key, fingerprint=engine.identity.fingerprint, input_ids=None).cache
 
 
@@ -54,7 +54,7 @@ def rotated(engine: ProphetKVEngine, cache: ChunkCache, start: int) -> list[tupl
 
 
 def assert_same(
-    found: list[tuple[torch.Tensor, torch.Tensor]], wanted: list[tuple[torch.Tensor, torch.Tensor]]
+    given: list[tuple[torch.Tensor, torch.Tensor]], wanted: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> None:
     for one, other in zip(given, wanted, strict=True):
         for tensor, reference in zip(one, other, strict=True):
@@ -145,7 +145,7 @@ def test_behind_neighbours_a_chunk_is_that_of_their_own_caches_joined(store: Chu
     for text, nearest in zip(DOCUMENT, NEAREST, strict=True):
         before = [stored(plain, one) for one in nearest]
         cache = stored(engine, text)
-        assert cache.behind.keys == tuple(engine.library._key_of(one) for one in nearest)
+        assert cache.behind.keys == tuple(engine.library.key_of(one) for one in nearest)
         assert cache.behind.through == ()
         assert_same(rotated(engine, cache, place(engine, nearest)), by_hand(engine, text, before))
 
@@ -204,7 +204,7 @@ def test_what_is_not_in_the_store_or_of_another_namespace_is_left_out(store: Chu
     engine = engine_on(store, NEIGHBOURS)
     engine.add_chunks([DOCUMENT[0], DOCUMENT[2]], behind=[[DOCUMENT[1], DOCUMENT[2]], [DOCUMENT[4], DOCUMENT[2]]])
     one, two = stored(engine, DOCUMENT[0]), stored(engine, DOCUMENT[2])
-    assert one.behind.keys == (engine.library._key_of(DOCUMENT[2]),)
+    assert one.behind.keys == (engine.library.key_of(DOCUMENT[2]),)
     assert two.behind.keys == ()  # neither what is not there, nor itself
 
 
@@ -214,7 +214,7 @@ def test_a_window_too_short_leaves_the_farthest_out(caplog: pytest.LogCaptureFix
     engine.library._encoder.context_window = len(engine.identity.prefix_ids) + lengths[1] + lengths[2]
     engine.add_chunks(DOCUMENT[:3])
     cache = stored(engine, DOCUMENT[2])
-    assert cache.behind.keys == (engine.library._key_of(DOCUMENT[1]),)
+    assert cache.behind.keys == (engine.library.key_of(DOCUMENT[1]),)
     assert "the farthest are left out" in caplog.text
 
 
@@ -235,9 +235,9 @@ def test_what_bears_a_deleted_chunks_trace_goes_with_it_and_is_computed_again(
     engine = engine_on(store, config)
     engine.add_chunks(DOCUMENT, behind=NEAREST if config is NEIGHBOURS else None)
     gone, traced, clean = deleted_keys(config, engine)
-    assert engine.remove_chunks([engine.library._key_of(gone)]) == [engine.library._key_of(gone)]
+    assert engine.remove_chunks([engine.library.key_of(gone)]) == [engine.library.key_of(gone)]
     store.flush()
-    keys = {text: engine.library._key_of(text) for text in DOCUMENT}
+    keys = {text: engine.library.key_of(text) for text in DOCUMENT}
     assert [keys[text] in store for text in traced] == [False] * len(traced)
     assert [keys[text] in store for text in clean] == [True] * len(clean)
     assert all(store.knows(keys[text]) for text in traced)
@@ -259,7 +259,7 @@ def test_a_cache_in_another_process_ram_is_not_used_after_a_delete(config: Proph
     prompt = Prompt("", [traced[0]], " Question: when?", glue="\n\n")
     for _ in range(2):  # from disk, then from its RAM
         assert other.prefill(prompt).report.chunks[0].status == "hit"
-    one.remove_chunks([one.library._key_of(gone)])
+    one.remove_chunks([one.library.key_of(gone)])
     report = other.prefill(prompt).report
     assert (report.chunks[0].status, report.chunks[0].behind) == ("miss", 0)
     for engine in (one, other):
@@ -271,7 +271,7 @@ def test_a_delete_while_a_dependant_is_encoded(store: ChunkStore, monkeypatch: p
     engine = engine_on(store, NEIGHBOURS)
     engine.add_chunks(DOCUMENT[:3])
     put: Callable[..., None] = store.put
-    key, gone = engine.library._key_of(DOCUMENT[0]), engine.library._key_of(DOCUMENT[1])
+    key, gone = engine.library.key_of(DOCUMENT[0]), engine.library.key_of(DOCUMENT[1])
 
     def delete_first(name: str, cache: ChunkCache, **options: object) -> None:
         if name == key:
@@ -295,7 +295,7 @@ def test_a_lost_cache_is_encoded_as_it_was(config: ProphetKVConfig, tmp_path: Pa
     engine.add_chunks(DOCUMENT, behind=NEAREST if config is NEIGHBOURS else None)
     text = DOCUMENT[4]
     before = stored(engine, text)
-    engine.store.files.path(engine.library._key_of(text)).unlink()
+    engine.store.files.path(engine.library.key_of(text)).unlink()
     report = engine.prefill(Prompt("", [text], " Question: when?", glue="\n\n")).report
     assert (report.chunks[0].status, report.chunks[0].behind) == ("miss", 2)
     engine.store.flush()
@@ -324,7 +324,7 @@ def test_a_catalog_made_again_knows_what_stood_before(config: ProphetKVConfig, t
     engine.store.close()
     (tmp_path / "catalog.sqlite").unlink()
     engine = engine_on(DiskStore(tmp_path), config)
-    engine.remove_chunks([engine.library._key_of(gone)])
-    assert not any(engine.library._key_of(text) in engine.store for text in traced)
-    assert all(engine.library._key_of(text) in engine.store for text in clean)
+    engine.remove_chunks([engine.library.key_of(gone)])
+    assert not any(engine.library.key_of(text) in engine.store for text in traced)
+    assert all(engine.library.key_of(text) in engine.store for text in clean)
     engine.store.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from prophetkv_rag.cli.cache.opened import DatabaseOption, JsonOption
@@ -10,7 +12,14 @@ from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries,
 from prophetkv_rag.cli.database import DEFAULT_DATABASE, check_packages, open_database, require_settings
 
 
-def warm(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> None:
+def warm(
+    db: DatabaseOption = DEFAULT_DATABASE,
+    refresh: Annotated[
+        bool,
+        typer.Option("--refresh", help="Also encode anew what stands behind others than most of its neighbours now."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Compute the caches that are missing, as far as the limit allows.
 
     Interrupted at any time, it goes on where it was: what is stored is not computed again. Exit status: 1 if the disk
@@ -37,6 +46,7 @@ def warm(db: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> 
             database.collection.cache_existing()
         database.collection.progress = None
         database.bring_caches_up_to_date()
+        database.encode_behind_neighbours(refresh=refresh)
         uploaded = push_caches(database.engine.store)
         stats = database.engine.store.stats()
         not_kept = caches_not_kept(database)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prophetkv_rag.errors import BlobError, StoreError
+from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store import (
     ChunkCache,
     DirectoryLock,
@@ -42,6 +42,7 @@ from prophetkv_rag.store.disk.read_ahead import ReadAhead
 from prophetkv_rag.store.disk.reader import BlobReader
 from prophetkv_rag.store.disk.settings import check_settings
 from prophetkv_rag.store.disk.space import Limits, Space
+from prophetkv_rag.store.disk.stale import drop_stale
 from prophetkv_rag.store.disk.upkeep import verify
 from prophetkv_rag.store.disk.write_behind import WriteBehind
 from prophetkv_rag.store.disk.writer import BlobWriter
@@ -262,19 +263,7 @@ class DiskStore(CatalogedStore):
             self._later.run(self._drop_traced, keys)
 
     def _drop_traced(self, keys: Sequence[str]) -> None:
-        with self.directory_lock.exclusive(), self.catalog.transaction():
-            stale = [key for key in keys if self._is_stale(key)]
-            self.files.remove(stale)
-            self.catalog.drop_traced(stale)
-        self._ram.drop(stale)
-
-    def _is_stale(self, key: str) -> bool:
-        """Whether a blob bears the trace of a chunk that is not known any more; another may have been written since."""
-        try:
-            traces = self.files.read_header(key).behind.traces
-        except (BlobError, OSError):
-            return False
-        return len(self.known(traces)) < len(set(traces))
+        self._ram.drop(drop_stale(keys, self.files, self.catalog, self.directory_lock))
 
     def forget_deleted(self) -> None:
         """See `ChunkStore.forget_deleted`."""
