@@ -24,7 +24,7 @@ MODEL, TOKENIZER = tiny_llama(), tiny_tokenizer()
 TEXTS = [text_of(12, seed=seed) for seed in range(7)]
 CONFIG = ProphetKVConfig(recompute_ratio=0.0, index_batch_tokens=64)
 CLEAN = ProphetKVEngine(MODEL, TOKENIZER, config=CONFIG)
-KEYS = CLEAN.add_chunks(TEXTS)
+CLEAN.add_chunks(TEXTS)
 NAMES = ("machine-first", "machine-second")
 BLOB_BYTES = 25_000  # about one of these texts' blobs
 limits, rams = st.sampled_from([0, 2 * BLOB_BYTES, 4 * BLOB_BYTES]), st.sampled_from([0, 3 * BLOB_BYTES])
@@ -35,8 +35,12 @@ names, texts, ids = st.sampled_from(NAMES), st.integers(0, len(TEXTS) - 1), st.s
 class StoreMachine(RuleBasedStateMachine):
     """The model is `held`: for each collection the text of each id."""
 
+    config = CONFIG
+
     def __init__(self) -> None:
         super().__init__()
+        identity = ProphetKVEngine(MODEL, TOKENIZER, config=self.config).identity
+        self.keys = [identity.key(chunk.input_ids) for chunk in CLEAN.read(" ".join(TEXTS)).chunks]
         self.directory = Path(tempfile.mkdtemp())
         self.client = chromadb.EphemeralClient()
         self.held: dict[str, dict[str, int]] = {name: {} for name in NAMES}
@@ -54,9 +58,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = DiskStore(
             self.directory, self.ram, max_bytes=self.limit, namespace_max_bytes=self.each, policy=self.policy
         )
-        self.engine = ProphetKVEngine(MODEL, TOKENIZER, config=CONFIG, store=self.store)
+        self.engine = ProphetKVEngine(MODEL, TOKENIZER, config=self.config, store=self.store)
         self.collections = {
-            name: KVCachingCollection(self.client.get_or_create_collection(name, embedding_function=None), self.engine)
+            name: KVCachingCollection(
+                self.client.get_or_create_collection(name, embedding_function=None), self.engine, in_background=False
+            )
             for name in NAMES
         }
 
@@ -80,9 +86,15 @@ class StoreMachine(RuleBasedStateMachine):
         prompt = "Read: " + " ".join(TEXTS[number] for number in wanted) + " So?"
         result = self.engine.prefill(prompt)
         known = {text for records in self.held.values() for text in records.values()}
-        assert [chunk.key for chunk in result.report.chunks] == [KEYS[number] for number in wanted if number in known]
+        assert [chunk.key for chunk in result.report.chunks] == [
+            self.keys[number] for number in wanted if number in known
+        ]
         assert all(chunk.status in ("hit", "miss") for chunk in result.report.chunks)
-        full = CLEAN.prefill(prompt)
+        if self.config is not CONFIG:
+            result = self.engine.prefill(prompt, recompute_ratio=1.0)
+            full = CLEAN.prefill(prompt, recompute_ratio=1.0)
+        else:
+            full = CLEAN.prefill(prompt)
         if len(result.report.chunks) == len(wanted):
             torch.testing.assert_close(result.logits, full.logits, atol=1e-4, rtol=1e-4)
 
@@ -112,10 +124,10 @@ class StoreMachine(RuleBasedStateMachine):
             return
         assert self.on_disk() <= min(self.limit, self.each)
         for name, records in self.held.items():
-            wanted = {KEYS[text] for text in records.values()}
+            wanted = {self.keys[text] for text in records.values()}
             assert set(self.store.references(self.collections[name].owner)) == wanted
-        known = {KEYS[text] for records in self.held.values() for text in records.values()}
-        assert {key for key in KEYS if self.store.knows(key)} == known
+        known = {self.keys[text] for records in self.held.values() for text in records.values()}
+        assert {key for key in self.keys if self.store.knows(key)} == known
         assert {path.stem for path in (self.directory / "blobs").rglob("*.safetensors")} <= known
         assert set(self.store._ram.keys()) <= known
         assert self.store._ram.nbytes <= self.ram
@@ -131,7 +143,44 @@ class StoreMachine(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
 
+class EncodedMachine(StoreMachine):
+    """The same, where chunks are encoded behind others: no blob bears the trace of what is not held any more."""
+
+    config = ProphetKVConfig(recompute_ratio=0.0, index_batch_tokens=64, encoding="neighbours:2")
+
+    @rule(name=names, refresh=st.booleans())
+    def encode(self, name: str, refresh: bool) -> None:
+        self.collections[name].encode_behind_neighbours(refresh=refresh)
+
+    @invariant()
+    def no_trace_is_left(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        known = {self.keys[text] for records in self.held.values() for text in records.values()}
+        for path in (self.directory / "blobs").rglob("*.safetensors"):
+            behind = self.store.files.read_header(path.stem).behind
+            assert set(behind.traces) <= known
+            assert self.store.behind(path.stem).keys == behind.keys
+
+
+class ChainedMachine(EncodedMachine):
+    """And behind the chunks before them in their document, here what was written in one call."""
+
+    config = ProphetKVConfig(recompute_ratio=0.0, index_batch_tokens=64, encoding="previous:2")
+
+    @rule(name=names, records=st.lists(ids, min_size=2, max_size=4, unique=True), data=st.data())
+    def upsert_document(self, name: str, records: list[str], data: st.DataObject) -> None:
+        document = [data.draw(texts) for _ in records]
+        self.collections[name].upsert(
+            ids=records,
+            documents=[TEXTS[text] for text in document],
+            embeddings=[[float(text), 1.0] for text in document],
+        )
+        self.held[name] |= dict(zip(records, document, strict=True))
+
+
+TestEncodedStore = EncodedMachine.TestCase
+TestChainedStore = ChainedMachine.TestCase
 TestStoreAgainstADictionary = StoreMachine.TestCase
-TestStoreAgainstADictionary.settings = settings(
-    max_examples=8, stateful_step_count=20, deadline=None, derandomize=True, database=None
-)
+for case in (TestEncodedStore, TestChainedStore, TestStoreAgainstADictionary):
+    case.settings = settings(max_examples=8, stateful_step_count=20, deadline=None, derandomize=True, database=None)

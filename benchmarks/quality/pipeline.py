@@ -1,0 +1,244 @@
+"""What chunks are encoded behind, measured through a whole pipeline: documents, a retriever, questions.
+
+    python benchmarks/quality/pipeline.py --squad dev-v2.0.json --questions 24 --out rows.jsonl
+    python benchmarks/quality/pipeline.py --data hotpotqa.jsonl --model DIR --out rows.jsonl
+
+Documents are cut into chunks of `--chunk-tokens` tokens, embedded by the shipped embedder and indexed once for each
+`--encoding`; each question retrieves its nearest `--top-k` chunks of the whole collection, nearest first, and is asked
+with LlamaIndex's default prompt. Every arm is compared with full prefill of the same prompt (KL over its own greedy
+answer). With `--out` an interrupted run goes on where it stopped. `control:shuffled` and `control:random` are
+`neighbours:3` with the neighbours' order turned round, and with chunks drawn at random instead of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from llama_index.core.node_parser import SentenceSplitter
+
+from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
+from prophetkv_rag.defaults import MiniLMEmbedder, fetch_default_model
+from prophetkv_rag.evaluation.quality import bootstrap_mean, full_prefill
+from prophetkv_rag.evaluation.quality.fidelity import compare
+from prophetkv_rag.evaluation.tasks.prompting import user_turn
+from prophetkv_rag.evaluation.tasks.questions import read_questions
+from prophetkv_rag.model import load_model
+
+BEFORE = "Context information is below.\n---------------------\n"
+AFTER = (
+    "\n---------------------\nGiven the context information and not prior knowledge, answer the query.\n"
+    "Query: {question}\nAnswer: "
+)
+ENCODINGS = ("opening", "lead-in", "previous:2", "neighbours:3")
+PAPER = ("opening", 0.2)
+"""What the paper's recipe comes to here: chunks behind the opening, 20% recomputed."""
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Chunks in order, the document of each, and their embeddings, of length 1."""
+
+    chunks: list[str]
+    document_of: list[int]
+    embeddings: torch.Tensor
+
+
+def documents_and_questions(options: argparse.Namespace) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the texts to index, and (id, question) to ask."""
+    if options.squad is not None:
+        opened = gzip.open if options.squad.suffix == ".gz" else open
+        with opened(options.squad, "rt", encoding="utf-8") as file:
+            articles = json.load(file)["data"][: options.documents]
+        texts = ["\n\n".join(one["context"] for one in article["paragraphs"]) for article in articles]
+        asked = [
+            (answer["id"], answer["question"])
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for answer in paragraph["qas"]
+            if answer["answers"]
+        ]
+        return texts, random.Random(options.seed).sample(asked, options.questions)
+    rows = read_questions(options.data, limit=options.rows)
+    texts = list(dict.fromkeys(passage for row in rows for passage in row.passages))
+    return texts, [(row.id, row.question) for row in rows[: options.questions]]
+
+
+def collect(texts: Sequence[str], embedder: MiniLMEmbedder, tokenizer: Any, chunk_tokens: int) -> Collection:
+    """Cut the documents into chunks and embed these."""
+    splitter = SentenceSplitter(
+        chunk_size=chunk_tokens,
+        chunk_overlap=0,
+        tokenizer=lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+    )
+    cut = [(chunk, number) for number, text in enumerate(texts) for chunk in splitter.split_text(text)]
+    chunks = list(dict.fromkeys(chunk for chunk, _ in cut))
+    of_chunk = {chunk: number for chunk, number in reversed(cut)}
+    embeddings = torch.tensor(embedder.embed(chunks))
+    return Collection(chunks, [of_chunk[chunk] for chunk in chunks], embeddings)
+
+
+def before_each(collection: Collection, encoding: str, seed: int) -> list[list[str]]:
+    """Return the texts that each chunk stands behind."""
+    kind, _, number = encoding.partition(":")
+    chunks, documents = collection.chunks, collection.document_of
+    if kind == "previous":
+        return [
+            [chunks[one] for one in range(max(0, n - int(number)), n) if documents[one] == documents[n]]
+            for n in range(len(chunks))
+        ]
+    draw = random.Random(seed)
+    likeness = collection.embeddings @ collection.embeddings.T
+    likeness.fill_diagonal_(-2)
+    count = 3 if kind == "control" else int(number)
+    nearest = [[chunks[one] for one in row] for row in likeness.topk(count).indices.flip(1).tolist()]
+    if encoding == "control:shuffled":
+        return [row[::-1] for row in nearest]
+    if encoding == "control:random":
+        return [draw.sample([one for one in chunks if one != chunk], count) for chunk in chunks]
+    return nearest
+
+
+def engine_of(default: ProphetKVEngine, encoding: str, opening: str, lead_in: str) -> ProphetKVEngine:
+    """Return an engine on the same model whose chunks are encoded so; `lead-in+previous:2` is both."""
+    parts = encoding.split("+")
+    counted = [part for part in parts if ":" in part]
+    name = "neighbours:3" if counted and counted[0].startswith("control") else (counted or ["plain"])[0]
+    config = replace(
+        default.config,
+        prompt_template=f"{opening}{{context}}",
+        lead_in=lead_in if "lead-in" in parts else None,
+        encoding=name,
+    )
+    return ProphetKVEngine(default.model, default.tokenizer, config=config)
+
+
+def main() -> None:
+    """Measure what is missing, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--squad", type=Path, help="SQuAD's JSON: its articles are indexed whole.")
+    source.add_argument("--data", type=Path, help="JSON lines of questions with passages: these are indexed.")
+    parser.add_argument("--model", help="Model directory; SmolLM2-135M-Instruct by default.")
+    parser.add_argument("--documents", type=int, default=16, help="Articles of --squad.")
+    parser.add_argument("--rows", type=int, default=40, help="Rows of --data whose passages are indexed.")
+    parser.add_argument("--questions", type=int, default=24)
+    parser.add_argument("--chunk-tokens", type=int, default=256)
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--answer-tokens", type=int, default=24)
+    parser.add_argument("--encoding", action="append", help=f"Repeatable; by default {', '.join(ENCODINGS)}.")
+    parser.add_argument("--ratio", type=float, action="append", help="Repeatable; by default 0, 0.05, 0.1, 0.2.")
+    parser.add_argument("--strategy", default="prophetkv")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="Rows are kept here.")
+    options = parser.parse_args()
+    encodings, ratios = options.encoding or list(ENCODINGS), options.ratio or [0.0, 0.05, 0.1, 0.2]
+
+    model, tokenizer = load_model(str(options.model or fetch_default_model()))
+    default = ProphetKVEngine(model, tokenizer, config=ProphetKVConfig(strategy=options.strategy))
+    texts, questions = documents_and_questions(options)
+    embedder = MiniLMEmbedder()
+    collection = collect(texts, embedder, tokenizer, options.chunk_tokens)
+    asked = torch.tensor(embedder.embed([question for _, question in questions]))
+    found = (asked @ collection.embeddings.T).topk(options.top_k).indices.tolist()
+    needed = {collection.chunks[one] for row in found for one in row}
+    lead_in = next(chunk for chunk in collection.chunks if chunk not in needed)
+    opening, _ = user_turn(tokenizer, BEFORE, AFTER)
+
+    settings = {
+        "source": (options.squad or options.data).name,
+        "model": Path(str(options.model or "SmolLM2-135M-Instruct")).name,
+        **{name: getattr(options, name) for name in ("chunk_tokens", "top_k", "answer_tokens", "strategy", "seed")},
+        "chunks": len(collection.chunks),
+    }
+    rows = _kept(options.out, settings)
+    engines: dict[str, ProphetKVEngine] = {}
+    for encoding in encodings:
+        if all((encoding, ratio, name) in rows for ratio in ratios for name, _ in questions):
+            continue
+        engine = engines[encoding] = engine_of(default, encoding, opening, lead_in)
+        started = time.perf_counter()
+        is_plain = engine.config.encoding == "plain"
+        behind = None if is_plain else before_each(collection, encoding.split("+")[-1], options.seed)
+        if engine.config.encoding.startswith("neighbours"):  # as in a collection: alone first
+            engine.add_chunks(collection.chunks)
+        engine.add_chunks(collection.chunks, behind=behind)
+        sys.stderr.write(f"{encoding}: {len(collection.chunks)} chunks in {time.perf_counter() - started:.1f} s\n")
+
+    for row, (name, question) in zip(found, questions, strict=True):
+        missing = [(e, r) for e in encodings for r in ratios if (e, r, name) not in rows]
+        if not missing:
+            continue
+        head, tail = user_turn(tokenizer, BEFORE, AFTER.format(question=question))
+        prompt = Prompt(head, [collection.chunks[one] for one in row], tail, query=question, glue="\n\n")
+        truth = full_prefill(default, prompt, answer_tokens=options.answer_tokens)
+        for encoding, ratio in missing:
+            result = engines[encoding].prefill(prompt, recompute_ratio=ratio)
+            fidelity = compare(default, truth, result, score_tokens=1)
+            rows[encoding, ratio, name] = fidelity.kl, fidelity.top1_agreement
+            if options.out is not None:
+                with options.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([encoding, ratio, name, fidelity.kl, fidelity.top1_agreement]) + "\n")
+        sys.stderr.write(f"{name}: {result.report.prompt_tokens} tokens\n")
+    _print(rows, settings, encodings, ratios, [name for name, _ in questions])
+
+
+Rows = dict[tuple[str, float, str], tuple[float, float]]
+"""(encoding, ratio, question) -> KL, agreement."""
+
+
+def _kept(out: Path | None, settings: dict[str, Any]) -> Rows:
+    if out is None or not out.exists():
+        if out is not None:
+            out.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        return {}
+    first, *lines = out.read_text(encoding="utf-8").splitlines()
+    if json.loads(first) != settings:
+        sys.exit(f"error: {out} holds rows of other settings: {first}; give another --out")
+    kept = [json.loads(line) for line in lines]
+    return {(encoding, ratio, name): (kl, agreement) for encoding, ratio, name, kl, agreement in kept}
+
+
+def _print(
+    rows: Rows, settings: dict[str, Any], encodings: Sequence[str], ratios: Sequence[float], names: Sequence[str]
+) -> None:
+    write = sys.stdout.write
+    write(", ".join(f"{key} {value}" for key, value in settings.items()) + f", {len(names)} questions\n\n")
+    write("| chunks encoded behind | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |\n")
+    write("|---|" + "---|" * len(ratios) + "\n")
+    by_arm: dict[tuple[str, float], list[tuple[float, float]]] = defaultdict(list)
+    for encoding in encodings:
+        for ratio in ratios:
+            by_arm[encoding, ratio] = [rows[encoding, ratio, name] for name in names]
+        cells = [
+            f"{sum(kl for kl, _ in arm) / len(arm):.3f} ({sum(same for _, same in arm) / len(arm):.0%})"
+            for arm in (by_arm[encoding, ratio] for ratio in ratios)
+        ]
+        write(f"| {encoding} | " + " | ".join(cells) + " |\n")
+    write("\nMean KL in nats (share of the answer's tokens that stay the same).\n")
+    if PAPER not in by_arm:
+        return
+    write(f"Paired with {PAPER[0]} at {PAPER[1]:.0%}, 95% bootstrap:\n")
+    for (encoding, ratio), arm in by_arm.items():
+        differences = [kl - base for (kl, _), (base, _) in zip(arm, by_arm[PAPER], strict=True)]
+        if (encoding, ratio) != PAPER:
+            mean = bootstrap_mean(differences)
+            lower = sum(difference < 0 for difference in differences)
+            write(
+                f"  {encoding:14} {ratio:4.0%}  {mean.mean:+.3f} ({mean.low:+.3f} to {mean.high:+.3f}), "
+                f"lower on {lower} of {len(differences)}\n"
+            )
+
+
+if __name__ == "__main__":
+    main()
