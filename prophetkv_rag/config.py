@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, get_args
 from prophetkv_rag.errors import InputError
 
 LEAD_IN_TOKENS = 256
-"""Longest lead-in, in tokens; in a short context window an eighth of it at most."""
+"""Longest lead-in by default, in tokens; in a short context window an eighth of it at most."""
 
 PLACEHOLDER = re.compile(r"\{context\w*\}")
 """Where the chunks stand in `ProphetKVConfig.prompt_template`."""
@@ -75,11 +75,12 @@ class ProphetKVConfig:
         prompt_template: The application's prompt, with `{context}` (or `{context_str}`, ...) where the chunks stand: a
             text as it is, or chat messages (`[{"role": ..., "content": ...}]`). Chunks are encoded behind what stands
             before it, as they will stand in prompts. `None` for BOS and the chat template's opening of a user message.
-        lead_in: Text of the same kind as the chunks, such as one of the documents; its first 256 tokens stand behind
-            the prompt's opening. A chunk's cache then resembles that of a passage in the middle of such a prompt
+        lead_in: Text of the same kind as the chunks, such as one of the documents; its first `lead_in_tokens` stand
+            behind the prompt's opening. A chunk's cache then resembles that of a passage in the middle of such a prompt
             rather than at its start, at no cost at query time (docs/quality.md says what both gain). It leaves its
             trace in every cache, so take a text that you trust and that all readers of the collection may see.
             `None` for none, as in the papers.
+        lead_in_tokens: Longest lead-in; best as long as the chunks are (Star Attention, arXiv 2411.17116, Table 4).
         encoding: Which other chunks a chunk is encoded behind, after the prefix: none (`"plain"`, as in the paper), the
             chunks before it in its document (`"previous:2"`: two of them), or its nearest neighbours in the collection
             (`"neighbours:3"`, as in FusionRAG, arXiv 2601.12904). They leave their trace in its cache, so a deleted
@@ -101,6 +102,7 @@ class ProphetKVConfig:
     encoding_prefix: str | tuple[int, ...] | None = None
     prompt_template: str | Sequence[Mapping[str, str]] | None = None
     lead_in: str | None = None
+    lead_in_tokens: int = LEAD_IN_TOKENS
     encoding: str = "plain"
     index_batch_tokens: int = 2048
     max_prompt_tokens: int | None = None
@@ -117,6 +119,9 @@ class ProphetKVConfig:
         parse_encoding(self.encoding)
         if self.prompt_template is not None:
             _check_template(self.prompt_template)
+        if self.lead_in_tokens < 1:
+            msg = f"lead_in_tokens is {self.lead_in_tokens}; it must be at least 1 (lead_in=None is for no lead-in)"
+            raise ValueError(msg)
         if self.index_batch_tokens < 1:
             msg = f"index_batch_tokens is {self.index_batch_tokens}; it must be at least 1"
             raise ValueError(msg)

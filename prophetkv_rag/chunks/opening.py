@@ -7,7 +7,7 @@ from typing import Any
 
 from prophetkv_rag.chunks.encode import encode_prefix
 from prophetkv_rag.chunks.library import ChunkLibrary
-from prophetkv_rag.config import LEAD_IN_TOKENS, ProphetKVConfig, parse_encoding
+from prophetkv_rag.config import ProphetKVConfig, parse_encoding
 from prophetkv_rag.model import ModelState, ModelSupport, tokenizer_fingerprint
 from prophetkv_rag.prompt import Tokens
 from prophetkv_rag.store import CacheIdentity, ChunkStore
@@ -41,7 +41,7 @@ def open_library(
     prefix_ids = tokens.encoding_prefix(
         config,
         # A lead-in must leave most of a short window to the chunk.
-        max_lead_in_tokens=min(LEAD_IN_TOKENS, context_window // 8),
+        max_lead_in_tokens=min(config.lead_in_tokens, context_window // 8),
     )
     encoding = parse_encoding(config.encoding)
     return ChunkLibrary(

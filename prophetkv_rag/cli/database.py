@@ -47,6 +47,7 @@ class DatabaseSettings:
         cache_limit: Most bytes of caches on disk, or `None`.
         namespace_limit: Most bytes of each namespace's caches on disk, or `None`.
         encoding: Which other chunks they are encoded behind (`ProphetKVConfig.encoding`).
+        lead_in_tokens: Longest lead-in: the chunk size, in databases of this version.
         cache_format: How caches are written (`store.blobs.formats`).
         cache_policy: `"eager"` or `"on_first_use"` (`DiskStore`).
         remote: URL of the tier behind the disk (`store.disk.tiered`); "" for none.
@@ -70,6 +71,7 @@ class DatabaseSettings:
     key_file: str = ""
     namespace_limit: int | None = None
     encoding: str = "plain"
+    lead_in_tokens: int = LEAD_IN_TOKENS
 
     def store_options(self) -> dict[str, Any]:
         """Return what `open_disk_store` is called with."""
@@ -87,9 +89,9 @@ class DatabaseSettings:
         return options
 
 
-def lead_in_of(text: str) -> str:
+def lead_in_of(text: str, num_tokens: int = LEAD_IN_TOKENS) -> str:
     """Return as much of a document as a lead-in can use (the engine cuts it to its number of tokens)."""
-    return text[: 8 * LEAD_IN_TOKENS]
+    return text[: 8 * num_tokens]
 
 
 def find_settings(path: Path) -> DatabaseSettings | None:
@@ -116,6 +118,7 @@ def find_settings(path: Path) -> DatabaseSettings | None:
             key_file=str(values.get("key_file", "")),
             namespace_limit=None if values.get("namespace_limit") is None else int(values["namespace_limit"]),
             encoding=str(values.get("encoding", "plain")),
+            lead_in_tokens=int(values.get("lead_in_tokens", LEAD_IN_TOKENS)),
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -201,14 +204,17 @@ class Database:
                     self.collection.cache_existing()
                 finally:
                     self.collection.progress = None
-            self.encode_behind_neighbours()
+            self.complete_encoding()
         self.settings = replace(self.settings, cached_for=fingerprint)
         save_settings(self.path, self.settings)
         return 0 if is_current else count
 
-    def encode_behind_neighbours(self, *, refresh: bool = False) -> None:
-        """Do the second pass of an encoding behind neighbours, where it is left to do."""
-        if self.engine.library.encoding.kind == "neighbours":
+    def complete_encoding(self, *, refresh: bool = False) -> None:
+        """Encode what has lost a chunk it stood behind, and do the second pass of an encoding behind neighbours."""
+        kind = self.engine.library.encoding.kind
+        if kind == "previous":
+            self.collection.cache_existing()
+        if kind == "neighbours":
             title = "encoding chunks behind their neighbours"
             with progress_bar(title, self.collection.count()) as advance:
                 done = 0
@@ -253,6 +259,7 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
             config or ProphetKVConfig(),
             prompt_template=frameworks.prompt_template_of(tokenizer) if settings.behind_prompt else None,
             lead_in=settings.lead_in or None,
+            lead_in_tokens=settings.lead_in_tokens,
             encoding=settings.encoding,
         )
         store = open_disk_store(directory / BLOB_DIRECTORY, **options)

@@ -101,15 +101,18 @@ def index(
     documents = read_documents(directory, exclude=db)
     check_writable(db)
     remembered = find_settings(db)
+    size = chunk_size or (remembered.chunk_size if remembered else DEFAULT_CHUNK_SIZE)
+    lead_in_tokens = remembered.lead_in_tokens if remembered else size
     chosen = str(parse_encoding(encoding or (remembered.encoding if remembered else "plain")))
-    default_lead_in = remembered.lead_in if remembered else lead_in_of(documents.files[0].text)
+    default_lead_in = remembered.lead_in if remembered else lead_in_of(documents.files[0].text, lead_in_tokens)
     if chosen != "plain" and (remembered is None or remembered.encoding != chosen):
         default_lead_in = ""  # the other chunks do what a lead-in is for
     settings = DatabaseSettings(
         model="",
-        chunk_size=chunk_size or (remembered.chunk_size if remembered else DEFAULT_CHUNK_SIZE),
+        chunk_size=size,
         cached_for=remembered.cached_for if remembered else "",
-        lead_in=_lead_in(lead_in, default_lead_in),
+        lead_in=_lead_in(lead_in, lead_in_tokens, default_lead_in),
+        lead_in_tokens=lead_in_tokens,
         encoding=chosen,
         behind_prompt=remembered.behind_prompt if remembered else True,
     )
@@ -172,13 +175,13 @@ def print_not_kept(report: dict[str, Any], db: Path) -> None:
         )
 
 
-def _lead_in(wanted: str | None, otherwise: str) -> str:
+def _lead_in(wanted: str | None, num_tokens: int, otherwise: str) -> str:
     if wanted is None:
         return otherwise
     if wanted == "none":
         return ""
     try:
-        return lead_in_of(decode_text(Path(wanted).read_bytes()))
+        return lead_in_of(decode_text(Path(wanted).read_bytes()), num_tokens)
     except (OSError, InputError) as error:
         msg = f"--lead-in: {wanted} cannot be read as text ({error}); give a text file, or 'none'"
         raise InputError(msg) from error

@@ -84,8 +84,8 @@ def index_documents(
             summary.removed.append(file_name)
     _insert(database, nodes)
     database.index.vector_store.delete_nodes(sorted(old_ids - {node.node_id for node in nodes}))
-    if nodes:
-        database.encode_behind_neighbours()
+    if nodes or old_ids:  # deleted chunks have taken along what was encoded behind them
+        database.complete_encoding()
     summary.new_chunks = len(nodes)
     summary.total_chunks = database.collection.count()
     summary.seconds = time.perf_counter() - started

@@ -40,6 +40,39 @@ def test_chunks_are_encoded_behind_the_first_document(run: Run, fails: Run, docs
     assert "none.txt cannot be read" in fails("index", docs, "--lead-in", "none.txt")
 
 
+@pytest.mark.parametrize("encoding", ["previous:2", "neighbours:2"])
+def test_chunks_are_encoded_behind_others_and_what_loses_one_is_encoded_anew(
+    run: Run, docs: Path, encoding: str
+) -> None:
+    first = index_tiny(run, docs, "--chunk-size", 64, "--encoding", encoding)
+    assert first["encoding"] == encoding
+    settings = json.loads((Path(".prophetkv") / "prophetkv-rag.json").read_text())
+    assert (settings["encoding"], settings["lead_in"], settings["lead_in_tokens"]) == (encoding, "", 64)
+
+    def behind(question: str) -> list[int]:
+        answer = run("ask", question, "--top-k", 50, "--max-new-tokens", 1, "--json")
+        assert {chunk["status"] for chunk in answer["report"]["chunks"]} == {"hit"}
+        return sorted(chunk["behind"] for chunk in answer["report"]["chunks"])
+
+    before = behind("What did people watch?")
+    assert max(before) == 2
+    assert before.count(0) == (2 if encoding == "previous:2" else 0)  # the first chunk of each of the two files
+    text = (docs / "one.txt").read_text()
+    (docs / "one.txt").write_text("A beginning of its own.\n\n" + text[len(text) // 3 :])
+    again = index_tiny(run, docs)
+    assert again["encoding"] == encoding
+    assert max(behind("What did people watch?")) == 2
+    assert "0 caches computed" in run("cache", "warm")
+    assert "caches computed" in run("cache", "warm", "--refresh")
+    plain = index_tiny(run, docs, "--encoding", "plain")
+    assert plain["encoding"] == "plain"
+    assert set(behind("What did people watch?")) == {0}
+
+
+def test_an_encoding_that_is_none(fails: Run, docs: Path) -> None:
+    assert "allowed: plain, previous, neighbours" in fails("index", docs, "--encoding", "nearest")
+
+
 def test_only_what_changed_is_indexed_again(run: Run, docs: Path) -> None:
     before = index_tiny(run, docs)
     again = index_tiny(run, docs)

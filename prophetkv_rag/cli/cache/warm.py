@@ -46,7 +46,7 @@ def warm(
             database.collection.cache_existing()
         database.collection.progress = None
         database.bring_caches_up_to_date()
-        database.encode_behind_neighbours(refresh=refresh)
+        database.complete_encoding(refresh=refresh)
         uploaded = push_caches(database.engine.store)
         stats = database.engine.store.stats()
         not_kept = caches_not_kept(database)
