@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prophetkv_rag.config import ProphetKVConfig
+from prophetkv_rag.config import ProphetKVConfig, parse_encoding
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.store import write_file
 
@@ -20,10 +20,11 @@ PROMPT, CORPUS = "prompt", "corpus"
 
 def encoding_of(config: ProphetKVConfig) -> str:
     """Return what an engine of these settings encodes chunks behind, as it stands behind the `@`; "" for neither."""
-    if config.encoding_prefix is not None:  # which is then all there is
-        return ""
     parts = ((PROMPT, config.prompt_template), (CORPUS, config.lead_in))
-    return "+".join(name for name, given in parts if given is not None)
+    # An encoding prefix of the caller's is all there is of prefixes.
+    names = [name for name, given in parts if given is not None and config.encoding_prefix is None]
+    encoding = parse_encoding(config.encoding)
+    return "+".join(names if encoding.kind == "plain" else [*names, str(encoding)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,12 @@ class Profile:
         return replace(config, strategy=best.spec, recompute_ratio=best.recompute_ratio)
 
     def _not_measured(self, encoding: str) -> str:
+        if ":" in encoding:
+            others = encoding.rpartition("+")[2]
+            return (
+                f"the profile says nothing of encoding={others!r}, which `calibrate` does not measure; leave the "
+                "profile or the encoding out"
+            )
         wanted = f"prophetkv@{encoding}" if encoding else "prophetkv"
         known = ", ".join(one.strategy for one in self.strategies) or "nothing"
         return (

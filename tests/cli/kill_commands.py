@@ -38,6 +38,7 @@ from tests.tiny import save_tiny, save_tiny_encoder, text_of
 torch.set_num_threads(1)  # a fork of a process whose OpenMP has started threads hangs in its first parallel region
 
 COMMANDS = ("index", "index", "warm", "warm", "gc", "clear")
+ENCODINGS = ("plain", "previous:2", "neighbours:2")
 EVENTS = ("open", "os.remove", "os.rename", "os.mkdir", "fcntl.flock")
 ROUNDS_PER_DATABASE = 10
 
@@ -107,15 +108,19 @@ def look(database: Path, seed: int, *, is_cleared: bool) -> None:
         assert carried <= held, "records refer to caches that the store does not hold for them"
         assert all(engine.store.knows(key) for key in carried)
         assert all(key in engine.chunk_index for key in carried), "every record's text is found in prompts"
+    for path in (database / "prophetkv" / "blobs").rglob("*.safetensors"):
+        traces = engine.store.files.read_header(path.stem).behind.traces
+        assert engine.store.known(traces) == set(traces), "a cache outlived what left its trace in it"
     texts = collection.get(include=["documents"])["documents"]
     picked = random.Random(seed).sample(texts, min(3, len(texts)))
     if picked:
-        found = engine.prefill("Read: " + " ".join(picked) + " So?", recompute_ratio=0.0)
+        ratio = 0.0 if engine.config.encoding == "plain" else 1.0  # what stands before a chunk is not the same there
+        found = engine.prefill("Read: " + " ".join(picked) + " So?", recompute_ratio=ratio)
         clean = ProphetKVEngine(engine.model, engine.tokenizer, config=engine.config)
         clean.add_chunks(
             [text for text in picked if clean.library.identity.key(_ids(clean, text)) in engine.chunk_index]
         )
-        wanted = clean.prefill("Read: " + " ".join(picked) + " So?", recompute_ratio=0.0)
+        wanted = clean.prefill("Read: " + " ".join(picked) + " So?", recompute_ratio=ratio)
         assert len(found.report.chunks) == len(wanted.report.chunks)
         torch.testing.assert_close(found.logits, wanted.logits, atol=1e-4, rtol=1e-4)
     opened.close()
@@ -196,9 +201,10 @@ def run(trials: int, seed: int) -> Counter[str]:
             docs.mkdir()
             for name in range(4):
                 (docs / f"{name}.txt").write_text(text_of(60, seed=name))
-            assert forked(partial(command, "index", str(docs), "--chunk-size", "64", database=database)) == 0
+            arguments = ("index", str(docs), "--chunk-size", "64", "--encoding", ENCODINGS[number % len(ENCODINGS)])
+            assert forked(partial(command, *arguments, database=database)) == 0
             is_cleared, steps = False, []
-            for _ in range(ROUNDS_PER_DATABASE):
+            for _ in range(min(ROUNDS_PER_DATABASE, 1 + trials // len(ENCODINGS))):  # some of each encoding
                 if _killed(tally) >= trials:
                     break
                 change(docs, database, generator)
