@@ -2,7 +2,8 @@
 
 Right after the embedding the hidden states are those of the given rows alone (arXiv 2602.02579, section 4.3 and
 Algorithm 1): at every layer their keys and values replace the stale ones, then each row attends causally, by its true
-position, to the merged cache. Tokens outside the chunks ride in the same pass.
+position, to the merged cache. Tokens outside the chunks ride in the same pass. A strategy may say that recomputed
+tokens see a part of the cache only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from prophetkv_rag.model import ModelSupport, RowsLayer, RowsPass, cache_of, decoder_layers, run_pass
+from prophetkv_rag.model import ModelSupport, RowsLayer, RowsPass, SparsePass, cache_of, decoder_layers, run_pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ def recompute_rows(
     always: torch.Tensor | None = None,
     prune: Pruner | None = None,
     watched: Mapping[int, torch.Tensor] | None = None,
+    visible: torch.Tensor | None = None,
 ) -> Recomputed:
     """Run `rows` through all layers over the assembled cache.
 
@@ -76,8 +78,12 @@ def recompute_rows(
         always: Positions that pruning never drops (the tokens outside the chunks).
         prune: Called after each layer; what it drops keeps the fresh keys and values of the layers so far.
         watched: See `RowsPass`; what was received is handed to `prune`.
+        visible: `[N]`, bool: the keys that rows outside `always` see beside their own; `None` for all.
+
+    Raises:
+        ValueError: For `visible` together with `watched`, which counts the attention to all keys.
     """
-    rows_pass = RowsPass(support.layers, rows, last_row_only=True, watched=watched)
+    rows_pass = _pass_of(support, rows, always=always, watched=watched, visible=visible)
     num_layers = len(support.layers)
     if prune is None:
         for layer in layers:
@@ -108,6 +114,26 @@ def recompute_rows(
         )
     assert logits is not None
     return Recomputed(logits, rows_pass.rows, pruning.row_layers)
+
+
+def _pass_of(
+    support: ModelSupport,
+    rows: torch.Tensor,
+    *,
+    always: torch.Tensor | None,
+    watched: Mapping[int, torch.Tensor] | None,
+    visible: torch.Tensor | None,
+) -> RowsPass:
+    if visible is None:
+        return RowsPass(support.layers, rows, last_row_only=True, watched=watched)
+    if watched:
+        msg = "a selection with `watched_layers` cannot have `visible` tokens; give one of the two"
+        raise ValueError(msg)
+    narrow = torch.ones_like(visible)
+    if always is not None:
+        narrow[always] = False
+    narrow[rows[-1:]] = False
+    return SparsePass(support.layers, rows, narrow=narrow, visible=visible)
 
 
 class _Pruning:

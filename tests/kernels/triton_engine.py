@@ -66,7 +66,7 @@ def test_engine(family, launched):
         engine = engine_of(family)
         engine.add_chunks(CHUNKS)
         full = engine.prefill(PROMPT, strategy="full_prefill")
-    arms = [("prophetkv", 0.3), ("full_reuse", 0.0)]
+    arms = [("prophetkv", 0.3), ("prophetkv:context_share=0.4", 0.3), ("full_reuse", 0.0)]
     if family == "llama":
         arms += [("kvshare", 0.3), ("prophetkv", 1.0)]
     for strategy, ratio in arms:

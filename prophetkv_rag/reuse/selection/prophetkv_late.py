@@ -28,6 +28,7 @@ class ProphetKVLate(ProphetKV):
     start: float = 0.5
 
     def __post_init__(self) -> None:
+        ProphetKV.__post_init__(self)
         if isinstance(self.start, str) or not 0 <= self.start < 1:
             msg = f"start is {self.start!r}; allowed: a number from 0 (all layers) to below 1"
             raise ValueError(msg)

@@ -10,7 +10,7 @@ layers, rows and heads. It follows arXiv 2602.02579, sections 4.2 and 4.3, with 
               score(t) = sum over layers of the mean over query heads and scoring rows of softmax(q . k_t / sqrt(d))
 - selection:  the floor(ratio * C) best of the C chunk tokens, ties to the lower position
 - stage II:   selected and fresh rows restart from their embeddings; in each layer their keys and values replace the
-              stale ones before that layer attends
+              stale ones before that layer attends; selected rows may be told to attend to a part of the context
 
 Inside, a key is always held un-rotated and is rotated to its position each time it is read; what the public methods
 return as a prompt's keys is rotated. Shapes: Hkv = num_key_value_heads, D = head_dim, N prompt tokens, C chunk tokens.
@@ -143,16 +143,27 @@ class NaiveLlama:
         return scores
 
     def recompute(
-        self, segments: Sequence[Segment], chunk_caches: Sequence[KeysValues], selected: Iterable[int]
+        self,
+        segments: Sequence[Segment],
+        chunk_caches: Sequence[KeysValues],
+        selected: Iterable[int],
+        *,
+        others: Iterable[int] | None = None,
     ) -> tuple[Array, list[Array], list[Array]]:
-        """Stage II: the selected prompt positions and all fresh rows. Last row's logits `[V]`, K, V."""
+        """Stage II: the selected prompt positions and all fresh rows. Last row's logits `[V]`, K, V.
+
+        Fresh rows see everything before them; selected ones too, or, with `others`, only those positions, each other
+        and the fresh ones.
+        """
         ids, chosen = prompt_ids(segments), set(selected)
         suffix_positions(segments)  # raises where the prompt has no suffix
         if not chosen <= set(context_positions(segments)):
             raise ValueError("only chunk tokens can be selected")
-        rows = sorted(chosen | set(fresh_positions(segments)))
+        fresh = set(fresh_positions(segments))
+        rows = sorted(chosen | fresh)
         keys, values = self._place_chunks(segments, chunk_caches)
-        hidden = self._run_rows([ids[row] for row in rows], rows, keys, values, visible=range(len(ids)))
+        narrow = None if others is None else {position: chosen | fresh | set(others) for position in chosen}
+        hidden = self._run_rows([ids[row] for row in rows], rows, keys, values, visible=range(len(ids)), narrow=narrow)
         return self._logits(hidden[-1]), self._rotate_all(keys), values
 
     def _run_rows(
@@ -164,10 +175,12 @@ class NaiveLlama:
         *,
         visible: Iterable[int],
         observe: Observer | None = None,
+        narrow: Mapping[int, set[int]] | None = None,
     ) -> list[Array]:
         """Run rows from their embeddings through all layers, writing their K/V in place; hidden states out.
 
-        In each layer all rows first write their key and value, then each attends to `visible` up to its own position.
+        In each layer all rows first write their key and value, then each attends to `visible` up to its own position,
+        or, if its position is in `narrow`, to what stands there.
         """
         visible_positions = np.array(sorted(visible), dtype=np.int64)
         hidden = [self.embeddings[token].copy() for token in ids]
@@ -186,6 +199,8 @@ class NaiveLlama:
             rotated = self._rotate(keys[layer], np.arange(keys[layer].shape[1]))
             for row, position in enumerate(positions):
                 seen = visible_positions[visible_positions <= position]
+                if narrow is not None and position in narrow:
+                    seen = np.array([key for key in seen.tolist() if key in narrow[position]], dtype=np.int64)
                 logits = np.empty((self.num_heads, len(seen)))
                 heads = []
                 for head in range(self.num_heads):

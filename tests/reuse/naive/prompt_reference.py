@@ -30,6 +30,13 @@ def select(
     return sorted(best if positions is None else [positions[index] for index in best])
 
 
+def best_others(scores: np.ndarray, share: float, chosen: Sequence[int], positions: Sequence[int]) -> list[int]:
+    """Of the chunk tokens at `positions` `[C]` that are not `chosen`, the floor(share * their number) best."""
+    rest = [index for index in range(len(scores)) if positions[index] not in chosen]
+    best = sorted(rest, key=lambda index: (-scores[index], index))[: math.floor(share * len(rest) + 1e-9)]
+    return sorted(positions[index] for index in best)
+
+
 def prompt_ids(segments: Sequence[Segment]) -> list[int]:
     """All token ids, in order."""
     return [token for ids, _ in segments for token in ids]
