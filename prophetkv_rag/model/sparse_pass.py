@@ -28,12 +28,10 @@ class SparsePass(RowsPass):
             layers: The probe's findings.
             rows: `[m]`, ascending positions.
             narrow: `[n]`, bool: positions whose rows, where they are among `rows`, see the visible keys only.
-            visible: `[n]`, bool: those keys; each narrow row sees itself beside them.
+            visible: `[n]`, bool: those keys; each narrow row's own must be among them.
         """
         self.narrow = narrow
-        seen = visible.clone()
-        seen[rows[narrow[rows]]] = True
-        self.seen = seen.nonzero()[:, 0]
+        self.seen = visible.nonzero()[:, 0]
         super().__init__(layers, rows, last_row_only=True)
         self._split()
 

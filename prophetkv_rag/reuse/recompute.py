@@ -78,7 +78,7 @@ def recompute_rows(
         always: Positions that pruning never drops (the tokens outside the chunks).
         prune: Called after each layer; what it drops keeps the fresh keys and values of the layers so far.
         watched: See `RowsPass`; what was received is handed to `prune`.
-        visible: `[N]`, bool: the keys that rows outside `always` see beside their own; `None` for all.
+        visible: `[N]`, bool: the keys that rows outside `always` see, their own among them; `None` for all.
 
     Raises:
         ValueError: For `visible` together with `watched`, which counts the attention to all keys.

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from prophetkv_rag.config import ProphetKVConfig
-from prophetkv_rag.model import ModelSupport, RowsLayer, ScoringPass, cache_of, run_pass
+from prophetkv_rag.model import ModelSupport, NormScoringPass, RowsLayer, ScoringPass, cache_of, run_pass
 from prophetkv_rag.prompt import PromptLayout
 
 
@@ -51,10 +51,15 @@ class QueryContext:
     config: ProphetKVConfig
     exact_rows: int = 0
     row_layers: int = 0
-    _scores: dict[tuple[str, str, int], torch.Tensor] = field(default_factory=dict)
+    _scores: dict[tuple[str, str, int, str], torch.Tensor] = field(default_factory=dict)
 
     def attention_scores(
-        self, *, score_softmax: str | None = None, query_scope: str | None = None, first_layer: int = 0
+        self,
+        *,
+        score_softmax: str | None = None,
+        query_scope: str | None = None,
+        first_layer: int = 0,
+        over_rows: Literal["mean", "norm"] = "mean",
     ) -> torch.Tensor:
         """Run stage I and return the score of every token, `[N]` in fp32 (0 outside the chunks).
 
@@ -62,12 +67,21 @@ class QueryContext:
             score_softmax: Overrides `config.score_softmax`.
             query_scope: Overrides `config.query_scope`.
             first_layer: The first layer whose attention counts; the layers before it run all the same.
+            over_rows: How a layer's asking tokens are put together: by the mean of their weights, or the L2 norm, which
+                goes with a softmax over the full row only.
+
+        Raises:
+            ValueError: For a norm over another softmax.
         """
         score_softmax = score_softmax or self.config.score_softmax
         query_scope = query_scope or self.config.query_scope
-        key = (score_softmax, query_scope, first_layer)
+        if over_rows == "norm" and score_softmax != "full_row":
+            msg = f"score_softmax is {score_softmax!r}; over_rows='norm' needs 'full_row'"
+            raise ValueError(msg)
+        key = (score_softmax, query_scope, first_layer, over_rows)
         if key not in self._scores:
-            self._scores[key] = self._run(score_softmax == "context", query_scope, first_layer)
+            kind = NormScoringPass if over_rows == "norm" else ScoringPass
+            self._scores[key] = self._run(kind, score_softmax == "context", query_scope, first_layer)
         return self._scores[key]
 
     @property
@@ -75,7 +89,7 @@ class QueryContext:
         """The scores that stage I gave last; `None` if no strategy asked for any."""
         return next(reversed(self._scores.values()), None)
 
-    def _run(self, context_softmax: bool, query_scope: str, first_layer: int) -> torch.Tensor:
+    def _run(self, kind: type[ScoringPass], context_softmax: bool, query_scope: str, first_layer: int) -> torch.Tensor:
         layout, device = self.layout, self.input_ids.device
         num_tokens, num_probe = layout.num_tokens, len(layout.probe_ids)
         probe_ids = torch.tensor(layout.probe_ids, dtype=torch.int64, device=device)
@@ -96,7 +110,7 @@ class QueryContext:
         hidden[: layout.context_start] = False
         hidden[rows] = False
         hidden[:num_tokens] &= ~self.is_chunk
-        scoring = ScoringPass(
+        scoring = kind(
             self.support.layers,
             rows,
             context=torch.cat([self.is_chunk, self.is_chunk.new_zeros(num_probe)]),

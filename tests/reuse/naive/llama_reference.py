@@ -106,6 +106,7 @@ class NaiveLlama:
         softmax: Literal["context", "full_row"] = "context",
         extra_query_ids: Sequence[int] | None = None,
         first_layer: int = 0,
+        over_rows: Literal["mean", "norm"] = "mean",
     ) -> Array:
         """Scores `[C]` of the chunk tokens, in prompt order.
 
@@ -117,6 +118,7 @@ class NaiveLlama:
             extra_query_ids: a question that stands elsewhere: rows behind the prompt's last token, attending to all
                 that stage I sees. They are then the scoring rows, and are dropped afterwards.
             first_layer: layers before it do not count.
+            over_rows: "norm": per layer, the L2 norm over scoring rows of the mean over heads; the layers' mean.
         """
         suffix, context = suffix_positions(segments), context_positions(segments)
         extra = list(extra_query_ids or [])
@@ -129,6 +131,7 @@ class NaiveLlama:
         keys, values = self._place_chunks(segments, chunk_caches, extra_rows=len(extra))
         self._run_rows(ids[: len(prefix)], prefix, keys, values, visible=prefix)
         scores = np.zeros(len(context))
+        received: dict[tuple[int, int], Array] = {}  # by layer and row, [C]: the mean over heads
 
         def observe(layer: int, row: int, seen: Positions, logits: Array) -> None:
             if row not in scoring or layer < first_layer:
@@ -137,9 +140,14 @@ class NaiveLlama:
             for head in logits:
                 weights = _softmax(head[is_context]) if softmax == "context" else _softmax(head)[is_context]
                 scores[:] += weights / (len(logits) * len(scoring))
+                received[layer, row] = received.get((layer, row), np.zeros(len(context))) + weights / len(logits)
 
         visible = [*prefix, *context, *rows]
         self._run_rows([ids[row] for row in rows], rows, keys, values, visible=visible, observe=observe)
+        if over_rows == "norm":
+            layers = sorted({layer for layer, _ in received})
+            squares = [sum(weights**2 for (at, _), weights in received.items() if at == layer) for layer in layers]
+            return np.asarray(np.mean(np.sqrt(squares), axis=0))
         return scores
 
     def recompute(
