@@ -30,10 +30,10 @@ class ProphetKVConfig:
         strategy: Name of the selection strategy (`prophetkv_rag.reuse.available_strategies()`).
         recompute_ratio: Fraction of the chunk tokens that is recomputed at query time, in [0, 1]; the paper's p.
             0.0 is plain reuse, 1.0 is full prefill.
-        context_share: What recomputed tokens attend to, beside each other and all tokens outside the chunks: the share
-            of the other chunk tokens with the highest stage-I scores, in [0, 1]; 1.0, the paper's, is all of them.
-            Tokens outside the chunks always see everything. Read by `prophetkv` and `prophetkv_late`; docs/quality.md
-            and docs/performance.md say what less costs and saves.
+        context_share: What recomputed tokens attend to, beside each other and all tokens outside the chunks: this share
+            of the other chunk tokens, those just before each and then those of the highest stage-I scores, in [0, 1];
+            1.0, the paper's, is all of them. Tokens outside the chunks always see everything. Read by the strategies
+            that have the option `context_share`; docs/quality.md and docs/performance.md say what less costs and saves.
         score_softmax: *Open (a).* Softmax of stage I over the `"context"` keys only (Algorithm 1, the paper's reading),
             or over the `"full_row"`, the attention the model really pays, of which the context part is kept.
         query_scope: *Open (b).* Which tokens ask in stage I: the whole `"suffix"` after the last chunk (the paper's

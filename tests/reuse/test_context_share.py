@@ -13,6 +13,7 @@ from prophetkv_rag.errors import InputError
 from prophetkv_rag.evaluation.speed.flops import pass_flops, reuse_flops
 from prophetkv_rag.kernels import row_blocks
 from prophetkv_rag.reuse.selection import Selection, Strategy, make_strategy
+from prophetkv_rag.reuse.selection.context_share import shared_context
 from tests import families
 from tests.reuse import test_against_naive as base
 from tests.reuse.naive.prompt_reference import best_others, context_positions, fresh_positions, select
@@ -81,6 +82,20 @@ def test_everything_is_as_it_was(pair, ratio):
             assert torch.equal(own.keys, other.keys)
             assert torch.equal(own.values, other.values)
         assert found.report.attended_share == 1.0
+
+
+def test_neighbours_come_first_by_hand():
+    """Recomputed are 3 and 12; 0 and 11 stand outside the chunks."""
+    is_chunk = torch.ones(15, dtype=torch.bool)
+    is_chunk[[0, 11]] = False
+    scores = torch.tensor([0, 1, 1, 9, 8, 8, 2, 3, 0, 0, 5, 7, 9, 6, 6]).float()
+    recomputed = torch.tensor([3, 12])
+    # 11 others: 2 (one before), 1 and 10 (two before), 9 (three before), 8 (four before); then 4, 5, 13, 14, 7, 6.
+    order = [2, 10, 1, 9, 8, 4, 5, 13, 14, 7, 6]
+    for count in range(11):
+        found = shared_context(scores, recomputed, is_chunk, (count + 0.5) / 11)
+        assert found.tolist() == sorted(order[:count])
+    assert shared_context(scores, recomputed, is_chunk, 1) is None
 
 
 CHUNKS = [[5 + (7 * i) % 80 for i in range(20)], [9 + (11 * i) % 80 for i in range(33)], [2 + i for i in range(18)]]

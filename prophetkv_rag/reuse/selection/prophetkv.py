@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 
 from prophetkv_rag.config import check_context_share
-from prophetkv_rag.reuse.selection.base import QueryContext, Selection, Strategy, token_budget, top_positions
+from prophetkv_rag.reuse.selection.base import QueryContext, Selection, Strategy, top_positions
+from prophetkv_rag.reuse.selection.context_share import shared_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +23,9 @@ class ProphetKV(Strategy):
     What the paper leaves open is set in `ProphetKVConfig` (`score_softmax`, `query_scope`, `first_chunk_eligible`).
 
     Attributes:
-        context_share: What the selected tokens see, beside what is selected or outside the chunks: the best-scored
-            share of all other chunk tokens, in [0, 1] (the idea of RelaxKV, arXiv 2609.33503, whose rule may be
-            another); `None` for `ProphetKVConfig.context_share`.
+        context_share: What the selected tokens see, beside what is selected or outside the chunks: a share of all other
+            chunk tokens, in [0, 1], as `shared_context` chooses it (the idea of RelaxKV, arXiv 2609.33503, whose rule
+            may be another); `None` for `ProphetKVConfig.context_share`.
     """
 
     name: ClassVar[str] = "prophetkv"
@@ -42,12 +43,7 @@ class ProphetKV(Strategy):
         scores = self.scores(context)
         positions = top_positions(scores, context.eligible, context.budget)
         share = context.config.context_share if self.context_share is None else self.context_share
-        if share == 1:
-            return Selection(positions)
-        others = context.is_chunk.clone()
-        others[positions] = False
-        count = token_budget(share, context.layout.num_chunk_tokens - positions.shape[0])
-        return Selection(positions, visible=top_positions(scores, others, count))
+        return Selection(positions, visible=shared_context(scores, positions, context.is_chunk, share))
 
     def scores(self, context: QueryContext) -> torch.Tensor:
         """Return the fused score of every token, `[N]` in fp32."""
