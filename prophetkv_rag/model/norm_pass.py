@@ -29,7 +29,7 @@ class NormScoringPass(ScoringPass):
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """Attend, adding this layer's norms to those of the layers before it."""
-        if call.layer_idx < self.first_layer:
+        if call.layer_idx not in self.counted:
             return RowsPass.attend(self, call)
         heads, num_keys, device = call.query.shape[1], call.key.shape[2], call.key.device
         lse = torch.empty(heads, call.query.shape[2], dtype=torch.float32, device=device)

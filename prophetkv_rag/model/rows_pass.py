@@ -117,11 +117,12 @@ class ScoringPass(RowsPass):
         scoring_rows: torch.Tensor,
         context_softmax: bool,
         first_layer: int = 0,
+        last_layer: int | None = None,
         hidden_keys: torch.Tensor | None = None,
     ) -> None:
         """Prepare the pass; `context` is `[n]` bool, `scoring_rows` `[m]` bool (see `ops.attend_and_score`).
 
-        Layers before `first_layer` attend and do not count.
+        Layers before `first_layer` and behind `last_layer` (`None`: the model's) attend and do not count.
         """
         super().__init__(layers, rows, hidden_keys=hidden_keys)
         self.context = context
@@ -131,7 +132,7 @@ class ScoringPass(RowsPass):
         self._asking = RowsPass(layers, rows[self._num_plain :], hidden_keys=hidden_keys)
         self.scoring_rows = scoring_rows[self._num_plain :]
         self.context_softmax = context_softmax
-        self.first_layer = first_layer
+        self.counted = range(first_layer, len(layers) if last_layer is None else last_layer + 1)
         self._mass: dict[tuple[int, int], torch.Tensor] = {}  # by heads and key/value heads, which may differ by layer
 
     @property
@@ -144,7 +145,7 @@ class ScoringPass(RowsPass):
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """Attend, adding this layer's mass to that of the layers before it."""
-        if call.layer_idx < self.first_layer:
+        if call.layer_idx not in self.counted:
             return super().attend(call)
         heads = (call.query.shape[1], call.key.shape[1])
         if heads not in self._mass:

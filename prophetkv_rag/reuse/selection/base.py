@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from prophetkv_rag.reuse.recompute import Pruner
+from prophetkv_rag.reuse.pruning import Pruner
 from prophetkv_rag.reuse.stage_one import QueryContext
 
 __all__ = ["QueryContext", "Selection", "Strategy", "allowed_option", "token_budget", "top_positions", "without_choice"]

@@ -106,6 +106,7 @@ class NaiveLlama:
         softmax: Literal["context", "full_row"] = "context",
         extra_query_ids: Sequence[int] | None = None,
         first_layer: int = 0,
+        last_layer: int | None = None,
         over_rows: Literal["mean", "norm"] = "mean",
     ) -> Array:
         """Scores `[C]` of the chunk tokens, in prompt order.
@@ -118,6 +119,7 @@ class NaiveLlama:
             extra_query_ids: a question that stands elsewhere: rows behind the prompt's last token, attending to all
                 that stage I sees. They are then the scoring rows, and are dropped afterwards.
             first_layer: layers before it do not count.
+            last_layer: nor do layers behind this one.
             over_rows: "norm": per layer, the L2 norm over scoring rows of the mean over heads; the layers' mean.
         """
         suffix, context = suffix_positions(segments), context_positions(segments)
@@ -134,7 +136,7 @@ class NaiveLlama:
         received: dict[tuple[int, int], Array] = {}  # by layer and row, [C]: the mean over heads
 
         def observe(layer: int, row: int, seen: Positions, logits: Array) -> None:
-            if row not in scoring or layer < first_layer:
+            if row not in scoring or layer < first_layer or (last_layer is not None and layer > last_layer):
                 return
             is_context = np.isin(seen, context)
             for head in logits:
