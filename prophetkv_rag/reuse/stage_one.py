@@ -82,12 +82,12 @@ class QueryContext:
         if over_rows == "norm" and score_softmax != "full_row":
             msg = f"score_softmax is {score_softmax!r}; over_rows='norm' needs 'full_row'"
             raise ValueError(msg)
+        if last_layer == len(self.support.layers) - 1:
+            last_layer = None
         key = (score_softmax, query_scope, first_layer, last_layer, over_rows)
         if key not in self._scores:
             kind = NormScoringPass if over_rows == "norm" else ScoringPass
-            is_last = last_layer == len(self.support.layers) - 1
-            layers = (first_layer, None if is_last else last_layer)
-            self._scores[key] = self._run(kind, score_softmax == "context", query_scope, *layers)
+            self._scores[key] = self._run(kind, score_softmax == "context", query_scope, first_layer, last_layer)
         return self._scores[key]
 
     @property

@@ -61,8 +61,8 @@ def reuse_flops(
         recomputed: `[k]`, the chunk tokens that ran through all layers (`PrefillResult.recomputed`).
         visible: What those attended to (`PrefillResult.visible`); `None` for everything before them.
 
-    Counted are stage I (prefix and suffix) and stage II, with the same rows in every layer; for strategies that run
-    other rows in some layers it is a lower bound.
+    Counted are stage I (prefix and suffix) and stage II, with the same rows in every layer: a lower bound for
+    strategies that run more rows in some layers, an upper one for a stage I that stops early.
     """
     fresh = (~layout.is_chunk).nonzero()[:, 0]
     outside = fresh[fresh >= layout.known_prefix]
