@@ -32,6 +32,8 @@ PAIRS += [
     for encoding in ("", "@prompt+corpus")
     for ratio in (0.1, 0.2)
 ]
+LAYERS = ("infoflow", "fusionrag", "prophetkv_late:start=0.3,stop=0.75")
+PAIRS += [((other, ratio), (PAPER, ratio)) for ratio in (0.1, 0.2) for other in LAYERS]
 PAIRS += [
     ((f"prophetkv:context_share={share}{encoding}", ratio), (f"{PAPER}{encoding}", ratio))
     for share in ("0.5", "0.25", "0")
