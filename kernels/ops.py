@@ -135,13 +135,13 @@ def selected_rows_attention(
     sinks: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of scattered rows over the full cache, causal by position.
+    """Attention of scattered rows over the full cache, or keys gathered from it, causal by position.
 
     Args:
         query: `[H, m, D]`, rotated, in the order of `blocks.rows`.
-        keys: `[Hkv, n, D]`, rotated; key i stands at position i.
+        keys: `[Hkv, n, D]`, rotated; key i stands at position i, or where the blocks' key positions say.
         values: `[Hkv, n, Dv]`.
-        blocks: The rows' positions, window and hidden keys.
+        blocks: The rows' positions, the keys', window and hidden keys.
         scaling: Factor on the logits.
         softcap: Gemma 2's logit soft-capping, or `None`.
         sinks: `[H]`, gpt-oss's learned sink logits, or `None`.

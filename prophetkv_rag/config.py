@@ -63,6 +63,10 @@ class ProphetKVConfig:
         strategy: Name of the selection strategy (`prophetkv_rag.reuse.available_strategies()`).
         recompute_ratio: Fraction of the chunk tokens that is recomputed at query time, in [0, 1]; the paper's p.
             0.0 is plain reuse, 1.0 is full prefill.
+        context_share: What recomputed tokens attend to, beside each other and all tokens outside the chunks: this share
+            of the other chunk tokens, those just before each and then those of the highest stage-I scores, in [0, 1];
+            1.0, the paper's, is all of them. Tokens outside the chunks always see everything. Read by the strategies
+            that have the option `context_share`; docs/quality.md and docs/performance.md say what less costs and saves.
         score_softmax: *Open (a).* Softmax of stage I over the `"context"` keys only (Algorithm 1, the paper's reading),
             or over the `"full_row"`, the attention the model really pays, of which the context part is kept.
         query_scope: *Open (b).* Which tokens ask in stage I: the whole `"suffix"` after the last chunk (the paper's
@@ -96,6 +100,7 @@ class ProphetKVConfig:
 
     strategy: str = "prophetkv"
     recompute_ratio: float = 0.2
+    context_share: float = 1.0
     score_softmax: ScoreSoftmax = "context"
     query_scope: QueryScope = "suffix"
     first_chunk_eligible: bool = True
@@ -110,6 +115,7 @@ class ProphetKVConfig:
 
     def __post_init__(self) -> None:
         check_recompute_ratio(self.recompute_ratio)
+        check_context_share(self.context_share)
         if self.score_softmax not in get_args(ScoreSoftmax):
             msg = f"score_softmax is {self.score_softmax!r}; allowed: {', '.join(get_args(ScoreSoftmax))}"
             raise ValueError(msg)
@@ -144,7 +150,19 @@ def _check_template(template: str | Sequence[Mapping[str, str]]) -> None:
 
 def check_recompute_ratio(ratio: float) -> float:
     """Return `ratio`, or raise `InputError` if it is not a number in [0, 1]."""
-    if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0.0 <= ratio <= 1.0:
+    if not _is_share(ratio):
         msg = f"recompute_ratio is {ratio!r}; it must be a number from 0 (plain reuse) to 1 (full prefill)"
         raise InputError(msg)
     return float(ratio)
+
+
+def check_context_share(share: float) -> float:
+    """Return `share`, or raise `InputError` if it is not a number in [0, 1]."""
+    if not _is_share(share):
+        msg = f"context_share is {share!r}; it must be a number from 0 (recomputed tokens see each other) to 1 (all)"
+        raise InputError(msg)
+    return float(share)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value <= 1.0

@@ -32,6 +32,14 @@ PAIRS += [
     for encoding in ("", "@prompt+corpus")
     for ratio in (0.1, 0.2)
 ]
+LAYERS = ("infoflow", "fusionrag", "prophetkv_late:start=0.3,stop=0.75")
+PAIRS += [((other, ratio), (PAPER, ratio)) for ratio in (0.1, 0.2) for other in LAYERS]
+PAIRS += [
+    ((f"prophetkv:context_share={share}{encoding}", ratio), (f"{PAPER}{encoding}", ratio))
+    for share in ("0.5", "0.25", "0")
+    for encoding in ("", "@prompt+corpus")
+    for ratio in (0.1, 0.2)
+]
 
 
 def tasks_of(kl: dict[tuple[str, str], Arms], examples: list[Arms]) -> list[str]:

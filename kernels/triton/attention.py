@@ -1,5 +1,7 @@
 """Triton: attention of scattered rows over the full cache, causal by position; without values, its log-sum-exps.
 
+Which keys a row sees comes as the indices of the first and the last, so keys that were gathered are read no otherwise.
+
 The heads of a group are packed with the rows (row-major), so that they share every key and value that is read. A
 program owns one tile of packed rows: keys that all its rows see are read without a mask, those up to its last row's
 position with one. Few rows over many keys are also cut by keys, and the parts joined by their log-sum-exps.
@@ -13,7 +15,7 @@ import triton.language as tl
 
 from prophetkv_rag.kernels.arguments import LogitInputs
 from prophetkv_rag.kernels.triton.launch import logit_arguments, must_be_dense
-from prophetkv_rag.kernels.triton.logits import logits_for_exp2, packed_rows, visible_keys
+from prophetkv_rag.kernels.triton.logits import first_keys, logits_for_exp2, packed_rows, visible_keys
 from prophetkv_rag.kernels.triton.tiles import (
     ATTENTION,
     LOG_SUM_EXP,
@@ -39,11 +41,11 @@ def _load(tile, in_range, in_head, IS_MASKED: tl.constexpr, IS_FULL: tl.constexp
 @triton.jit
 def _attend_keys(
     total, peak, mass,  # [M, Dv], [M], [M]: running sum, largest logit, sum of weights
-    query, position,  # [M, D], [M]
+    query, last_key, first_key,  # [M, D], [M], [M]: the keys that each row sees lie between
     key_ptr, value_ptr, hidden_ptr,
     key_stride, value_stride,
     start, stop,
-    scaling, softcap, window,
+    scaling, softcap,
     IS_MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_HIDDEN: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_KEYS: tl.constexpr,
@@ -62,8 +64,9 @@ def _attend_keys(
         logits = logits_for_exp2(tl.dot(query, key, input_precision=PRECISION), scaling, softcap, HAS_SOFTCAP)
         if IS_MASKED:
             visible = visible_keys(
-                (first + in_block)[None, :], position[:, None], window, hidden_ptr, stop, HAS_WINDOW, HAS_HIDDEN
-            )
+                (first + in_block)[None, :], last_key[:, None], first_key[:, None], hidden_ptr, stop,
+                HAS_WINDOW, HAS_HIDDEN,
+            )  # fmt: skip
             logits = tl.where(visible, logits, float("-inf"))
         higher = tl.maximum(peak, tl.max(logits, 1))
         if IS_MASKED:  # a row that has seen nothing yet has no finite peak
@@ -88,7 +91,8 @@ def attention_kernel(
     query_ptr,  # [H, m, D]
     key_ptr,  # [Hkv, n, D]
     value_ptr,  # [Hkv, n, Dv], or anything
-    rows_ptr,  # [m] int64, ascending
+    last_ptr,  # [m] int64, ascending: the last key that each row sees
+    first_ptr,  # [m] int64, ascending: the first, or anything
     hidden_ptr,  # [n] uint8, or anything
     sinks_ptr,  # [H], or anything
     out_ptr,  # [splits, m, H, Dv], or anything
@@ -98,7 +102,7 @@ def attention_kernel(
     value_stride_head, value_stride_row,
     out_stride_split, out_stride_row, out_stride_head,
     num_rows, num_keys, keys_per_split,
-    scaling, softcap, window,
+    scaling, softcap,
     GROUPS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_HIDDEN: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
     DIM: tl.constexpr,
@@ -110,9 +114,10 @@ def attention_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     num_packed = num_rows * GROUPS
-    valid, row, head, position = packed_rows(tile * BLOCK_ROWS, num_packed, kv_head, rows_ptr, GROUPS, BLOCK_ROWS)
-    lowest = tl.load(rows_ptr + tile * BLOCK_ROWS // GROUPS).to(tl.int32)
-    highest = tl.load(rows_ptr + (tl.minimum((tile + 1) * BLOCK_ROWS, num_packed) - 1) // GROUPS).to(tl.int32)
+    valid, row, head, last_key = packed_rows(tile * BLOCK_ROWS, num_packed, kv_head, last_ptr, GROUPS, BLOCK_ROWS)
+    first_key = first_keys(row, valid, last_key, first_ptr, HAS_WINDOW)
+    lowest = tl.load(last_ptr + tile * BLOCK_ROWS // GROUPS).to(tl.int32)
+    highest = tl.load(last_ptr + (tl.minimum((tile + 1) * BLOCK_ROWS, num_packed) - 1) // GROUPS).to(tl.int32)
 
     channel = tl.arange(0, BLOCK_DIM)
     query_mask = valid[:, None] & (channel < DIM)[None, :]
@@ -122,7 +127,8 @@ def attention_kernel(
     start = split * keys_per_split
     stop = tl.minimum(tl.minimum(highest + 1, num_keys), start + keys_per_split)
     if HAS_WINDOW:
-        start = tl.maximum(start, tl.maximum(lowest - window + 1, 0) // BLOCK_KEYS * BLOCK_KEYS)
+        seen_from = tl.load(first_ptr + tile * BLOCK_ROWS // GROUPS).to(tl.int32)
+        start = tl.maximum(start, seen_from // BLOCK_KEYS * BLOCK_KEYS)
     total = tl.zeros((BLOCK_ROWS, BLOCK_VALUE), tl.float32)
     peak = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -138,9 +144,9 @@ def attention_kernel(
     for IS_MASKED in tl.static_range(2):
         if IS_MASKED or HAS_PLAIN:
             total, peak, mass = _attend_keys(
-                total, peak, mass, query, position, keys, values, hidden_ptr, key_stride_row, value_stride_row,
-                plain_stop if IS_MASKED else start, stop if IS_MASKED else plain_stop, scaling, softcap, window,
-                IS_MASKED, HAS_WINDOW, HAS_HIDDEN, HAS_SOFTCAP, PRECISION,
+                total, peak, mass, query, last_key, first_key, keys, values, hidden_ptr, key_stride_row,
+                value_stride_row, plain_stop if IS_MASKED else start, stop if IS_MASKED else plain_stop,
+                scaling, softcap, IS_MASKED, HAS_WINDOW, HAS_HIDDEN, HAS_SOFTCAP, PRECISION,
                 DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_KEYS,
             )  # fmt: skip
     if HAS_SINKS:  # a logit that takes weight and gives no value

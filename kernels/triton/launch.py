@@ -48,16 +48,19 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def logit_arguments(inputs: LogitInputs, hidden: torch.Tensor | None, tile: Tile) -> dict[str, Any]:
     """Of the kernels of `attention.py` and `scores.py`: queries, keys, which are seen, and how a program is run."""
-    must_be_dense(rows=inputs.blocks.rows, hidden_keys=hidden)
-    query, keys, window = inputs.query, inputs.keys, inputs.blocks.sliding_window
+    last_keys, first_keys = inputs.blocks.last_keys, inputs.blocks.first_keys
+    must_be_dense(rows=last_keys, hidden_keys=hidden)
+    query, keys = inputs.query, inputs.keys
     return {
-        "query_ptr": query, "key_ptr": keys, "rows_ptr": inputs.blocks.rows,
+        "query_ptr": query, "key_ptr": keys, "last_ptr": last_keys,
+        "first_ptr": last_keys if first_keys is None else first_keys,
         "hidden_ptr": query if hidden is None else hidden.view(torch.uint8),
         "query_stride_head": query.stride(0), "query_stride_row": query.stride(1),
         "key_stride_head": keys.stride(0), "key_stride_row": keys.stride(1),
         "num_rows": inputs.num_rows, "num_keys": inputs.num_keys,
-        "scaling": float(inputs.scaling), "softcap": float(inputs.softcap or 1.0), "window": window or 0,
-        "GROUPS": inputs.heads // inputs.kv_heads, "HAS_WINDOW": window is not None, "HAS_HIDDEN": hidden is not None,
+        "scaling": float(inputs.scaling), "softcap": float(inputs.softcap or 1.0),
+        "GROUPS": inputs.heads // inputs.kv_heads,
+        "HAS_WINDOW": first_keys is not None, "HAS_HIDDEN": hidden is not None,
         "HAS_SOFTCAP": inputs.softcap is not None, "PRECISION": dot_precision(query.dtype),
         "DIM": inputs.dim, "BLOCK_DIM": padded_head(inputs.dim),
         "BLOCK_ROWS": tile.block_rows, "BLOCK_KEYS": tile.block_keys,

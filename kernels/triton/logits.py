@@ -7,25 +7,34 @@ import triton.language as tl
 
 
 @triton.jit
-def packed_rows(first, stop, kv_head, rows_ptr, GROUPS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Of the packed rows from `first`, row-major with a group's heads inside: which exist, row, head and position.
+def packed_rows(first, stop, kv_head, last_ptr, GROUPS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Of the packed rows from `first`, row-major with a group's heads inside: which exist, row, head and last key seen.
 
-    The position of one that does not exist is -1: it sees nothing.
+    The last key of one that does not exist is -1: it sees nothing.
     """
     packed = first + tl.arange(0, BLOCK_ROWS)
     valid = packed < stop
     row = (packed // GROUPS).to(tl.int64)
     head = kv_head * GROUPS + packed % GROUPS
-    position = tl.load(rows_ptr + row, mask=valid, other=-1).to(tl.int32)
-    return valid, row, head, position
+    last_key = tl.load(last_ptr + row, mask=valid, other=-1).to(tl.int32)
+    return valid, row, head, last_key
 
 
 @triton.jit
-def visible_keys(key, position, window, hidden_ptr, stop, HAS_WINDOW: tl.constexpr, HAS_HIDDEN: tl.constexpr):
-    """Which of `key` (broadcast against `position`) a row may see; `key` is below `stop` in the cache."""
-    visible = (key <= position) & (key < stop)
+def first_keys(row, valid, last_key, first_ptr, HAS_WINDOW: tl.constexpr):
+    """The first key that each row's sliding window holds; something that is not used where there is no window."""
     if HAS_WINDOW:
-        visible = visible & (key > position - window)
+        return tl.load(first_ptr + row, mask=valid, other=0).to(tl.int32)
+    else:
+        return last_key
+
+
+@triton.jit
+def visible_keys(key, last_key, first_key, hidden_ptr, stop, HAS_WINDOW: tl.constexpr, HAS_HIDDEN: tl.constexpr):
+    """Which of `key` (broadcast against `last_key`) a row may see; `key` is below `stop` in the cache."""
+    visible = (key <= last_key) & (key < stop)
+    if HAS_WINDOW:
+        visible = visible & (key >= first_key)
     if HAS_HIDDEN:
         hidden = tl.load(hidden_ptr + key, mask=key < stop, other=1)
         visible = visible & (hidden == 0)

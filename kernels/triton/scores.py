@@ -14,7 +14,7 @@ import triton.language as tl
 from prophetkv_rag.kernels.arguments import LogitInputs, Scoring
 from prophetkv_rag.kernels.triton.attention import log_sum_exp, selected_rows_attention
 from prophetkv_rag.kernels.triton.launch import logit_arguments, must_be_dense
-from prophetkv_rag.kernels.triton.logits import logits_for_exp2, packed_rows, visible_keys
+from prophetkv_rag.kernels.triton.logits import first_keys, logits_for_exp2, packed_rows, visible_keys
 from prophetkv_rag.kernels.triton.tiles import PROMPT_SIZES, SCORES, Tile, tile_for
 
 
@@ -22,7 +22,8 @@ from prophetkv_rag.kernels.triton.tiles import PROMPT_SIZES, SCORES, Tile, tile_
 def scores_kernel(
     query_ptr,  # [H, m, D]
     key_ptr,  # [Hkv, n, D]
-    rows_ptr,  # [m] int64, ascending
+    last_ptr,  # [m] int64, ascending: the last key that each row sees
+    first_ptr,  # [m] int64, ascending: the first, or anything
     lse_ptr,  # [H, m] fp32, natural; inf for a row that does not ask
     hidden_ptr,  # [n] uint8, or anything
     bounds_ptr,  # [2, key tiles] int64: first and last + 1 of the rows that see something of the tile
@@ -30,7 +31,7 @@ def scores_kernel(
     query_stride_head, query_stride_row,
     key_stride_head, key_stride_row,
     num_rows, num_keys,
-    scaling, softcap, window,
+    scaling, softcap,
     GROUPS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_HIDDEN: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
@@ -50,7 +51,8 @@ def scores_kernel(
     end = tl.load(bounds_ptr + tl.num_programs(0) + tile).to(tl.int32) * GROUPS
     total = tl.zeros((BLOCK_KEYS,), tl.float32)
     for first in range(begin, end, BLOCK_ROWS):
-        valid, row, head, position = packed_rows(first, end, kv_head, rows_ptr, GROUPS, BLOCK_ROWS)
+        valid, row, head, last_key = packed_rows(first, end, kv_head, last_ptr, GROUPS, BLOCK_ROWS)
+        first_key = first_keys(row, valid, last_key, first_ptr, HAS_WINDOW)
         lse = tl.load(lse_ptr + head * num_rows + row, mask=valid, other=float("inf")) * 1.4426950408889634
         query = tl.load(  # [D, M]
             query_ptr + (head * query_stride_head + row * query_stride_row)[None, :] + channel[:, None],
@@ -59,7 +61,7 @@ def scores_kernel(
         )
         logits = logits_for_exp2(tl.dot(key, query, input_precision=PRECISION), scaling, softcap, HAS_SOFTCAP)
         visible = visible_keys(
-            key_index[:, None], position[None, :], window, hidden_ptr, num_keys, HAS_WINDOW, HAS_HIDDEN
+            key_index[:, None], last_key[None, :], first_key[None, :], hidden_ptr, num_keys, HAS_WINDOW, HAS_HIDDEN
         )
         total += tl.sum(tl.where(visible, tl.exp2(logits - lse[None, :]), 0.0), 1)
     mass = mass_ptr + kv_head * num_keys + key_index

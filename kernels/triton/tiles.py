@@ -15,7 +15,7 @@ MAX_HEAD_DIM = 256
 ROW_TILE = 32
 """Rows per program of the gather and scatter kernels."""
 SCORE_BLOCK_KEYS = 128
-PROMPT_SIZES = ("num_rows", "num_keys", "window")
+PROMPT_SIZES = ("num_rows", "num_keys")
 """Arguments that Triton must not compile in: it would make kernels of their own for 1 and for multiples of 16, and the
 first prompt of such a length would wait seconds for the compiler."""
 TARGETS = ("sm_80", "sm_90", "gfx942")

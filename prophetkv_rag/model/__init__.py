@@ -2,10 +2,10 @@
 
 In comes a causal language model; out goes what the probe found out about it (`ModelSupport`) and passes that run its
 own forward with our attention, over caches that take rows in place. No model class is patched or named. Begin reading
-with `attention.py` (how a layer's call reaches us), then `cache_layers.py` (where its rows go), `encode_pass.py` and
-`rows_pass.py` (what is done with them), `forward.py` (how a pass is run: `ambient.py` and `uncompiled.py` keep away
-what the caller has set and compiled, `state.py` notices what he changes) and `probe/` (why a model may be trusted with
-all that).
+with `attention.py` (how a layer's call reaches us), then `cache_layers.py` (where its rows go), `encode_pass.py`,
+`rows_pass.py`, `norm_pass.py` and `sparse_pass.py` (what is done with them), `forward.py` (how a pass is run:
+`ambient.py` and `uncompiled.py` keep away what the caller has set and compiled, `state.py` notices what he changes) and
+`probe/` (why a model may be trusted with all that).
 """
 
 from prophetkv_rag.model.ambient import own_state
@@ -16,9 +16,11 @@ from prophetkv_rag.model.encode_pass import EncodeBehindPass, EncodePass
 from prophetkv_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
 from prophetkv_rag.model.forward import backbone, decoder_layers, plain_forward, run_pass
 from prophetkv_rag.model.loading import load_model
+from prophetkv_rag.model.norm_pass import NormScoringPass
 from prophetkv_rag.model.probe import probe_model
 from prophetkv_rag.model.rope import RopeTables, Rotation
 from prophetkv_rag.model.rows_pass import RowsPass, ScoringPass
+from prophetkv_rag.model.sparse_pass import SparsePass
 from prophetkv_rag.model.state import ModelState
 from prophetkv_rag.model.support import ModelSupport
 
@@ -29,11 +31,13 @@ __all__ = [
     "EncodePass",
     "ModelState",
     "ModelSupport",
+    "NormScoringPass",
     "RopeTables",
     "Rotation",
     "RowsLayer",
     "RowsPass",
     "ScoringPass",
+    "SparsePass",
     "backbone",
     "cache_argument",
     "cache_of",

@@ -25,6 +25,7 @@ class RowsPass(AttentionPass):
         rows: torch.Tensor,
         *,
         hidden_keys: torch.Tensor | None = None,
+        key_positions: torch.Tensor | None = None,
         last_row_only: bool = False,
         watched: Mapping[int, torch.Tensor] | None = None,
     ) -> None:
@@ -34,6 +35,7 @@ class RowsPass(AttentionPass):
             layers: The probe's findings.
             rows: `[m]`, ascending positions.
             hidden_keys: `[n]`, bool: seen by no row.
+            key_positions: `[n]`, ascending positions of the keys that calls will bring; `None` for every position.
             last_row_only: Only the last row's final state is wanted (for its logits). The last layer's keys and values
                 come before its attention, so the other rows need not attend there.
             watched: Per layer to watch, `[n]`, bool: the keys whose received attention is wanted (`received`).
@@ -41,6 +43,7 @@ class RowsPass(AttentionPass):
         self.layers = layers
         self.rows = rows
         self.hidden_keys = hidden_keys
+        self.key_positions = key_positions
         self.last_row_only = last_row_only
         self.watched = watched or {}
         self.received: dict[int, torch.Tensor] = {}
@@ -58,7 +61,11 @@ class RowsPass(AttentionPass):
         window = self.layers[call.layer_idx].sliding_window
         if (groups, window) not in self._blocks:
             self._blocks[groups, window] = ops.RowBlocks(
-                self.rows, num_groups=groups, sliding_window=window, hidden_keys=self.hidden_keys
+                self.rows,
+                num_groups=groups,
+                sliding_window=window,
+                hidden_keys=self.hidden_keys,
+                key_positions=self.key_positions,
             )
         return self._blocks[groups, window]
 
@@ -66,7 +73,7 @@ class RowsPass(AttentionPass):
         """Attend over the cache, causally by position."""
         num_rows = call.query.shape[2]
         if self.last_row_only and call.layer_idx == len(self.layers) - 1 and num_rows > 1:
-            last = RowsPass(self.layers, self.rows[-1:], hidden_keys=self.hidden_keys)
+            last = RowsPass(self.layers, self.rows[-1:], hidden_keys=self.hidden_keys, key_positions=self.key_positions)
             output = last.attend(replace(call, query=call.query[:, :, -1:]))
             return F.pad(output, (0, 0, 0, 0, num_rows - 1, 0))
         if call.layer_idx in self.watched:
@@ -110,11 +117,12 @@ class ScoringPass(RowsPass):
         scoring_rows: torch.Tensor,
         context_softmax: bool,
         first_layer: int = 0,
+        last_layer: int | None = None,
         hidden_keys: torch.Tensor | None = None,
     ) -> None:
         """Prepare the pass; `context` is `[n]` bool, `scoring_rows` `[m]` bool (see `ops.attend_and_score`).
 
-        Layers before `first_layer` attend and do not count.
+        Layers before `first_layer` and behind `last_layer` (`None`: the model's) attend and do not count.
         """
         super().__init__(layers, rows, hidden_keys=hidden_keys)
         self.context = context
@@ -124,7 +132,7 @@ class ScoringPass(RowsPass):
         self._asking = RowsPass(layers, rows[self._num_plain :], hidden_keys=hidden_keys)
         self.scoring_rows = scoring_rows[self._num_plain :]
         self.context_softmax = context_softmax
-        self.first_layer = first_layer
+        self.counted = range(first_layer, len(layers) if last_layer is None else last_layer + 1)
         self._mass: dict[tuple[int, int], torch.Tensor] = {}  # by heads and key/value heads, which may differ by layer
 
     @property
@@ -137,7 +145,7 @@ class ScoringPass(RowsPass):
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """Attend, adding this layer's mass to that of the layers before it."""
-        if call.layer_idx < self.first_layer:
+        if call.layer_idx not in self.counted:
             return super().attend(call)
         heads = (call.query.shape[1], call.key.shape[1])
         if heads not in self._mass:

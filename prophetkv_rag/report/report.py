@@ -38,7 +38,8 @@ class ReuseReport(_Viewed):
     and layers run in full included. `charged_ratio` is that as a fraction of full prefill's work on the chunks: all
     rows x layers beyond one pass of the fresh tokens (without those that begin the prompt as they begin the encoding
     prefix, whose rows are only copied), over chunk tokens x layers. Strategies of one `recompute_ratio` may differ in
-    it.
+    it. A row that attends to a part of its context (`ProphetKVConfig.context_share`) is charged like any other;
+    `attended_share` tells what was saved: the keys that the last pass's rows saw, as a share of all before them.
 
     The report of a prefill also knows its prompt: `view` has it token by token, `to_html()` draws it, and Jupyter shows
     that by itself.
@@ -53,6 +54,7 @@ class ReuseReport(_Viewed):
     fresh_tokens: int
     row_layers: int = 0
     charged_ratio: float = 0.0
+    attended_share: float = 1.0
     chunks: list[ChunkReport] = field(default_factory=list)
     timings_s: Timings = field(default_factory=Timings)
 

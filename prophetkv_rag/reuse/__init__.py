@@ -8,7 +8,8 @@ are recomputed), `recompute.py` (those run again, in place), `accounting.py` (th
 
 from prophetkv_rag.reuse.assemble import assemble_caches
 from prophetkv_rag.reuse.prefill import Prefiller, PrefillResult
-from prophetkv_rag.reuse.recompute import LayerView, recompute_rows
+from prophetkv_rag.reuse.pruning import LayerView
+from prophetkv_rag.reuse.recompute import recompute_rows
 from prophetkv_rag.reuse.selection import (
     QueryContext,
     Selection,

@@ -44,6 +44,7 @@ def report_reuse(
     num_recomputed: int,
     row_layers: int,
     num_layers: int,
+    attended_share: float = 1.0,
 ) -> ReuseReport:
     """Report a prefill that reused caches.
 
@@ -56,6 +57,7 @@ def report_reuse(
         num_recomputed: Chunk tokens that ran through every layer.
         row_layers: Rows x layers of all that ran, for choosing as well.
         num_layers: The model's.
+        attended_share: See `attended_share`.
     """
     num_fresh = layout.num_tokens - layout.num_chunk_tokens
     unavoidable = (num_fresh - layout.known_prefix) * num_layers
@@ -69,12 +71,28 @@ def report_reuse(
         fresh_tokens=num_fresh,
         row_layers=row_layers,
         charged_ratio=(row_layers - unavoidable) / (layout.num_chunk_tokens * num_layers),
+        attended_share=attended_share,
         chunks=[
             ChunkReport(chunk.key, len(chunk.input_ids), *origin)
             for chunk, origin in zip(layout.chunks, origins, strict=True)
         ],
         timings_s=timings,
     )
+
+
+def attended_share(rows: torch.Tensor, is_chunk: torch.Tensor, visible: torch.Tensor) -> float:
+    """Return the keys that stage II's rows see, as a share of those at or before their own positions.
+
+    Args:
+        rows: `[m]`, ascending positions of the rows.
+        is_chunk: `[N]`, bool: rows of such positions see the visible keys only, all others everything.
+        visible: `[N]`, bool.
+
+    Sliding windows are left out of the count.
+    """
+    before = rows + 1
+    seen = torch.where(is_chunk[rows], visible.cumsum(0)[rows], before)
+    return float(seen.sum() / before.sum())
 
 
 def attach_view(

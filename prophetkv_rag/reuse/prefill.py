@@ -17,10 +17,16 @@ from prophetkv_rag.generation import InterruptibleLock
 from prophetkv_rag.model import CACHE_NAME, ModelSupport, RowsLayer, own_state, plain_forward, resumable_cache
 from prophetkv_rag.prompt import AnyPrompt, PromptLayout, PromptReader
 from prophetkv_rag.report import PromptView, ReuseReport, Timings, end_stage
-from prophetkv_rag.reuse.accounting import attach_view, ends_with_chunk, report_full_prefill, report_reuse
+from prophetkv_rag.reuse.accounting import (
+    attach_view,
+    attended_share,
+    ends_with_chunk,
+    report_full_prefill,
+    report_reuse,
+)
 from prophetkv_rag.reuse.assemble import assemble_caches
 from prophetkv_rag.reuse.recompute import recompute_rows
-from prophetkv_rag.reuse.selection import QueryContext, Strategy, make_strategy
+from prophetkv_rag.reuse.selection import QueryContext, Selection, Strategy, make_strategy
 from prophetkv_rag.reuse.selection.base import token_budget
 
 
@@ -36,6 +42,7 @@ class PrefillResult:
         logits: `[1, vocab]` of the last token, fp32.
         report: What was reused and how long it took.
         recomputed: Ascending positions of the chunk tokens that ran through every layer at query time.
+        visible: Ascending positions that those could attend to, as far as they stand before them; `None` for all.
     """
 
     past_key_values: Any
@@ -43,6 +50,7 @@ class PrefillResult:
     logits: torch.Tensor
     report: ReuseReport
     recomputed: torch.Tensor
+    visible: torch.Tensor | None = None
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -155,6 +163,7 @@ class Prefiller:
             wanted[: context.exact_rows] = False
             always = wanted.nonzero()[:, 0]
             wanted[selection.positions] = True
+            visible = _visible_keys(context, selection)
             for layer in layers:
                 layer.keys = layer.keys[:, :, : layout.num_tokens]
                 layer.values = layer.values[:, :, : layout.num_tokens]
@@ -167,6 +176,7 @@ class Prefiller:
                 always=always,
                 prune=selection.prune,
                 watched=dict.fromkeys(selection.watched_layers, context.is_chunk),
+                visible=visible,
             )
             _settled(done.logits)
             seconds = end_stage("recompute", mark, strategy=strategy.name, rows=done.rows.shape[0])
@@ -185,10 +195,12 @@ class Prefiller:
             num_recomputed=recomputed.shape[0] + int(ends_with_chunk(layout)),
             row_layers=context.row_layers + done.row_layers,
             num_layers=len(self.support.layers),
+            attended_share=1.0 if visible is None else attended_share(done.rows, context.is_chunk, visible),
         )
         attach_view(report, layout, recomputed, context.scores, tokenizer=self.reader.tokens.codec)
         cache = resumable_cache([layer.keys for layer in layers], [layer.values for layer in layers])
-        return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed)
+        seen = None if visible is None else visible.nonzero()[:, 0]
+        return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed, seen)
 
     def _copy_prefix(self, layers: Sequence[RowsLayer], num_rows: int) -> None:
         """Write the first rows of the encoding prefix, which the prompt begins with, into the assembled cache."""
@@ -216,6 +228,16 @@ class Prefiller:
             recompute_ratio=ratio,
             config=self.config,
         )
+
+
+def _visible_keys(context: QueryContext, selection: Selection) -> torch.Tensor | None:
+    """Return `[N]`, bool: what recomputed chunk tokens see; `None` for everything."""
+    if selection.visible is None or selection.positions.shape[0] == 0:
+        return None
+    visible = ~context.is_chunk
+    visible[selection.positions] = True
+    visible[selection.visible] = True
+    return visible
 
 
 def _settled(logits: torch.Tensor) -> torch.Tensor:

@@ -9,14 +9,16 @@ alone. A question that stands before the chunks asks from extra rows behind the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from prophetkv_rag.config import ProphetKVConfig
-from prophetkv_rag.model import ModelSupport, RowsLayer, ScoringPass, cache_of, run_pass
+from prophetkv_rag.model import ModelSupport, NormScoringPass, RowsLayer, ScoringPass, cache_of, run_pass
 from prophetkv_rag.prompt import PromptLayout
+from prophetkv_rag.reuse.pruning import Stopping
 
 
 @dataclass
@@ -35,7 +37,7 @@ class QueryContext:
         recompute_ratio: The ratio that the budget comes from.
         config: The engine's settings.
         exact_rows: How many of the first rows, all before the context, the caches hold exactly already: what the
-            prompt shares with the encoding prefix, and after stage I the whole prefix.
+            prompt shares with the encoding prefix, and after a whole stage I all of the prefix.
         row_layers: Rows x layers run in stage I so far.
     """
 
@@ -51,10 +53,16 @@ class QueryContext:
     config: ProphetKVConfig
     exact_rows: int = 0
     row_layers: int = 0
-    _scores: dict[tuple[str, str, int], torch.Tensor] = field(default_factory=dict)
+    _scores: dict[tuple[str, str, int, int | None, str], torch.Tensor] = field(default_factory=dict)
 
     def attention_scores(
-        self, *, score_softmax: str | None = None, query_scope: str | None = None, first_layer: int = 0
+        self,
+        *,
+        score_softmax: str | None = None,
+        query_scope: str | None = None,
+        first_layer: int = 0,
+        last_layer: int | None = None,
+        over_rows: Literal["mean", "norm"] = "mean",
     ) -> torch.Tensor:
         """Run stage I and return the score of every token, `[N]` in fp32 (0 outside the chunks).
 
@@ -62,12 +70,24 @@ class QueryContext:
             score_softmax: Overrides `config.score_softmax`.
             query_scope: Overrides `config.query_scope`.
             first_layer: The first layer whose attention counts; the layers before it run all the same.
+            last_layer: The last one that counts; behind it stage I stops, but for one row. `None` for the model's.
+            over_rows: How a layer's asking tokens are put together: by the mean of their weights, or the L2 norm, which
+                goes with a softmax over the full row only.
+
+        Raises:
+            ValueError: For a norm over another softmax.
         """
         score_softmax = score_softmax or self.config.score_softmax
         query_scope = query_scope or self.config.query_scope
-        key = (score_softmax, query_scope, first_layer)
+        if over_rows == "norm" and score_softmax != "full_row":
+            msg = f"score_softmax is {score_softmax!r}; over_rows='norm' needs 'full_row'"
+            raise ValueError(msg)
+        if last_layer == len(self.support.layers) - 1:
+            last_layer = None
+        key = (score_softmax, query_scope, first_layer, last_layer, over_rows)
         if key not in self._scores:
-            self._scores[key] = self._run(score_softmax == "context", query_scope, first_layer)
+            kind = NormScoringPass if over_rows == "norm" else ScoringPass
+            self._scores[key] = self._run(kind, score_softmax == "context", query_scope, first_layer, last_layer)
         return self._scores[key]
 
     @property
@@ -75,7 +95,14 @@ class QueryContext:
         """The scores that stage I gave last; `None` if no strategy asked for any."""
         return next(reversed(self._scores.values()), None)
 
-    def _run(self, context_softmax: bool, query_scope: str, first_layer: int) -> torch.Tensor:
+    def _run(
+        self,
+        kind: type[ScoringPass],
+        context_softmax: bool,
+        query_scope: str,
+        first_layer: int,
+        last_layer: int | None,
+    ) -> torch.Tensor:
         layout, device = self.layout, self.input_ids.device
         num_tokens, num_probe = layout.num_tokens, len(layout.probe_ids)
         probe_ids = torch.tensor(layout.probe_ids, dtype=torch.int64, device=device)
@@ -96,24 +123,30 @@ class QueryContext:
         hidden[: layout.context_start] = False
         hidden[rows] = False
         hidden[:num_tokens] &= ~self.is_chunk
-        scoring = ScoringPass(
+        scoring = kind(
             self.support.layers,
             rows,
             context=torch.cat([self.is_chunk, self.is_chunk.new_zeros(num_probe)]),
             scoring_rows=asking[rows],
             context_softmax=context_softmax,
             first_layer=first_layer,
+            last_layer=last_layer,
             hidden_keys=hidden if bool(hidden.any()) else None,
         )
         for layer in self.layers:
             layer.rows = rows
-        run_pass(
-            self.model,
-            scoring,
-            input_ids=token_ids[None, rows],
-            position_ids=rows[None],
-            cache=cache_of(self.layers),
-        )
-        self.exact_rows = layout.context_start
-        self.row_layers += rows.shape[0] * len(self.support.layers)
+        stopping = None if last_layer is None else Stopping(scoring, self.layers, last_layer)
+        with nullcontext() if stopping is None else stopping.between_layers_of(self.model):
+            run_pass(
+                self.model,
+                scoring,
+                input_ids=token_ids[None, rows],
+                position_ids=rows[None],
+                cache=cache_of(self.layers),
+            )
+        if stopping is None:
+            self.exact_rows = layout.context_start
+            self.row_layers += rows.shape[0] * len(self.support.layers)
+        else:  # the prefix's later layers are missing: what is not known from elsewhere is left to stage II
+            self.row_layers += stopping.row_layers
         return scoring.scores[:num_tokens]

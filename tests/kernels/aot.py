@@ -75,14 +75,14 @@ def attention(
         "VALUE_DIM": value_dim, "BLOCK_VALUE": tiles.padded_head(value_dim),
     }  # fmt: skip
     pointers = dict.fromkeys(("query_ptr", "key_ptr", "value_ptr", "out_ptr", "sinks_ptr"), dtype)
-    pointers |= {"rows_ptr": "i64", "hidden_ptr": "u8", "lse_ptr": "fp32"}
+    pointers |= {"last_ptr": "i64", "first_ptr": "i64", "hidden_ptr": "u8", "lse_ptr": "fp32"}
     return build(attention_kernel, target, pointers, constants, tile)
 
 
 def scores(target: str, dtype: str, dim: int, groups: int, tile: Any = None, **flags: bool) -> Any:
     tile = tiles.Tile(*tile) if tile else tiles.SCORES[target, SIZES[dtype], max(64, tiles.padded(dim))]
-    pointers = {"query_ptr": dtype, "key_ptr": dtype, "rows_ptr": "i64", "lse_ptr": "fp32", "hidden_ptr": "u8"}
-    pointers |= {"bounds_ptr": "i64", "mass_ptr": "fp32"}
+    pointers = {"query_ptr": dtype, "key_ptr": dtype, "last_ptr": "i64", "first_ptr": "i64", "lse_ptr": "fp32"}
+    pointers |= {"hidden_ptr": "u8", "bounds_ptr": "i64", "mass_ptr": "fp32"}
     constants = attention_constants(dim, groups, tile, **flags)
     return build(scores_kernel, target, pointers, constants, tile)
 

@@ -24,7 +24,10 @@ def error(found: torch.Tensor, truth: torch.Tensor) -> float:
 
 @dataclass
 class Case:
-    """Inputs of attention and scoring. Cache rows beyond the last query's position, and beyond n, are NaN."""
+    """Inputs of attention and scoring. Cache rows beyond the last query's position, and beyond n, are NaN.
+
+    With `span` the keys are gathered: they stand at some of so many positions.
+    """
 
     heads: int
     kv_heads: int
@@ -37,6 +40,7 @@ class Case:
     hidden: bool = False
     softcap: float | None = None
     sinks: bool = False
+    span: int | None = None
     seed: int = 0
     device: str = "cpu"
     scaling: float = field(init=False)
@@ -45,8 +49,12 @@ class Case:
         generator = torch.Generator().manual_seed(self.seed)
         value_dim = self.value_dim or self.dim
         self.scaling = self.dim**-0.5
-        self.positions = torch.randperm(self.keys, generator=generator)[: self.rows].sort().values
-        last = int(self.positions[-1])
+        own = torch.randperm(self.keys, generator=generator)[: self.rows].sort().values
+        self.places = torch.arange(self.keys)
+        if self.span is not None:
+            self.places = torch.randperm(self.span, generator=generator)[: self.keys].sort().values
+        self.positions = self.places[own]
+        last = int(own[-1])
 
         def cache(dim: int) -> torch.Tensor:
             roomy = torch.full((self.kv_heads, self.keys + 9, dim), NAN)
@@ -61,7 +69,7 @@ class Case:
         self.hidden_keys = None
         if self.hidden:
             hidden = torch.rand(self.keys, generator=generator) < 0.4
-            hidden[self.positions] = False
+            hidden[own] = False
             self.hidden_keys = hidden.to(self.device)
         self.context = (torch.rand(self.keys, generator=generator) < 0.7).to(self.device)
         self.asking = (torch.rand(self.rows, generator=generator) < 0.6).to(self.device)
@@ -75,6 +83,7 @@ class Case:
             num_groups=self.heads // self.kv_heads,
             sliding_window=self.window,
             hidden_keys=self.hidden_keys,
+            key_positions=None if self.span is None else self.places.to(self.device),
         )
 
     def inputs(self) -> Any:
@@ -94,7 +103,7 @@ class Case:
         logits = self.query.cpu().double() @ key.transpose(1, 2) * self.scaling
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        row, column = self.positions[:, None], torch.arange(self.keys)[None, :]
+        row, column = self.positions[:, None], self.places[None, :]
         unseen = column > row
         if self.window is not None:
             unseen = unseen | (column <= row - self.window)

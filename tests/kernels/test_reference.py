@@ -19,23 +19,28 @@ SHAPES = [  # heads, kv heads, rows, keys, head dim
 ]
 
 
-def make(shape, seed=0):
+def make(shape, seed=0, span=None):
+    """Random states, and rows among the keys; with `span` the keys stand at some of so many positions."""
     heads, kv_heads, rows, keys, dim = shape
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(heads, rows, dim, generator=generator)
     key = torch.randn(kv_heads, keys, dim, generator=generator)
     value = torch.randn(kv_heads, keys, dim, generator=generator)
     positions = torch.randperm(keys, generator=generator)[:rows].sort().values
-    return query, key, value, positions
+    if span is None:
+        return query, key, value, positions
+    places = torch.randperm(span, generator=generator)[:keys].sort().values
+    return query, key, value, places[positions], places
 
 
-def weights_by_loop(query, key, positions, head, row, *, window, hidden, softcap, sink, scaling):
-    """float64 softmax weights of one row of one head over all keys."""
+def weights_by_loop(query, key, positions, head, row, *, window, hidden, softcap, sink, scaling, places=None):
+    """float64 softmax weights of one row of one head over all keys, which stand at `places`."""
     kv_head = head // (query.shape[0] // key.shape[0])
     position = int(positions[row])
     logits = []
     for index in range(key.shape[1]):
-        visible = index <= position and (window is None or index > position - window)
+        place = index if places is None else int(places[index])
+        visible = place <= position and (window is None or place > position - window)
         if not visible or (hidden is not None and hidden[index]):
             logits.append(-math.inf)
             continue
@@ -116,6 +121,41 @@ def test_plain_and_masked_keys_are_joined(monkeypatch, joined):
                 )
                 expected = weights @ value[kv_head].double()
                 torch.testing.assert_close(output[row, head].double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 30, 10_000])
+@pytest.mark.parametrize("plain_keys", [8, 256])
+def test_gathered_keys_are_seen_by_their_positions(monkeypatch, window, plain_keys):
+    """Some keys of a longer cache, side by side: who sees whom is said by positions, in whole and in joined parts."""
+    monkeypatch.setattr(row_blocks, "MIN_PLAIN_KEYS", plain_keys)
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 32)
+    query, key, value, positions, places = make((4, 2, 70, 200, 16), span=900)
+    blocks = ops.RowBlocks(positions, num_groups=2, sliding_window=window, key_positions=places)
+    assert any(block.plain.stop > block.plain.start for block in blocks) == (window != 30 and plain_keys == 8)
+    output = ops.selected_rows_attention(query, key, value, blocks, scaling=0.4)
+    for head in range(4):
+        for row in range(70):
+            weights, kv_head = weights_by_loop(
+                query, key, positions, head, row,
+                window=window, hidden=None, softcap=None, sink=None, scaling=0.4, places=places,
+            )  # fmt: skip
+            expected = weights @ value[kv_head].double()
+            torch.testing.assert_close(output[row, head].double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_all_keys_gathered_are_the_cache(window):
+    """Bit for bit, blocks and masks included."""
+    query, key, value, positions = make((4, 2, 70, 600, 16))
+    plain, gathered = (
+        ops.RowBlocks(positions, num_groups=2, sliding_window=window, key_positions=places)
+        for places in (None, torch.arange(600))
+    )
+    for one, other in zip(plain, gathered, strict=True):
+        assert (one.rows, one.plain, one.masked) == (other.rows, other.plain, other.masked)
+        assert torch.equal(one.mask, other.mask)
+    found = [ops.selected_rows_attention(query, key, value, blocks, scaling=0.4) for blocks in (plain, gathered)]
+    assert torch.equal(*found)
 
 
 def test_masks_beyond_the_cache_are_made_again(monkeypatch):

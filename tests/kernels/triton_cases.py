@@ -63,6 +63,9 @@ ATTENTION = [
     (8, 2, 19, 133, 256, BF16, {"hidden": True, "sinks": True}),
     (6, 3, 19, 70, 72, F32, {"value_dim": 40}),
     (4, 2, 33, 50, 16, F16, {"window": 7}),
+    (8, 2, 40, 133, 64, BF16, {"span": 500}),
+    (7, 1, 19, 190, 128, F32, {"span": 400, "window": 60, "hidden": True, "sinks": True}),
+    (9, 3, 33, 70, 64, F32, {"span": 3000, "window": 900}),
 ]
 if WIDE:
     ATTENTION += [
@@ -100,7 +103,9 @@ TILES = [
 ]
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 60, "sinks": True}, {"hidden": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 60, "sinks": True}, {"hidden": True}, {"span": 700, "window": 200}], ids=str
+)
 @pytest.mark.parametrize(("tile", "splits"), TILES, ids=str)
 def test_attention_by_any_tiles_and_splits(tile, splits, options):
     from prophetkv_rag.kernels.triton import selected_rows_attention
@@ -163,9 +168,10 @@ SCORES = [
     (14, 2, 40, 190, 64, F32, {"softcap": 5.0, "sinks": True, "window": 60}),
     (8, 1, 7, 65, 256, BF16, {"hidden": True}),
     (2, 2, 19, 133, 80, F32, {}),
+    (8, 2, 19, 133, 64, F32, {"span": 400, "window": 150}),
 ]
 if WIDE:
-    SCORES += ATTENTION[16:]
+    SCORES += ATTENTION[19:]
 
 
 @pytest.mark.parametrize("context_softmax", [True, False])

@@ -66,9 +66,9 @@ def test_engine(family, launched):
         engine = engine_of(family)
         engine.add_chunks(CHUNKS)
         full = engine.prefill(PROMPT, strategy="full_prefill")
-    arms = [("prophetkv", 0.3), ("full_reuse", 0.0)]
+    arms = [("prophetkv", 0.3), ("prophetkv:context_share=0.4", 0.3), ("full_reuse", 0.0)]
     if family == "llama":
-        arms += [("kvshare", 0.3), ("prophetkv", 1.0)]
+        arms += [("kvshare", 0.3), ("infoflow", 0.3), ("prophetkv", 1.0)]
     for strategy, ratio in arms:
         with ops.force("reference"):
             expected = engine.prefill(PROMPT, strategy=strategy, recompute_ratio=ratio)
@@ -78,7 +78,8 @@ def test_engine(family, launched):
         assert launched["rope_gather"] == len(engine.support.layers)
         assert launched["rope_scatter"] >= len(engine.support.layers)
         assert launched["selected_rows_attention"] > 0
-        assert bool(launched["attend_and_score"]) == (strategy == "kvshare" or 0 < ratio < 1)
+        # InfoFlow's norm is made of rows' log-sum-exps.
+        assert bool(launched["attend_and_score"]) == (0 < ratio < 1 and strategy != "infoflow")
         launched.update(dict.fromkeys(launched, 0))
         assert torch.equal(found.recomputed, expected.recomputed)
         torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)

@@ -11,7 +11,7 @@ import torch
 from triton.runtime.errors import InterpreterError
 
 from prophetkv_rag.kernels import ops, switch, triton
-from prophetkv_rag.kernels.triton import attention, gather, logits, row_moves, scatter, scores
+from prophetkv_rag.kernels.triton import attention, gather, launch, logits, row_moves, scatter, scores
 from prophetkv_rag.kernels.triton.tiles import Tile
 from tests.kernels.interpreter import MemoryFault, repair, sanitizer
 from tests.kernels.oracle import NAN, SCORE_TOLERANCE, TOLERANCE, Case, error
@@ -64,6 +64,7 @@ def check_rows(gather, scatter):
         {"hidden": True, "softcap": 5.0},
         {"rows": 1, "splits": 3},
         {"dim": 80, "heads": 14},
+        {"span": 500, "window": 120},
     ],
     ids=str,
 )
@@ -71,7 +72,7 @@ def test_attention_stays_inside(options):
     check_attention(attention, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 31}, {"hidden": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 31}, {"hidden": True}, {"span": 500, "window": 120}], ids=str)
 def test_scores_stay_inside(options):
     check_scores(scores, **options)
 
@@ -106,7 +107,7 @@ def planted(original, old: str, new: str, folder: Path):
 
 FIRST_ROW = "packed_rows(tile * BLOCK_ROWS,"
 BUGS = {
-    "a row does not see itself": (logits, "(key <= position)", "(key < position)"),
+    "a row does not see itself": (logits, "(key <= last_key)", "(key < last_key)"),
     "too many keys without a mask": (attention, "(lowest + 1) // BLOCK_KEYS", "(lowest + BLOCK_KEYS) // BLOCK_KEYS"),
     "no rescaling": (attention, "total * rescale[:, None], input", "total, input"),
     "wrong head": (
@@ -154,6 +155,11 @@ MORE_BUGS = {
     ),
     "rows go to their own index": (scatter, "target * dst_stride_row", "(row + 0 * target) * dst_stride_row"),
 }
+GATHERED_BUGS = {
+    "causal by the row's position": (launch, '"last_ptr": last_keys', '"last_ptr": inputs.blocks.rows'),
+    "a window of so many gathered keys": (logits, "(key >= first_key)", "(key > last_key - 120)"),
+    "a window that begins late": (attention, "seen_from // BLOCK_KEYS", "(seen_from // BLOCK_KEYS + 1)"),
+}
 CAUGHT = (AssertionError, InterpreterError, MemoryFault)
 
 
@@ -164,6 +170,13 @@ def test_planted_bugs_of_attention_are_caught(name, tmp_path):
         check_attention(module)
     expected = {"a store without its mask": "outside every tensor", "tiles overlap": "two programs write one address"}
     assert expected.get(name, "") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", GATHERED_BUGS)
+def test_planted_bugs_with_gathered_keys_are_caught(name, tmp_path):
+    module, *_ = planted(*GATHERED_BUGS[name], tmp_path)
+    with pytest.raises(CAUGHT):
+        check_attention(module, span=500, window=120)
 
 
 @pytest.mark.parametrize("name", MORE_BUGS)

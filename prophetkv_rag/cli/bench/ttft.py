@@ -24,7 +24,9 @@ def ttft(
     ] = None,
     context: Annotated[list[int], typer.Option(min=16, help="Context tokens; may be repeated.")] = [2048, 4096],  # noqa: B006
     recompute_ratio: Annotated[list[float], typer.Option(min=0, max=1, help="Ratios; repeatable.")] = [0.2],  # noqa: B006
-    strategy: Annotated[list[str], typer.Option(help="Strategies; repeatable.")] = ["prophetkv"],  # noqa: B006
+    strategy: Annotated[
+        list[str], typer.Option(help="Strategies, with options: prophetkv:context_share=0.5; repeatable.")
+    ] = ["prophetkv"],  # noqa: B006
     chunk_tokens: Annotated[int, typer.Option(min=16, help="Tokens per chunk.")] = 256,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds measured per context, after one warm-up.")] = 5,
     memory: Annotated[bool, typer.Option(help="Also measure peak memory, in processes of their own.")] = True,

@@ -120,7 +120,7 @@ def measure_ttft(
                 disk = on_disk.prefill(prompt, strategy=arm.strategy, recompute_ratio=arm.recompute_ratio).report
                 if repeat >= 0:
                     result.full_flops = full_flops(engine.model, engine.support, layout)
-                    result.flops = reuse_flops(engine.model, engine.support, layout, ram.recomputed)
+                    result.flops = reuse_flops(engine.model, engine.support, layout, ram.recomputed, ram.visible)
                     if ram.recomputed.numel():
                         result.mean_position = float(ram.recomputed.float().mean()) / layout.num_tokens
                     result.full_s.append(full_s)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from prophetkv_rag.reuse.recompute import Pruner
+from prophetkv_rag.reuse.pruning import Pruner
 from prophetkv_rag.reuse.stage_one import QueryContext
 
 __all__ = ["QueryContext", "Selection", "Strategy", "allowed_option", "token_budget", "top_positions", "without_choice"]
@@ -24,11 +24,14 @@ class Selection:
         prune: For strategies that decide between layers (CacheBlend, hybrids that run the first layers in full):
             called after each layer with stale and fresh rows, returns the positions that go on. `None` keeps all.
         watched_layers: Layers whose `LayerView` shall tell the attention that each token received there.
+        visible: `[v]` positions of the chunk tokens that recomputed ones see, beside each other and all tokens outside
+            the chunks; `None` for all. Tokens outside the chunks always see all.
     """
 
     positions: torch.Tensor
     prune: Pruner | None = None
     watched_layers: frozenset[int] = frozenset()
+    visible: torch.Tensor | None = None
 
 
 class Strategy(ABC):

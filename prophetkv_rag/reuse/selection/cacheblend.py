@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from prophetkv_rag.reuse.recompute import LayerView, Pruner
+from prophetkv_rag.reuse.pruning import LayerView, Pruner
 from prophetkv_rag.reuse.selection.base import (
     QueryContext,
     Selection,

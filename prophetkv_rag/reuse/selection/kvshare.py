@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from prophetkv_rag.reuse.recompute import LayerView
+from prophetkv_rag.reuse.pruning import LayerView
 from prophetkv_rag.reuse.selection.base import QueryContext, Selection, Strategy, top_positions, without_choice
 from prophetkv_rag.reuse.selection.cacheblend import DECIDING_LAYER
 

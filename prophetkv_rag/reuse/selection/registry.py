@@ -11,6 +11,8 @@ from prophetkv_rag.reuse.selection.cacheblend import CacheBlend
 from prophetkv_rag.reuse.selection.epic import Epic
 from prophetkv_rag.reuse.selection.full_prefill import FullPrefill
 from prophetkv_rag.reuse.selection.full_reuse import FullReuse
+from prophetkv_rag.reuse.selection.fusionrag import FusionRAG
+from prophetkv_rag.reuse.selection.infoflow import InfoFlow
 from prophetkv_rag.reuse.selection.kvshare import KVShare
 from prophetkv_rag.reuse.selection.prophetkv import ProphetKV
 from prophetkv_rag.reuse.selection.prophetkv_late import ProphetKVLate
@@ -18,7 +20,18 @@ from prophetkv_rag.reuse.selection.random_tokens import RandomTokens
 
 _STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
-    for strategy in (ProphetKV, ProphetKVLate, CacheBlend, Epic, KVShare, RandomTokens, FullReuse, FullPrefill)
+    for strategy in (
+        ProphetKV,
+        ProphetKVLate,
+        CacheBlend,
+        Epic,
+        KVShare,
+        InfoFlow,
+        FusionRAG,
+        RandomTokens,
+        FullReuse,
+        FullPrefill,
+    )
 }
 
 

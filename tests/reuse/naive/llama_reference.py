@@ -10,7 +10,7 @@ layers, rows and heads. It follows arXiv 2602.02579, sections 4.2 and 4.3, with 
               score(t) = sum over layers of the mean over query heads and scoring rows of softmax(q . k_t / sqrt(d))
 - selection:  the floor(ratio * C) best of the C chunk tokens, ties to the lower position
 - stage II:   selected and fresh rows restart from their embeddings; in each layer their keys and values replace the
-              stale ones before that layer attends
+              stale ones before that layer attends; selected rows may be told to attend to a part of the context
 
 Inside, a key is always held un-rotated and is rotated to its position each time it is read; what the public methods
 return as a prompt's keys is rotated. Shapes: Hkv = num_key_value_heads, D = head_dim, N prompt tokens, C chunk tokens.
@@ -106,6 +106,8 @@ class NaiveLlama:
         softmax: Literal["context", "full_row"] = "context",
         extra_query_ids: Sequence[int] | None = None,
         first_layer: int = 0,
+        last_layer: int | None = None,
+        over_rows: Literal["mean", "norm"] = "mean",
     ) -> Array:
         """Scores `[C]` of the chunk tokens, in prompt order.
 
@@ -117,6 +119,8 @@ class NaiveLlama:
             extra_query_ids: a question that stands elsewhere: rows behind the prompt's last token, attending to all
                 that stage I sees. They are then the scoring rows, and are dropped afterwards.
             first_layer: layers before it do not count.
+            last_layer: nor do layers behind this one.
+            over_rows: "norm": per layer, the L2 norm over scoring rows of the mean over heads; the layers' mean.
         """
         suffix, context = suffix_positions(segments), context_positions(segments)
         extra = list(extra_query_ids or [])
@@ -129,30 +133,47 @@ class NaiveLlama:
         keys, values = self._place_chunks(segments, chunk_caches, extra_rows=len(extra))
         self._run_rows(ids[: len(prefix)], prefix, keys, values, visible=prefix)
         scores = np.zeros(len(context))
+        received: dict[tuple[int, int], Array] = {}  # by layer and row, [C]: the mean over heads
 
         def observe(layer: int, row: int, seen: Positions, logits: Array) -> None:
-            if row not in scoring or layer < first_layer:
+            if row not in scoring or layer < first_layer or (last_layer is not None and layer > last_layer):
                 return
             is_context = np.isin(seen, context)
             for head in logits:
                 weights = _softmax(head[is_context]) if softmax == "context" else _softmax(head)[is_context]
                 scores[:] += weights / (len(logits) * len(scoring))
+                received[layer, row] = received.get((layer, row), np.zeros(len(context))) + weights / len(logits)
 
         visible = [*prefix, *context, *rows]
         self._run_rows([ids[row] for row in rows], rows, keys, values, visible=visible, observe=observe)
+        if over_rows == "norm":
+            layers = sorted({layer for layer, _ in received})
+            squares = [sum(weights**2 for (at, _), weights in received.items() if at == layer) for layer in layers]
+            return np.asarray(np.mean(np.sqrt(squares), axis=0))
         return scores
 
     def recompute(
-        self, segments: Sequence[Segment], chunk_caches: Sequence[KeysValues], selected: Iterable[int]
+        self,
+        segments: Sequence[Segment],
+        chunk_caches: Sequence[KeysValues],
+        selected: Iterable[int],
+        *,
+        others: Iterable[int] | None = None,
     ) -> tuple[Array, list[Array], list[Array]]:
-        """Stage II: the selected prompt positions and all fresh rows. Last row's logits `[V]`, K, V."""
+        """Stage II: the selected prompt positions and all fresh rows. Last row's logits `[V]`, K, V.
+
+        Fresh rows see everything before them; selected ones too, or, with `others`, only those positions, each other
+        and the fresh ones.
+        """
         ids, chosen = prompt_ids(segments), set(selected)
         suffix_positions(segments)  # raises where the prompt has no suffix
         if not chosen <= set(context_positions(segments)):
             raise ValueError("only chunk tokens can be selected")
-        rows = sorted(chosen | set(fresh_positions(segments)))
+        fresh = set(fresh_positions(segments))
+        rows = sorted(chosen | fresh)
         keys, values = self._place_chunks(segments, chunk_caches)
-        hidden = self._run_rows([ids[row] for row in rows], rows, keys, values, visible=range(len(ids)))
+        narrow = None if others is None else {position: chosen | fresh | set(others) for position in chosen}
+        hidden = self._run_rows([ids[row] for row in rows], rows, keys, values, visible=range(len(ids)), narrow=narrow)
         return self._logits(hidden[-1]), self._rotate_all(keys), values
 
     def _run_rows(
@@ -164,10 +185,12 @@ class NaiveLlama:
         *,
         visible: Iterable[int],
         observe: Observer | None = None,
+        narrow: Mapping[int, set[int]] | None = None,
     ) -> list[Array]:
         """Run rows from their embeddings through all layers, writing their K/V in place; hidden states out.
 
-        In each layer all rows first write their key and value, then each attends to `visible` up to its own position.
+        In each layer all rows first write their key and value, then each attends to `visible` up to its own position,
+        or, if its position is in `narrow`, to what stands there.
         """
         visible_positions = np.array(sorted(visible), dtype=np.int64)
         hidden = [self.embeddings[token].copy() for token in ids]
@@ -186,6 +209,8 @@ class NaiveLlama:
             rotated = self._rotate(keys[layer], np.arange(keys[layer].shape[1]))
             for row, position in enumerate(positions):
                 seen = visible_positions[visible_positions <= position]
+                if narrow is not None and position in narrow:
+                    seen = np.array([key for key in seen.tolist() if key in narrow[position]], dtype=np.int64)
                 logits = np.empty((self.num_heads, len(seen)))
                 heads = []
                 for head in range(self.num_heads):

@@ -30,6 +30,21 @@ def select(
     return sorted(best if positions is None else [positions[index] for index in best])
 
 
+def best_others(scores: np.ndarray, share: float, chosen: Sequence[int], positions: Sequence[int]) -> list[int]:
+    """Of the chunk tokens at `positions` `[C]` that are not `chosen`, the floor(share * their number) best.
+
+    Those one before a chosen one come first, then two, three and four before, then the rest; each group by its scores.
+    """
+    rest = [index for index in range(len(scores)) if positions[index] not in chosen]
+
+    def group(index: int) -> int:
+        return min([5, *(place - positions[index] for place in chosen if place > positions[index])])
+
+    in_order = sorted(rest, key=lambda index: (group(index), -scores[index], index))
+    best = in_order[: math.floor(share * len(rest) + 1e-9)]
+    return sorted(positions[index] for index in best)
+
+
 def prompt_ids(segments: Sequence[Segment]) -> list[int]:
     """All token ids, in order."""
     return [token for ids, _ in segments for token in ids]

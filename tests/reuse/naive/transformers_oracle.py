@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicCache
 
-from prophetkv_rag.model import CACHE_NAME
+from prophetkv_rag.model import CACHE_NAME, cache_argument
 from tests.reuse.naive.llama_reference import NaiveLlama
 from tests.reuse.naive.prompt_reference import context_positions, fresh_positions, prompt_ids
 
@@ -77,16 +78,16 @@ class Pass(NamedTuple):
 
 
 def transformers_pass(model, ids, positions=None, allowed=None) -> Pass:
+    """One pass of the model; `allowed` `[rows, rows]` is narrowed to sliding windows where the model has some."""
     positions = np.arange(len(ids)) if positions is None else np.asarray(positions)
     allowed = positions[None, :] <= positions[:, None] if allowed is None else allowed
-    mask = torch.zeros(1, 1, len(ids), len(ids), dtype=torch.float64)
-    mask[0, 0][~torch.from_numpy(allowed)] = torch.finfo(torch.float64).min
     with torch.no_grad():
         out = model(
             torch.tensor([list(ids)]),
             position_ids=torch.from_numpy(positions)[None],
-            attention_mask=mask,
+            attention_mask=_masks(model, positions, allowed),
             use_cache=True,
+            **cache_argument(model, DynamicCache()),  # one of the model's own drops rows outside its windows
             output_attentions=True,
         )
     layers = out[CACHE_NAME].layers
@@ -94,12 +95,33 @@ def transformers_pass(model, ids, positions=None, allowed=None) -> Pass:
         out.logits[0].numpy(),
         [layer.keys[0].numpy() for layer in layers],
         [layer.values[0].numpy() for layer in layers],
-        [attention[0].numpy() for attention in out.attentions],
+        [attention[0].numpy() for attention in out.attentions or ()],
     )
 
 
-def reuse_as_one_pass(model, encoding_prefix, segments, *, selected=(), glue=True, extra=()):
-    """Chunk reuse as one masked forward pass of transformers' model. Returns it, its rows' positions and kinds."""
+def _masks(model, positions, allowed):
+    """As the model takes them: one `[1, 1, rows, rows]`, or one for each type of layer."""
+
+    def mask(seen):
+        drawn = torch.zeros(1, 1, *seen.shape, dtype=model.dtype)
+        drawn[0, 0][~torch.from_numpy(seen)] = torch.finfo(model.dtype).min
+        return drawn
+
+    window = getattr(model.config, "sliding_window", None)
+    if not window:
+        return mask(allowed)
+    narrowed = mask(allowed & (positions[None, :] > positions[:, None] - window))
+    types = getattr(model.config, "layer_types", None) or ["sliding_attention"]
+    if "full_attention" not in types:
+        return narrowed
+    return {"full_attention": mask(allowed), "sliding_attention": narrowed}
+
+
+def reuse_as_one_pass(model, encoding_prefix, segments, *, selected=(), others=None, glue=True, extra=()):
+    """Chunk reuse as one masked forward pass of transformers' model. Returns it, its rows' positions and kinds.
+
+    With `others` the selected rows see no other stale tokens than those at these positions.
+    """
     ids, positions, kinds = [], [], []  # kind: chunk number for stale rows, -1 - chunk for its prefix copy, "fresh"
 
     def put(token, position, kind):
@@ -125,7 +147,8 @@ def reuse_as_one_pass(model, encoding_prefix, segments, *, selected=(), glue=Tru
     for row, (row_position, row_kind) in enumerate(zip(positions, kinds, strict=True)):
         for column, (position, kind) in enumerate(zip(positions, kinds, strict=True)):
             if row_kind == "fresh":
-                sees = kind == "fresh" or (kind >= 0 and position not in selected)
+                is_shown = others is None or row_position not in selected or position in others
+                sees = kind == "fresh" or (kind >= 0 and position not in selected and is_shown)
             else:
                 sees = kind != "fresh" and kind in (row_kind, -1 - row_kind)
             allowed[row, column] = sees and position <= row_position
