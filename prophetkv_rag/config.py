@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 from prophetkv_rag.errors import InputError
 
@@ -20,7 +20,8 @@ _DEFAULT_COUNTS: dict[EncodingKind, int] = {"plain": 0, "previous": 2, "neighbou
 _MOST_CHUNKS = 16
 
 
-class Encoding(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Encoding:
     """What chunks are encoded behind besides the encoding prefix: so many other chunks, of one kind."""
 
     kind: EncodingKind

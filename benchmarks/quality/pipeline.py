@@ -83,7 +83,7 @@ def collect(texts: Sequence[str], embedder: MiniLMEmbedder, tokenizer: Any, chun
     )
     cut = [(chunk, number) for number, text in enumerate(texts) for chunk in splitter.split_text(text)]
     chunks = list(dict.fromkeys(chunk for chunk, _ in cut))
-    of_chunk = {chunk: number for chunk, number in reversed(cut)}
+    of_chunk = dict(reversed(cut))
     embeddings = torch.tensor(embedder.embed(chunks))
     return Collection(chunks, [of_chunk[chunk] for chunk in chunks], embeddings)
 

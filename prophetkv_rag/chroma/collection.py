@@ -235,8 +235,8 @@ class KVCachingCollection:
             ]
             keys: dict[str, str | None] = {}
             try:
-                records = [Record(*record) for record in zip(names, texts, metadata_list, strict=True)]
-                before = self._caches.before(records, is_one_call=True)
+                written = [Record(*record) for record in zip(names, texts, metadata_list, strict=True)]
+                before = self._caches.before(written, is_one_call=True)
                 self._caches.compute(texts, keys, self.progress, before)
                 columns["documents"] = None if documents is None else document_list
                 columns["metadatas"] = [

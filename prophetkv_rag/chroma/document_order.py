@@ -53,10 +53,10 @@ def previous_texts(records: Sequence[Record], count: int, fetch: Fetch, *, is_on
     texts: dict[str, list[str]] = {}
     for record in records:
         before: list[str] = []
-        name = previous.get(record.name)
+        name = previous.get(record.name, "")
         while name in by_name and len(before) < count:
             before.append(by_name[name].text or "")
-            name = previous.get(name)
+            name = previous.get(name, "")
         if record.text is not None:
             texts.setdefault(record.text, [text for text in reversed(before) if text.strip()])
     return texts

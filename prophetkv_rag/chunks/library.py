@@ -236,7 +236,8 @@ class ChunkLibrary:
         else:
             return {}
         others = {key for before in found for key in before}.difference(keys)
-        there = self._writer.tried(self.store.known, others, otherwise=set()) if others else set()
+        nothing: set[str] = set()
+        there = self._writer.tried(self.store.known, others, otherwise=nothing)
         before: dict[str, tuple[str, ...]] = {}
         for key, candidates in zip(keys, found, strict=True):
             chosen = [one for one in candidates if one != key and (one in there or one in keys)]

@@ -110,5 +110,11 @@ class EncodeBehindPass(AttentionPass):
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """Let every sequence attend to its own prefix and itself."""
-        parts = zip(self.rows, call.query.split(1), call.key.split(1), call.value.split(1), strict=True)
-        return torch.cat([row.attend(replace(call, query=q, key=k, value=v)) for row, q, k, v in parts])
+        return torch.cat(
+            [
+                row.attend(
+                    replace(call, query=call.query[i : i + 1], key=call.key[i : i + 1], value=call.value[i : i + 1])
+                )
+                for i, row in enumerate(self.rows)
+            ]
+        )

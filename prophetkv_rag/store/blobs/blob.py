@@ -162,8 +162,8 @@ def decode_body(
     if any(rows.is_packed for rows in (*keys, *values)):
         cache: ChunkCache = PackedCache(tensors["input_ids"], keys, values, header.behind)
     else:
-        plain = (tuple(rows.stored for rows in part) for part in (keys, values))
-        cache = ChunkCache(tensors["input_ids"], *plain, header.behind)
+        stored_keys, stored_values = (tuple(rows.stored for rows in part) for part in (keys, values))
+        cache = ChunkCache(tensors["input_ids"], stored_keys, stored_values, header.behind)
     if input_ids is not None and not cache.has_ids(input_ids):
         msg = "it is of other token ids"
         raise BlobError(msg)
