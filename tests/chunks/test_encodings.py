@@ -150,6 +150,32 @@ def test_behind_neighbours_a_chunk_is_that_of_their_own_caches_joined(store: Chu
         assert_same(rotated(engine, cache, place(engine, nearest)), by_hand(engine, text, before))
 
 
+def test_neighbours_that_stand_behind_others_themselves_leave_no_trace_of_those(store: ChunkStore) -> None:
+    config = ProphetKVConfig(encoding="neighbours:2", index_batch_tokens=64)  # a chunk or two at a time
+    engine, plain = engine_on(store, config), engine_on(MemoryStore(), ProphetKVConfig())
+    plain.add_chunks(DOCUMENT)
+    engine.add_chunks(DOCUMENT, behind=NEAREST)
+    store.flush()
+    others = [[DOCUMENT[(number + 3) % 5], DOCUMENT[(number + 4) % 5]] for number in range(5)]
+    engine.add_chunks(DOCUMENT, behind=others, refresh=True)
+    for text, nearest in zip(DOCUMENT, others, strict=True):
+        cache = stored(engine, text)
+        if cache.behind.keys == tuple(engine.library.key_of(one) for one in nearest):
+            before = [stored(plain, one) for one in nearest]
+            assert_same(rotated(engine, cache, place(engine, nearest)), by_hand(engine, text, before))
+    assert sum(stored(engine, text).behind.traces != () for text in DOCUMENT) == 5
+
+
+def test_what_is_told_through_others_is_a_trace_too(store: ChunkStore) -> None:
+    engine = engine_on(store, PREVIOUS)
+    engine.add_chunks(DOCUMENT)
+    keys = [engine.library.key_of(text) for text in DOCUMENT]
+    behind = stored(engine, DOCUMENT[4]).behind
+    assert behind.keys == tuple(keys[2:4])
+    assert set(behind.through) == set(keys[:2])
+    assert behind.is_chained
+
+
 def test_neighbours_at_once_are_as_in_two_passes(store: ChunkStore) -> None:
     engine = engine_on(store, NEIGHBOURS)
     engine.add_chunks(DOCUMENT, behind=NEAREST)
