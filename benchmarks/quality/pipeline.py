@@ -2,6 +2,7 @@
 
     python benchmarks/quality/pipeline.py --squad dev-v2.0.json --questions 24 --out rows.jsonl
     python benchmarks/quality/pipeline.py --data hotpotqa.jsonl --model DIR --out rows.jsonl
+    python benchmarks/quality/pipeline.py --table benchmarks/quality/pipeline/smollm2.jsonl
 
 Documents are cut into chunks of `--chunk-tokens` tokens, embedded by the shipped embedder and indexed once for each
 `--encoding`; each question retrieves its nearest `--top-k` chunks of the whole collection, nearest first, and is asked
@@ -128,6 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--squad", type=Path, help="SQuAD's JSON: its articles are indexed whole.")
+    source.add_argument("--table", type=Path, help="Print the tables of kept rows; needs no model.")
     source.add_argument("--data", type=Path, help="JSON lines of questions with passages: these are indexed.")
     parser.add_argument("--model", help="Model directory; SmolLM2-135M-Instruct by default.")
     parser.add_argument("--documents", type=int, default=16, help="Articles of --squad.")
@@ -140,8 +142,12 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, action="append", help="Repeatable; by default 0, 0.05, 0.1, 0.2.")
     parser.add_argument("--strategy", default="prophetkv")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--pair", nargs=2, action="append", default=[], metavar="ENCODING", help="Compare two.")
     parser.add_argument("--out", type=Path, help="Rows are kept here.")
     options = parser.parse_args()
+    if options.table is not None:
+        _print_kept(options.table, options.pair)
+        return
     encodings, ratios = options.encoding or list(ENCODINGS), options.ratio or [0.0, 0.05, 0.1, 0.2]
 
     model, tokenizer = load_model(str(options.model or fetch_default_model()))
@@ -191,6 +197,7 @@ def main() -> None:
                     file.write(json.dumps([encoding, ratio, name, fidelity.kl, fidelity.top1_agreement]) + "\n")
         sys.stderr.write(f"{name}: {result.report.prompt_tokens} tokens\n")
     _print(rows, settings, encodings, ratios, [name for name, _ in questions])
+    _print_pairs(rows, options.pair, ratios, [name for name, _ in questions])
 
 
 Rows = dict[tuple[str, float, str], tuple[float, float]]
@@ -207,6 +214,14 @@ def _kept(out: Path | None, settings: dict[str, Any]) -> Rows:
         sys.exit(f"error: {out} holds rows of other settings: {first}; give another --out")
     kept = [json.loads(line) for line in lines]
     return {(encoding, ratio, name): (kl, agreement) for encoding, ratio, name, kl, agreement in kept}
+
+
+def _print_kept(path: Path, pairs: Sequence[Sequence[str]]) -> None:
+    settings = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+    rows = _kept(path, settings)
+    encodings, ratios, names = (list(dict.fromkeys(part)) for part in zip(*rows, strict=True))
+    _print(rows, settings, encodings, sorted(ratios), names)
+    _print_pairs(rows, pairs, sorted(ratios), names)
 
 
 def _print(
@@ -230,14 +245,22 @@ def _print(
         return
     write(f"Paired with {PAPER[0]} at {PAPER[1]:.0%}, 95% bootstrap:\n")
     for (encoding, ratio), arm in by_arm.items():
-        differences = [kl - base for (kl, _), (base, _) in zip(arm, by_arm[PAPER], strict=True)]
         if (encoding, ratio) != PAPER:
-            mean = bootstrap_mean(differences)
-            lower = sum(difference < 0 for difference in differences)
-            write(
-                f"  {encoding:14} {ratio:4.0%}  {mean.mean:+.3f} ({mean.low:+.3f} to {mean.high:+.3f}), "
-                f"lower on {lower} of {len(differences)}\n"
-            )
+            write(f"  {encoding:14} {ratio:4.0%}  {_compared(arm, by_arm[PAPER])}\n")
+
+
+def _print_pairs(rows: Rows, pairs: Sequence[Sequence[str]], ratios: Sequence[float], names: Sequence[str]) -> None:
+    for one, other in pairs:
+        for ratio in ratios:
+            arms = [[rows[encoding, ratio, name] for name in names] for encoding in (one, other)]
+            sys.stdout.write(f"{one} against {other} at {ratio:.0%}: {_compared(*arms)}\n")
+
+
+def _compared(arm: Sequence[tuple[float, float]], base: Sequence[tuple[float, float]]) -> str:
+    differences = [kl - other for (kl, _), (other, _) in zip(arm, base, strict=True)]
+    mean = bootstrap_mean(differences)
+    lower = sum(difference < 0 for difference in differences)
+    return f"{mean.mean:+.3f} ({mean.low:+.3f} to {mean.high:+.3f}), lower on {lower} of {len(differences)}"
 
 
 if __name__ == "__main__":
