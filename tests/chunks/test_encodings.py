@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from prophetkv_rag import InputError, Prompt, ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.model import RopeTables
+from prophetkv_rag.model import RopeTables, cache_argument
 from prophetkv_rag.store import ChunkCache, ChunkStore, MemoryStore
 from prophetkv_rag.store.disk.store import DiskStore
 from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
@@ -64,7 +64,7 @@ def assert_same(
 @torch.no_grad()
 def full_prefill(engine: ProphetKVEngine, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     cache = DynamicCache()
-    engine.model(torch.tensor([ids]), past_key_values=cache)
+    engine.model(torch.tensor([ids]), **cache_argument(engine.model, cache))
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 
@@ -82,7 +82,7 @@ def by_hand(engine: ProphetKVEngine, text: str, before: list[ChunkCache]) -> lis
     with torch.no_grad():
         engine.model(
             torch.tensor([ids]),
-            past_key_values=cache,
+            **cache_argument(engine.model, cache),
             position_ids=torch.arange(start, start + len(ids))[None],
             cache_position=torch.arange(start, start + len(ids)),
         )

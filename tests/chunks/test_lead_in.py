@@ -33,7 +33,7 @@ def test_a_long_one_is_cut_and_leaves_a_short_window_to_the_chunks():
     count = len(engine_of().identity.prefix_ids)
     long = text_of(3000, seed=5)
     assert len(engine_of(lead_in=long).identity.prefix_ids) == count + LEAD_IN_TOKENS
-    assert len(engine_of(lead_in=long, lead_in_tokens=400).identity.prefix_ids) == count + 400
+    assert len(engine_of(lead_in=long, lead_in_tokens=100).identity.prefix_ids) == count + 100
     short = engine_of(lead_in=long, max_prompt_tokens=400)
     assert len(short.identity.prefix_ids) == count + 50
 

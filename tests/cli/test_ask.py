@@ -38,7 +38,7 @@ def test_index_then_ask(run: Run, docs: Path) -> None:
     assert [set(source) for source in answer["sources"]] == [{"id", "text", "score"}] * 4
     assert set(answer["report"]) == REPORT_KEYS
     assert set(answer["report"]["timings_s"]) == TIMINGS
-    assert [set(chunk) for chunk in answer["report"]["chunks"]] == [{"key", "tokens", "status", "tier"}] * 4
+    assert [set(chunk) for chunk in answer["report"]["chunks"]] == [{"key", "tokens", "status", "tier", "behind"}] * 4
     assert {chunk["status"] for chunk in answer["report"]["chunks"]} == {"hit"}
     counts = answer["report"]
     assert counts["chunk_tokens"] == counts["reused_tokens"] + counts["recomputed_tokens"]
