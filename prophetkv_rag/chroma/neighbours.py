@@ -7,7 +7,6 @@ one's plain cache is used. Interrupted, it is taken up by `cache warm`: what has
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,7 +42,6 @@ class NeighbourPass:
         self._owner = owner
         self._has_told = False
         self._lock = threading.Lock()
-        self._pid = os.getpid()
         self._worker: ThreadPoolExecutor | None = None
         self._futures: set[Future[None]] = set()
 
