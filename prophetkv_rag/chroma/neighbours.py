@@ -77,8 +77,9 @@ class NeighbourPass:
     def _guarded(self, names: Sequence[str]) -> None:
         try:
             self.run(names)
-        except Exception:  # nobody waits for it, and the plain caches are there
-            logger.warning("chunks stay encoded without their neighbours", exc_info=True)
+        except Exception as error:  # nobody waits for it, and the plain caches are there
+            logger.warning("chunks stay encoded without their neighbours: %s", error)
+            logger.debug("as this failed", exc_info=True)
 
     def _encode(self, names: Sequence[str], *, refresh: bool) -> None:
         collection, count = self._collection(), self._engine.library.encoding.count
