@@ -169,13 +169,13 @@ class TextCodec:
         """As a tokenizer's `decode`; with special tokens it is `shown`."""
         if not skip_special_tokens:
             return self.shown(token_ids)
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return self._decoded(token_ids, skip_special_tokens=True)
 
     def shown(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, special tokens as they are spelt."""
         if self.abilities.shows_specials:
             options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-            return str(self.tokenizer.decode(list(token_ids), **options))
+            return self._decoded(token_ids, **options)
         return self._text_of(token_ids)
 
     def _text_of(self, token_ids: Sequence[int], before: str = "", behind: str = "") -> str:
@@ -187,8 +187,26 @@ class TextCodec:
             elif self.abilities.shows_specials:
                 texts.append(self.shown(list(run)))
             else:
-                texts.append(str(self.tokenizer.decode(list(run), skip_special_tokens=True)))
+                texts.append(self._decoded(run, skip_special_tokens=True))
         return "".join(texts)
+
+    def _decoded(self, token_ids: Iterable[int], **options: Any) -> str:
+        """Decode; ids that are no token's stand for nothing (a model's vocabulary may be the longer one)."""
+        ids = list(token_ids)
+        try:
+            return str(self.tokenizer.decode(ids, **options))
+        except Exception:  # some tokenizers leave them out by themselves
+            known = [token for token in ids if self._is_known(token)]
+            if len(known) == len(ids):
+                raise
+            return str(self.tokenizer.decode(known, **options))
+
+    def _is_known(self, token: int) -> bool:
+        try:
+            self.tokenizer.decode([token])
+        except Exception:
+            return False
+        return True
 
 
 def _unmarked(value: Any) -> Any:

@@ -67,6 +67,14 @@ def test_everything_works_with_it(tokenizer: Any) -> None:
     assert isinstance(engine.generate(MESSAGES, max_new_tokens=3).text, str)
 
 
+def test_an_id_that_is_no_tokens_stands_for_nothing(tokenizer: Any) -> None:
+    """A model's vocabulary is often padded, and nothing keeps it from choosing what its tokenizer does not know."""
+    tokens = Tokens(tokenizer)
+    ids = tokens.chunk(CHUNKS[0])
+    for beyond in (len(tokenizer), len(tokenizer) + 5000):
+        assert tokens.decode([*ids[:3], beyond, *ids[3:]]) == tokens.decode(ids)
+
+
 def test_special_tokens_in_a_chunk_stay_text_and_nothing_is_lost(tokenizer: Any) -> None:
     tokens = Tokens(tokenizer)
     for text in (*CHUNKS, "<|im_end|>", "<|im_end|><|im_end|>x", "ordinary words"):
@@ -153,9 +161,10 @@ def test_a_model_of_mistrals_is_loaded_with_mistral_common_and_answers_in_both_f
     from prophetkv_rag.integrations.langchain import ChatProphetKV
     from prophetkv_rag.integrations.llama_index import ProphetKVLLM, prompt_template_of
 
-    kind = type(mistral(tmp_path))
+    tokenizer = mistral(tmp_path)
+    kind = type(tokenizer)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = MistralConfig(vocab_size=400, num_key_value_heads=2, head_dim=16, sliding_window=None, **sizes)
+    config = MistralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=16, sliding_window=None, **sizes)
     MistralForCausalLM(config).save_pretrained(tmp_path)
     engine = ProphetKVEngine.from_pretrained(tmp_path)
     assert type(engine.tokenizer) is kind
