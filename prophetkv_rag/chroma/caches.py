@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prophetkv_rag.chroma.document_order import Record, previous_texts
+from prophetkv_rag.chroma.document_order import Record, previous_texts, tells_order
 from prophetkv_rag.chroma.records import PROPHETKV_ID, StoredRecord, batches, cache_keys
 from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.store import is_key
@@ -36,6 +36,7 @@ class CollectionCaches:
         self.collection = collection
         self.engine = engine
         self.owner = owner
+        self._has_told = False
 
     def renew(self, stored: dict[str, StoredRecord], progress: Progress) -> None:
         """Cache the texts that these records hold, and correct the keys that they carry."""
@@ -58,7 +59,16 @@ class CollectionCaches:
         encoding = self.engine.library.encoding
         if encoding.kind != "previous":
             return {}
-        return previous_texts(records, encoding.count, self._fetch, is_one_call=is_one_call)
+        found = previous_texts(records, encoding.count, self._fetch, is_one_call=is_one_call)
+        if len(records) > 1 and not (is_one_call or tells_order(records) or self._has_told):
+            self._has_told = True
+            logger.warning(
+                "the records of collection %r do not say in which order they stand in their documents: chunks are "
+                "encoded alone (encoding %s)",
+                self.collection.name,
+                encoding,
+            )
+        return found
 
     def _fetch(self, names: Sequence[str]) -> list[Record]:
         return [Record(name, found.document, found.metadata) for name, found in self.stored(names).items()]

@@ -86,11 +86,8 @@ class KVCachingCollection:
         return self._collection
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in (
-            "collection",
-            "_collection",
-            "_pid",
-        ):  # asked for before __init__ has run, by copy and pickle
+        # Our own are asked for before __init__ has run, by copy and pickle.
+        if name.startswith("__") or name in ("collection", "_collection", "_pid"):
             raise AttributeError(name)
         return getattr(self.collection, name)
 

@@ -62,6 +62,11 @@ def previous_texts(records: Sequence[Record], count: int, fetch: Fetch, *, is_on
     return texts
 
 
+def tells_order(records: Sequence[Record]) -> bool:
+    """Whether any of these records says which document it is of, so that it may stand behind others or be the first."""
+    return any(name in (record.metadata or {}) for record in records for name in (_NODE, *_DOCUMENT))
+
+
 def _previous_names(records: Sequence[Record], *, is_one_call: bool) -> dict[str, str]:
     previous = _linked(records)
     documents: defaultdict[str, list[tuple[tuple[float, float, int], str]]] = defaultdict(list)

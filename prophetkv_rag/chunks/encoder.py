@@ -108,17 +108,24 @@ class ChunkEncoder:
                 if self.is_chained and needed_later.is_wanted(key):
                     before.put(key, cache)
                 yield numbers[key], cache
-            before.trim()
+            if (
+                not self.is_chained
+            ):  # of those, no more are held than the next chunks need; lost, they would be left out
+                before.trim()
 
     def encode_again(self, key: str, input_ids: Sequence[int]) -> ChunkCache | None:
         """Encode a chunk as it was encoded before, or return `None` where what it stood behind cannot be had.
 
         For a prompt: of a chunk that is chained to others nothing but itself is computed.
         """
+        if self.encoding.kind == "plain":
+            return None
         try:
             keys = self.store.behind(key).keys
         except StoreError as error:
             logger.debug("what the chunk %s was encoded behind cannot be told: %s", key, error)
+            return None
+        if not keys:
             return None
         before = RecentCaches(ALONE_BYTES)
         for one in keys:
@@ -126,8 +133,6 @@ class ChunkEncoder:
             if cache is None:
                 return None
             before.put(one, cache if self.is_chained or not cache.behind.keys else self._alone(cache))
-        if not keys:
-            return None
         job = self._job(input_ids, keys, before)
         self.state.check()
         (cache,) = encode_behind(self.model, self.support, self.prefix, [job])

@@ -229,18 +229,19 @@ class ChunkLibrary:
         if not count:
             return {}
         if behind is not None:
-            known = dict(zip(texts, keys, strict=True)) if all(isinstance(text, str) for text in texts) else {}
+            known = {text: key for text, key in zip(texts, keys, strict=True) if isinstance(text, str)}
             found = [[known.get(text) or self.key_of(text) for text in before] for before in behind]
         elif self.encoding.kind == "previous":
             found = [list(keys[max(0, number - count) : number]) for number in range(len(keys))]
         else:
             return {}
-        others = {key for before in found for key in before}.difference(keys)
+        own = set(keys)
+        others = {key for before in found for key in before} - own
         nothing: set[str] = set()
         there = self._writer.tried(self.store.known, others, otherwise=nothing)
         before: dict[str, tuple[str, ...]] = {}
         for key, candidates in zip(keys, found, strict=True):
-            chosen = [one for one in candidates if one != key and (one in there or one in keys)]
+            chosen = [one for one in candidates if one != key and (one in own or one in there)]
             if chosen and key not in before:
                 before[key] = tuple(dict.fromkeys(chosen))[-count:]
         return before
@@ -265,11 +266,8 @@ class ChunkLibrary:
             encode = self._encode_alone
         else:
             encode = partial(self._encoder.encode_behind, behind=before)
-            for key, (
-                input_ids,
-                entry,
-            ) in missing.items():  # a cache is kept where all that it bears a trace of is known
-                self._writer.note(key, input_ids, entry)
+            for key, chunk in missing.items():  # a cache is kept where all that it bears a trace of is known
+                self._writer.note(key, *chunk)
         failed, seconds_per_token = self._writer.write(missing, encode, progress)
         if seconds_per_token is not None:
             self._describe(seconds_per_token)

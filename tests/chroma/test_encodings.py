@@ -77,6 +77,22 @@ def test_llama_index_says_which_node_is_before_also_one_of_an_earlier_call() -> 
     assert [before(caching, text) for text in TEXTS] == [TEXTS[max(0, n - 2) : n] for n in range(5)]
 
 
+def test_records_without_any_order_are_told_once_and_encoded_alone(caplog: pytest.LogCaptureFixture) -> None:
+    caching = collection("previous:2")
+    caching.collection.add(ids=NAMES, embeddings=EMBEDDINGS, documents=TEXTS)
+    with caplog.at_level(logging.WARNING):
+        caching.cache_existing()
+        caching.cache_existing()
+        assert caplog.text.count("do not say in which order they stand") == 1
+        several = collection("previous:2")  # each a document of its own: there is nothing to tell
+        several.collection.add(
+            ids=NAMES, embeddings=EMBEDDINGS, documents=TEXTS, metadatas=[{"source": name} for name in NAMES]
+        )
+        several.cache_existing()
+    assert caplog.text.count("do not say in which order they stand") == 1
+    assert [before(caching, text) for text in TEXTS] == [[]] * 5
+
+
 def test_a_circle_of_nodes_ends() -> None:
     caching = collection("previous:3")
     nodes = [node("r0", "r1"), node("r1", "r0"), node("r2", "gone")]
