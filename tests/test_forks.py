@@ -24,7 +24,7 @@ from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [text_of(60, seed=seed) for seed in range(3)]
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no os.fork")
 
 
 def prompt(*more: str) -> Prompt:

@@ -12,7 +12,7 @@ from prophetkv_rag.errors import StoreError
 from tests.forked import forked
 from tests.tiny import text_of
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no os.fork")
 
 
 def test_the_child_is_told_and_the_parent_goes_on(collection: KVCachingCollection) -> None:

@@ -73,7 +73,7 @@ def test_an_sqlite_that_is_too_old_for_chroma(command: str, tmp_path: Path) -> N
     assert "A newer Python" in said
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
 def test_output_that_cannot_be_written(tiny_model: Path, tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         run = subprocess.run(

@@ -212,7 +212,7 @@ class TestWithinAProcess:
         holder.leave()
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no such advice here")
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS and Windows have no posix_fadvise")
 def test_advice_that_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "posix_fadvise", failing(errno.ENOSYS))
     store = DiskStore(tmp_path, ram_bytes=0)

@@ -17,7 +17,7 @@ from prophetkv_rag.store.disk.leases import Leases
 from tests.forked import Child, Elsewhere, forked
 from tests.store.caches import FINGERPRINT, found_in, key_of, make_cache
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no os.fork")
 
 
 def put(store: DiskStore, *seeds: int) -> None:
