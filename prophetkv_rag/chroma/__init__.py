@@ -2,8 +2,8 @@
 
 In come a chromadb collection and an engine; out comes a collection that both frameworks' Chroma classes work on
 unchanged. Begin reading with `collection.py`, the proxy; `caches.py` keeps the caches in step with what it writes and
-deletes, `records.py` is Chroma's arguments as columns, `locks.py` keeps two writers of one collection apart,
-`store.py` says where a client's caches lie.
+deletes, `document_order.py` and `neighbours.py` say which chunks stand before which, `records.py` is Chroma's arguments
+as columns, `locks.py` keeps two writers of one collection apart, `store.py` says where a client's caches lie.
 """
 
 from prophetkv_rag.chroma.collection import KVCachingCollection

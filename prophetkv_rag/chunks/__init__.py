@@ -2,7 +2,8 @@
 
 In come texts; out come their caches, in the store when they are written and loaded when a prompt has them (or computed
 again, where the store cannot give them). Begin reading with `library.py` (`opening.py` makes it); `encode.py` runs the
-model, `writer.py` stores while it runs, `loader.py` brings a prompt's caches back.
+model, `encoder.py` decides behind which other chunks (`order.py` says in which order, `recent.py` holds their caches
+meanwhile), `writer.py` stores while it runs, `loader.py` brings a prompt's caches back.
 """
 
 from prophetkv_rag.chunks.library import ChunkLibrary

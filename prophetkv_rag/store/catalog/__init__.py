@@ -2,7 +2,8 @@
 
 One SQLite file that several processes may share; it opens no blob and no remote. In come rows, out come rows and
 the order in which they are evicted. Begin reading with `schema.py`, then `catalog.py`; `namespaces.py` says whom a
-chunk is charged to, `ranking.py` which is worth its bytes, `counts.py` what was ever counted.
+chunk is charged to, `traces.py` whose trace is in whose cache, `ranking.py` which is worth its bytes, `counts.py` what
+was ever counted.
 """
 
 from prophetkv_rag.store.catalog import namespaces

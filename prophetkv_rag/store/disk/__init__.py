@@ -2,10 +2,10 @@
 
 In come caches to keep and keys to find; out come checked caches, within byte limits that hold at every moment. Begin
 reading with `opening.py` and `store.py`, the facade: `settings.py` and `directory.py` are what it begins with,
-`reader.py` and `writer.py` are its two ways, `write_behind.py` is the thread that nobody waits for, `space.py` makes
-room, `leases.py` says what is in use, `ram.py` and `read_ahead.py` are the RAM tier, `counters.py` counts, `tiered.py`
-puts the remote behind it. What people do with a store by hand follows: `upkeep.py` (verify, gc, clear),
-`statistics.py`, `transfer.py` (export, import), `rekeying.py`.
+`reader.py` and `writer.py` are its two ways, `stale.py` drops what bears a deleted chunk's trace, `write_behind.py` is
+the thread that nobody waits for, `space.py` makes room, `leases.py` says what is in use, `ram.py` and `read_ahead.py`
+are the RAM tier, `counters.py` counts, `tiered.py` puts the remote behind it. What people do with a store by hand
+follows: `upkeep.py` (verify, gc, clear), `statistics.py`, `transfer.py` (export, import), `rekeying.py`.
 """
 
 from prophetkv_rag.store.disk.key_mark import must_be_unlocked
