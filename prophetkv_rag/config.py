@@ -68,9 +68,6 @@ class ProphetKVConfig:
             of the other chunk tokens, those just before each and then those of the highest stage-I scores, in [0, 1];
             1.0, the paper's, is all of them. Tokens outside the chunks always see everything. Read by the strategies
             that have the option `context_share`; docs/quality.md and docs/performance.md say what less costs and saves.
-        first_tokens: How many tokens at the start of a prompt's first chunk are recomputed whatever their score, out of
-            the budget and at most half of it, where that chunk was encoded behind more than stands before it now (a
-            lead-in, other chunks): they are the farthest off. 0 is the paper's, whose first chunk is exact.
         score_softmax: *Open (a).* Softmax of stage I over the `"context"` keys only (Algorithm 1, the paper's reading),
             or over the `"full_row"`, the attention the model really pays, of which the context part is kept.
         query_scope: *Open (b).* Which tokens ask in stage I: the whole `"suffix"` after the last chunk (the paper's
@@ -105,7 +102,6 @@ class ProphetKVConfig:
     strategy: str = "prophetkv"
     recompute_ratio: float = 0.2
     context_share: float = 1.0
-    first_tokens: int = 0
     score_softmax: ScoreSoftmax = "context"
     query_scope: QueryScope = "suffix"
     first_chunk_eligible: bool = True
@@ -121,7 +117,6 @@ class ProphetKVConfig:
     def __post_init__(self) -> None:
         check_recompute_ratio(self.recompute_ratio)
         check_context_share(self.context_share)
-        check_first_tokens(self.first_tokens)
         if self.score_softmax not in get_args(ScoreSoftmax):
             msg = f"score_softmax is {self.score_softmax!r}; allowed: {', '.join(get_args(ScoreSoftmax))}"
             raise ValueError(msg)
@@ -168,14 +163,6 @@ def check_context_share(share: float) -> float:
         msg = f"context_share is {share!r}; it must be a number from 0 (recomputed tokens see each other) to 1 (all)"
         raise InputError(msg)
     return float(share)
-
-
-def check_first_tokens(count: int) -> int:
-    """Return `count`, or raise `InputError` if it is not a whole number from 0 on."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        msg = f"first_tokens is {count!r}; it must be a whole number from 0 (none of their own) on"
-        raise InputError(msg)
-    return count
 
 
 def _is_share(value: object) -> bool:

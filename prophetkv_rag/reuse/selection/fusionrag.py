@@ -25,6 +25,3 @@ class FusionRAG(ProphetKV):
     def scores(self, context: QueryContext) -> torch.Tensor:
         """Return the last layer's score of every token, `[N]` in fp32."""
         return context.attention_scores(score_softmax="full_row", first_layer=len(context.layers) - 1)
-
-    def _first_tokens(self, context: QueryContext) -> int:
-        return self.first_tokens or 0  # as its authors have it, unless asked for

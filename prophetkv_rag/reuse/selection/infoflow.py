@@ -29,6 +29,3 @@ class InfoFlow(ProphetKV):
         """Return the score of every token, `[N]` in fp32, times the number of layers, which ranks alike."""
         first_layer = max(0, len(context.layers) - COUNTED_LAYERS)
         return context.attention_scores(score_softmax="full_row", first_layer=first_layer, over_rows="norm")
-
-    def _first_tokens(self, context: QueryContext) -> int:
-        return self.first_tokens or 0  # as its authors have it, unless asked for

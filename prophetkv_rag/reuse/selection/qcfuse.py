@@ -30,6 +30,3 @@ class QCFuse(ProphetKV):
         first_layer = len(context.layers) // 2
         last_layer = min(first_layer + COUNTED_LAYERS, len(context.layers)) - 1
         return context.attention_scores(score_softmax="full_row", first_layer=first_layer, last_layer=last_layer)
-
-    def _first_tokens(self, context: QueryContext) -> int:
-        return self.first_tokens or 0  # as its authors have it, unless asked for
