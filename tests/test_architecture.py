@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "integrations.shared",
     "integrations.langchain": "errors text extras config report generation defaults store prompt engine chroma "
     "integrations.shared",
-    "cli": "errors text extras home kernels config report model defaults store store.encryption store.blobs "
+    "cli": "errors text extras home kernels config profile report model defaults store store.encryption store.blobs "
     "store.catalog "
     "store.remote store.disk reuse engine chroma evaluation server integrations.llama_index",
 }
