@@ -356,7 +356,7 @@ def test_a_profile_speaks_of_caches_of_one_kind(engines, settings, expected):
     assert (config.strategy, config.recompute_ratio) == expected
     with pytest.raises(InputError, match=r"with prompt_template; run .* --strategy prophetkv@prompt too"):
         profile.apply_to(ProphetKVConfig(prompt_template=TEMPLATE), model_fingerprint=fingerprint)
-    with pytest.raises(InputError, match="says nothing of encoding='previous:2'"):
+    with pytest.raises(InputError, match=r"encoding='previous:2'; run .* --strategy prophetkv@(.*\+)?previous:2 too"):
         profile.apply_to(ProphetKVConfig(encoding="previous", **settings), model_fingerprint=fingerprint)
 
 

@@ -598,7 +598,7 @@ BAD_SPECS = [
     ("cacheblend:gradual", "'cacheblend' has no option 'gradual'"),
     ("kvshare:k=3", "'kvshare' has no option 'k'; allowed: none"),
     ("prophetkv:k=3", "'prophetkv' has no option 'k'; allowed: context_share"),
-    ("prophetkv_late:k=3", "'prophetkv_late' has no option 'k'; allowed: context_share, start, stop"),
+    ("prophetkv_late:k=3", "'prophetkv_late' has no option 'k'; allowed: context_share, first_chunk, start, stop"),
     ("prophetkv_late:start=1", "start is 1; allowed: a number from 0"),
     ("prophetkv_late:start=-0.1", "start is -0.1; allowed: a number from 0"),
     ("prophetkv_late:start=half", "start is 'half'; allowed: a number from 0"),
