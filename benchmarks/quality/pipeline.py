@@ -262,7 +262,8 @@ def _print_kept(path: Path, pairs: Sequence[Sequence[str]]) -> None:
     if not measured:
         sys.exit(f"error: {path} holds no rows yet")
     encodings, ratios, names = (list(dict.fromkeys(part)) for part in zip(*measured, strict=True))
-    names = [name for name in names if all((e, r, name) in rows for e in encodings for r in ratios)]
+    arms = {(encoding, ratio) for encoding, ratio, _ in measured}
+    names = [name for name in names if all((*arm, name) in rows for arm in arms)]
     _print(rows, settings, encodings, sorted(ratios), names)
     _print_pairs(rows, pairs, sorted(ratios), names)
 
@@ -277,8 +278,10 @@ def _print(
     by_arm: dict[tuple[str, float], list[tuple[float, ...]]] = defaultdict(list)
     for encoding in encodings:
         for ratio in ratios:
-            by_arm[encoding, ratio] = [rows[encoding, ratio, name] for name in names]
-        write(f"| {encoding} | " + " | ".join(_cell(by_arm[encoding, ratio]) for ratio in ratios) + " |\n")
+            if all((encoding, ratio, name) in rows for name in names):
+                by_arm[encoding, ratio] = [rows[encoding, ratio, name] for name in names]
+        cells = [_cell(by_arm[encoding, ratio]) if (encoding, ratio) in by_arm else "-" for ratio in ratios]
+        write(f"| {encoding} | " + " | ".join(cells) + " |\n")
     write("\nMean KL in nats (share of the answer's tokens that stay the same; F1 of the answers).")
     if all((FULL, 1.0, name) in rows for name in names):
         write(f" Full prefill's F1: {100 * sum(rows[FULL, 1.0, name][2] for name in names) / len(names):.1f}.")

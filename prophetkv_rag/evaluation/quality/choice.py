@@ -169,10 +169,14 @@ def _affordable_chunks(engine: ProphetKVEngine, documents: Sequence[Sequence[str
 
 
 def default_strategies(*, has_lead_in: bool, is_long: bool) -> list[str]:
-    """Return ProphetKV with every encoding that is tried, and with half of the context where prompts are long."""
-    specs = ["prophetkv", "prophetkv:context_share=0.5"] if is_long else ["prophetkv"]
+    """Return ProphetKV with every encoding that is tried.
+
+    Behind other chunks also with the first chunk recomputed whole, and where prompts are long with half of the context.
+    """
     prefix = f"{PROMPT}+{CORPUS}" if has_lead_in else PROMPT
-    return [f"{spec}@{'+'.join(part for part in (prefix, other) if part)}" for spec in specs for other in OTHERS]
+    behind = [f"@{prefix}+{other}" if other else f"@{prefix}" for other in OTHERS]
+    found = [f"prophetkv{one}" for one in behind] + [f"prophetkv:first_chunk=exact{one}" for one in behind[1:]]
+    return found + [f"prophetkv:context_share=0.5{one}" for one in behind if is_long]
 
 
 def choose(profile: Profile) -> Choice:

@@ -75,9 +75,11 @@ def test_half_of_the_context_is_tried_with_long_prompts_only():
         "prophetkv@prompt",
         "prophetkv@prompt+previous:2",
         "prophetkv@prompt+neighbours:3",
+        "prophetkv:first_chunk=exact@prompt+previous:2",
+        "prophetkv:first_chunk=exact@prompt+neighbours:3",
     ]
     long = default_strategies(has_lead_in=True, is_long=True)
-    assert len(long) == 6
+    assert len(long) == 8
     assert long[-1] == "prophetkv:context_share=0.5@prompt+corpus+neighbours:3"
 
 
