@@ -4,8 +4,8 @@ In comes a causal language model; out goes what the probe found out about it (`M
 own forward with our attention, over caches that take rows in place. No model class is patched or named. Begin reading
 with `attention.py` (how a layer's call reaches us), then `cache_layers.py` (where its rows go), `encode_pass.py`,
 `rows_pass.py`, `norm_pass.py` and `sparse_pass.py` (what is done with them), `forward.py` (how a pass is run:
-`ambient.py` and `uncompiled.py` keep away what the caller has set and compiled, `state.py` notices what he changes) and
-`probe/` (why a model may be trusted with all that).
+`ambient.py` and `uncompiled.py` keep away what the caller has set and compiled, `state.py` notices what he changes),
+`runner.py` (what a pass needs of whoever runs the model) and `probe/` (why a model may be trusted with all that).
 """
 
 from prophetkv_rag.model.ambient import own_state
@@ -20,6 +20,7 @@ from prophetkv_rag.model.norm_pass import NormScoringPass
 from prophetkv_rag.model.probe import probe_model
 from prophetkv_rag.model.rope import RopeTables, Rotation
 from prophetkv_rag.model.rows_pass import RowsPass, ScoringPass
+from prophetkv_rag.model.runner import PassJob, Runner, TransformersRunner
 from prophetkv_rag.model.sparse_pass import SparsePass
 from prophetkv_rag.model.state import ModelState
 from prophetkv_rag.model.support import ModelSupport
@@ -32,12 +33,15 @@ __all__ = [
     "ModelState",
     "ModelSupport",
     "NormScoringPass",
+    "PassJob",
     "RopeTables",
     "Rotation",
     "RowsLayer",
     "RowsPass",
+    "Runner",
     "ScoringPass",
     "SparsePass",
+    "TransformersRunner",
     "backbone",
     "cache_argument",
     "cache_of",

@@ -14,7 +14,15 @@ from transformers.cache_utils import DynamicCache
 from prophetkv_rag.chunks import ChunkLibrary
 from prophetkv_rag.config import ProphetKVConfig, check_recompute_ratio
 from prophetkv_rag.generation import InterruptibleLock
-from prophetkv_rag.model import CACHE_NAME, ModelSupport, RowsLayer, own_state, plain_forward, resumable_cache
+from prophetkv_rag.model import (
+    CACHE_NAME,
+    ModelSupport,
+    RowsLayer,
+    TransformersRunner,
+    own_state,
+    plain_forward,
+    resumable_cache,
+)
 from prophetkv_rag.prompt import AnyPrompt, PromptLayout, PromptReader
 from prophetkv_rag.report import PromptView, ReuseReport, Timings, end_stage
 from prophetkv_rag.reuse.accounting import (
@@ -168,7 +176,7 @@ class Prefiller:
                 layer.keys = layer.keys[:, :, : layout.num_tokens]
                 layer.values = layer.values[:, :, : layout.num_tokens]
             done = recompute_rows(
-                self.model,
+                context.runner,
                 self.support,
                 layers,
                 context.input_ids,
@@ -217,7 +225,7 @@ class Prefiller:
         if layout.exact_first_chunk and not self.config.first_chunk_eligible:
             eligible[layout.chunks[0].start : layout.chunks[0].stop] = False
         return QueryContext(
-            model=self.model,
+            runner=TransformersRunner(self.model),
             support=self.support,
             layers=layers,
             layout=layout,
