@@ -9,7 +9,7 @@ with `attention.py` (how a layer's call reaches us), then `cache_layers.py` (whe
 """
 
 from prophetkv_rag.model.ambient import own_state
-from prophetkv_rag.model.attention import AttentionCall, model_lock
+from prophetkv_rag.model.attention import AttentionCall, AttentionPass, model_lock
 from prophetkv_rag.model.cache_argument import CACHE_NAME, cache_argument
 from prophetkv_rag.model.cache_layers import RowsLayer, cache_of, complete_cache, resumable_cache
 from prophetkv_rag.model.encode_pass import EncodeBehindPass, EncodePass
@@ -17,19 +17,21 @@ from prophetkv_rag.model.fingerprint import model_fingerprint, tokenizer_fingerp
 from prophetkv_rag.model.forward import backbone, decoder_layers, plain_forward, run_pass
 from prophetkv_rag.model.loading import load_model
 from prophetkv_rag.model.norm_pass import NormScoringPass
-from prophetkv_rag.model.probe import probe_model
+from prophetkv_rag.model.probe import find_rotation, probe_model
 from prophetkv_rag.model.rope import RopeTables, Rotation
 from prophetkv_rag.model.rows_pass import RowsPass, ScoringPass
 from prophetkv_rag.model.runner import PassJob, Runner, TransformersRunner
 from prophetkv_rag.model.sparse_pass import SparsePass
 from prophetkv_rag.model.state import ModelState
-from prophetkv_rag.model.support import ModelSupport
+from prophetkv_rag.model.support import LayerSupport, ModelSupport
 
 __all__ = [
     "CACHE_NAME",
     "AttentionCall",
+    "AttentionPass",
     "EncodeBehindPass",
     "EncodePass",
+    "LayerSupport",
     "ModelState",
     "ModelSupport",
     "NormScoringPass",
@@ -47,6 +49,7 @@ __all__ = [
     "cache_of",
     "complete_cache",
     "decoder_layers",
+    "find_rotation",
     "load_model",
     "model_fingerprint",
     "model_lock",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from prophetkv_rag.chunks import EncodingPrefix
 from prophetkv_rag.model import ModelSupport, RopeTables, RowsLayer
 from prophetkv_rag.store import ChunkCache
 
@@ -22,6 +23,8 @@ class Assembly:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        prefix: EncodingPrefix | None = None,
+        known_prefix: int = 0,
     ) -> None:
         """Prepare what all layers share; see `assemble_caches`."""
         spans = [torch.arange(start, start + cache.num_tokens) for cache, start in zip(caches, starts, strict=True)]
@@ -35,6 +38,8 @@ class Assembly:
         self._starts = starts
         self._num_slots = num_slots
         self._dtype, self._device = dtype, device
+        self._prefix = None if prefix is None else prefix.layers
+        self._known_prefix = known_prefix
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return one decoder layer's keys `[1, Hkv, num_slots, D]` and values, made anew at each call."""
@@ -46,6 +51,10 @@ class Assembly:
         values.index_fill_(2, self._gaps, 0)
         sources = [cache.source(index).to(self._device) for cache in self._caches]
         self._tables.gather(keys[0], values[0], sources, self._starts, found.rotation)
+        if self._prefix is not None:
+            prefix_keys, prefix_values = self._prefix[index]
+            keys[0, :, : self._known_prefix] = prefix_keys[:, : self._known_prefix]
+            values[0, :, : self._known_prefix] = prefix_values[:, : self._known_prefix]
         return keys, values
 
 
@@ -57,6 +66,8 @@ def assemble_caches(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    prefix: EncodingPrefix | None = None,
+    known_prefix: int = 0,
 ) -> list[RowsLayer]:
     """Assemble one cache for the whole prompt from chunk caches.
 
@@ -67,10 +78,21 @@ def assemble_caches(
         num_slots: Rows to make room for: the prompt's tokens (and a question's, where it asks from elsewhere).
         dtype: Dtype of the cache.
         device: Device of the cache.
+        prefix: The encoding prefix.
+        known_prefix: How many of its rows the prompt begins with; they are put there.
 
     Returns:
         One layer per decoder layer with keys `[1, Hkv, num_slots, D]` and values alike; rows of tokens outside the
         chunks are 0 until a pass writes them (a masked row still takes part in the arithmetic, so it must be finite).
     """
-    assembly = Assembly(support, caches, starts, num_slots, dtype=dtype, device=device)
+    assembly = Assembly(
+        support,
+        caches,
+        starts,
+        num_slots,
+        dtype=dtype,
+        device=device,
+        prefix=prefix,
+        known_prefix=known_prefix,
+    )
     return [RowsLayer(*assembly.layer(index)) for index in range(len(support.layers))]

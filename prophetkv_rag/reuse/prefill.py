@@ -155,9 +155,10 @@ class Prefiller:
                 layout.num_tokens + len(layout.probe_ids),
                 dtype=getattr(torch, self.support.dtype),
                 device=device,
+                prefix=self.library.prefix,
+                known_prefix=layout.known_prefix,
             )
             del caches
-            self._copy_prefix(layers, layout.known_prefix)
             timings.assemble = time.perf_counter() - mark
 
             mark = time.perf_counter()
@@ -209,14 +210,6 @@ class Prefiller:
         cache = resumable_cache([layer.keys for layer in layers], [layer.values for layer in layers])
         seen = None if visible is None else visible.nonzero()[:, 0]
         return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed, seen)
-
-    def _copy_prefix(self, layers: Sequence[RowsLayer], num_rows: int) -> None:
-        """Write the first rows of the encoding prefix, which the prompt begins with, into the assembled cache."""
-        if self.library.prefix is None or num_rows == 0:
-            return
-        for layer, (keys, values) in zip(layers, self.library.prefix.layers, strict=True):
-            layer.keys[0, :, :num_rows] = keys[:, :num_rows]
-            layer.values[0, :, :num_rows] = values[:, :num_rows]
 
     def query_context(self, layout: PromptLayout, layers: Sequence[RowsLayer], ratio: float) -> QueryContext:
         """Return what a strategy sees of a prompt over the given caches."""
