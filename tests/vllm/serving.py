@@ -140,6 +140,8 @@ class Served:
         assert self.llm.reset_prefix_cache()
 
     def close(self) -> None:
+        if not hasattr(self, "llm"):
+            return
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm, self.engine
         gc.collect()
