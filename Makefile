@@ -33,6 +33,7 @@ demo: model
 	$(BIN)/prophetkv-rag demo
 
 test: lint types unit
+	@test -e $(VLLM_INSTALLED) || echo "left out: the tests of ProphetKV inside vLLM, which has its own environment (make test-vllm)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -103,8 +104,13 @@ endif
 	$(VLLM)/bin/python -m pip install --quiet $(VLLM_CONSTRAINTS) $(VLLM_PACKAGE)
 	$(if $(VLLM_CONSTRAINTS),$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	$(VLLM)/bin/python -m pip install --quiet $(VLLM_CONSTRAINTS) --no-build-isolation --editable '.[server]' \
-		openai pytest pytest-asyncio pytest-timeout psutil
+		openai pytest pytest-asyncio pytest-timeout pytest-xdist psutil
 	touch $(VLLM_INSTALLED)
+
+# One file of tests a process: each starts servers of its own.
+test-vllm: $(VLLM_INSTALLED)
+	$(VLLM)/bin/python -P -m prophetkv_rag.defaults
+	OMP_NUM_THREADS=1 $(VLLM)/bin/pytest -q -n 2 --dist loadfile tests/vllm
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -50,16 +50,18 @@ MAY_IMPORT = {
     "prophetkv_rag": "lazy errors waiting config report generation prompt reuse engine",
     "evaluation": "lazy errors extras kernels config model defaults store store.blobs store.catalog store.disk prompt "
     "reuse profile engine",
-    "server": "lazy errors text extras report generation store prompt engine",
+    "server": "lazy errors text extras report generation store prompt",
     "integrations.shared": "",
     "integrations.llama_index": "errors extras forks config report generation defaults store prompt engine chroma "
     "integrations.shared",
     "integrations.langchain": "errors text extras config report generation defaults store prompt engine chroma "
     "integrations.shared",
-    "integrations.vllm": "errors extras kernels config model store store.disk prompt chunks reuse",
+    "integrations.vllm": "errors text extras kernels config report model generation store store.disk prompt chunks "
+    "reuse",
     "cli": "errors text extras home kernels config report model defaults store store.encryption store.blobs "
     "store.catalog "
-    "store.remote store.disk reuse engine chroma evaluation server integrations.llama_index",
+    "store.remote store.disk reuse engine chroma evaluation server integrations.llama_index "
+    "integrations.vllm",
 }
 CORE = list(MAY_IMPORT)[: list(MAY_IMPORT).index("prophetkv_rag") + 1]
 """What knows no framework: everything below the programs and integrations."""

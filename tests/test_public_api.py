@@ -53,7 +53,7 @@ PUBLIC = {
         "configure",
         "prompt_template_of",
     ],
-    "prophetkv_rag.integrations.vllm": ["ProphetKVConnector"],
+    "prophetkv_rag.integrations.vllm": ["ConnectorSettings", "ProphetKVConnector", "VLLMEngine", "probe_in_vllm"],
     "prophetkv_rag.reuse": [
         "Assembly",
         "LayerView",

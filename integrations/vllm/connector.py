@@ -47,7 +47,8 @@ class ProphetKVConnector(KVConnectorBase_V1):
             ram_bytes=self._settings.ram_bytes if role == KVConnectorRole.WORKER else 0,
             max_bytes=self._settings.max_bytes,
         )
-        self._stages: WorkerStages | None = None
+        self.stages: WorkerStages | None = None
+        """The worker's half, once vLLM has its pages."""
         self._report: StepReport | None = None
         self._planner: Planner | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -56,6 +57,7 @@ class ProphetKVConnector(KVConnectorBase_V1):
                 open_identity(vllm_config, self._settings),
                 self._settings,
                 vocabulary=vllm_config.model_config.get_vocab_size(),
+                num_layers=vllm_config.model_config.hf_text_config.num_hidden_layers,
                 max_rows=self._max_rows,
                 max_positions=vllm_config.model_config.max_model_len,
                 salt=self._salted,
@@ -118,7 +120,7 @@ class ProphetKVConnector(KVConnectorBase_V1):
         runner = VLLMRunner(self._config, list(kv_caches))
         with torch.inference_mode():
             support = probe_module(runner, self._config)
-        self._stages = WorkerStages(
+        self.stages = WorkerStages(
             runner,
             support,
             self._store,
@@ -131,8 +133,8 @@ class ProphetKVConnector(KVConnectorBase_V1):
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Fill this step's requests and encode its chunks; never raises."""
         plan = self._get_connector_metadata()
-        if self._stages is not None and isinstance(plan, StepPlan):
-            self._report = self._stages.run(plan)
+        if self.stages is not None and isinstance(plan, StepPlan):
+            self._report = self.stages.run(plan)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """All layers are there."""
@@ -145,9 +147,9 @@ class ProphetKVConnector(KVConnectorBase_V1):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that vLLM has to compute itself."""
-        if self._stages is None:
+        if self.stages is None:
             return set()
-        failed, self._stages.failed_blocks = self._stages.failed_blocks, set()
+        failed, self.stages.failed_blocks = self.stages.failed_blocks, set()
         return failed
 
     def build_connector_worker_meta(self) -> StepReport | None:

@@ -34,7 +34,7 @@ def open_identity(vllm_config: Any, settings: ConnectorSettings) -> CacheIdentit
         InputError: If the checkpoint cannot be found on this machine.
     """
     model = vllm_config.model_config
-    tokens = Tokens(None if model.skip_tokenizer_init else _tokenizer(model))
+    tokens = Tokens(None if model.skip_tokenizer_init else load_tokenizer(model))
     config = settings.engine_config()
     return CacheIdentity(
         settings.model_fingerprint or _fingerprint(model),
@@ -45,7 +45,8 @@ def open_identity(vllm_config: Any, settings: ConnectorSettings) -> CacheIdentit
     )
 
 
-def _tokenizer(model: Any) -> Any:
+def load_tokenizer(model: Any) -> Any:
+    """Return the tokenizer of vLLM's model configuration, as transformers loads it."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(

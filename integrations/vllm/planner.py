@@ -45,8 +45,10 @@ class Planner:
         identity: Of the caches.
         settings: The connector's.
         vocabulary: Size of the model's.
+        num_layers: The model's.
         max_rows: Rows that one forward may have.
         max_positions: Positions that the model has.
+        salt: Keeps a request's blocks apart from all others'; returns whether that could be done.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Planner:
         settings: ConnectorSettings,
         *,
         vocabulary: int,
+        num_layers: int,
         max_rows: int,
         max_positions: int,
         salt: Callable[[Any, str], bool],
@@ -64,6 +67,7 @@ class Planner:
         self._identity = identity
         self._settings = settings
         self._vocabulary = vocabulary
+        self._num_layers = num_layers
         self._max_rows = max_rows
         self._max_positions = max_positions
         self._max_stage_tokens = settings.max_stage_tokens or max_rows
@@ -122,6 +126,9 @@ class Planner:
         if not self._salt(request, _salt_of(plan, request.cache_salt, self._identity.fingerprint)):
             return
         recomputed = num_recomputed(layout, ratio)
+        has_choice = 0 < recomputed < int(layout.is_chunk.sum())
+        row_layers = (two + 1 + one * has_choice) * self._num_layers
+        unavoidable = (len(ids) - layout.num_chunk_tokens - layout.known_prefix) * self._num_layers
         report = {
             "strategy": "prophetkv",
             "recompute_ratio": ratio,
@@ -129,6 +136,8 @@ class Planner:
             "chunk_tokens": layout.num_chunk_tokens,
             "reused_tokens": layout.num_chunk_tokens - recomputed,
             "recomputed_tokens": recomputed,
+            "row_layers": row_layers,
+            "charged_ratio": (row_layers - unavoidable) / (layout.num_chunk_tokens * self._num_layers),
             "chunks": [{"key": match.key, "start": match.start, "stop": match.stop} for match in matches],
         }
         self._known[request.request_id] = _Known(plan, one + two, report)
@@ -192,7 +201,7 @@ class Planner:
             known = self._known.get(request_id)
             if known is not None:
                 known.is_left = True  # asked again, after a preemption, it must not fail again and again
-                known.report |= {"status": "left to vLLM", "reason": reason, "reused_tokens": 0}
+                known.report |= {"status": "left_to_vllm", "reason": reason, "reused_tokens": 0}
         for request_id, seconds in report.seconds.items():
             self._count("stage_seconds", seconds)
             if request_id in self._known:
@@ -211,7 +220,7 @@ class Planner:
         if registered is not None:
             return {NAME: registered}
         known = self._known.pop(request_id, None)
-        return None if known is None else {NAME: {"status": "in vLLM's prefix cache"} | known.report}
+        return None if known is None else {NAME: {"status": "prefix_cache"} | known.report}
 
     def _count(self, name: str, value: float) -> None:
         self.counts[name] = self.counts.get(name, 0) + value

@@ -100,10 +100,25 @@ class ConnectorSettings:
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
 
+    def given(self) -> dict[str, Any]:
+        """Return what differs from the defaults, as `of` reads it."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
+
     @property
     def path(self) -> Path:
         """`directory`."""
         return Path(self.directory).expanduser()
+
+
+def transfer_config(settings: ConnectorSettings) -> dict[str, Any]:
+    """Return `--kv-transfer-config` for these settings."""
+    return {
+        "kv_connector": "ProphetKVConnector",
+        "kv_connector_module_path": "prophetkv_rag.integrations.vllm",
+        "kv_role": "kv_consumer",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": settings.given(),
+    }
 
 
 @dataclass(frozen=True, slots=True)

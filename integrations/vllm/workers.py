@@ -48,7 +48,7 @@ class WorkerStages:
         num_kv_heads: int,
     ) -> None:
         self._runner = runner
-        self._support = support
+        self.support = support
         self._store = store
         self._config = settings.engine_config()
         self._strategy = make_strategy("prophetkv")
@@ -58,6 +58,11 @@ class WorkerStages:
         self._prefixes: dict[str, EncodingPrefix | None] = {}
         self.failed_blocks: set[int] = set()
         """Blocks that were to be filled and were not; the connector hands them to vLLM."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        return self._runner.device
 
     def run(self, plan: StepPlan) -> StepReport:
         """Do what a step asks for."""
@@ -121,7 +126,7 @@ class WorkerStages:
 
     def _prefix(self, identity: Identity) -> EncodingPrefix | None:
         if identity.fingerprint not in self._prefixes:
-            self._prefixes[identity.fingerprint] = encode_prefix(self._runner, self._support, identity.prefix_ids)
+            self._prefixes[identity.fingerprint] = encode_prefix(self._runner, self.support, identity.prefix_ids)
         return self._prefixes[identity.fingerprint]
 
     def _encode(self, plan: StepPlan, report: StepReport) -> None:
@@ -129,7 +134,7 @@ class WorkerStages:
         try:
             chunks = [plan.encode[key] for key in keys]
             prefix = self._prefix(identity)
-            for index, part in encode_chunks(self._runner, self._support, prefix, chunks, batch_tokens=self._max_rows):
+            for index, part in encode_chunks(self._runner, self.support, prefix, chunks, batch_tokens=self._max_rows):
                 cache = whole_heads(part, self._runner, total=self._num_kv_heads)
                 if self._runner.rank == 0:
                     self._store.put(keys[index], cache.owned(), fingerprint=identity.fingerprint)
@@ -142,11 +147,11 @@ class WorkerStages:
         """Return what a query's layers are made of."""
         layout = query.layout
         return Assembly(
-            self._support,
+            self.support,
             query.caches,
             [chunk.start for chunk in layout.chunks],
             layout.num_tokens + len(layout.probe_ids),
-            dtype=getattr(torch, self._support.dtype),
+            dtype=getattr(torch, self.support.dtype),
             device=self._runner.device,
             prefix=prefix,
             known_prefix=layout.known_prefix,
@@ -161,7 +166,7 @@ class WorkerStages:
         layout, device, ratio = query.layout, self._runner.device, query.load.recompute_ratio
         context = QueryContext(
             runner=self._runner,
-            support=self._support,
+            support=self.support,
             layers=layers,
             layout=layout,
             input_ids=layout.input_ids.to(device),
@@ -204,7 +209,7 @@ class WorkerStages:
             visible = ~context.is_chunk
             visible[selection.positions] = True
             visible[selection.visible] = True
-        return rows_job(self._support, layers, context.input_ids, rows, always=always, visible=visible)
+        return rows_job(self.support, layers, context.input_ids, rows, always=always, visible=visible)
 
 
 class _Query:

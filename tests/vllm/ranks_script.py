@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 
 from vllm import LLM, SamplingParams
@@ -45,8 +44,7 @@ def main() -> None:
     }
     with open(job["output"], "w") as file:
         json.dump(found, file)
-    sys.stdout.flush()
-    os._exit(0)  # vLLM's processes end with this one
+    llm.llm_engine.engine_core.shutdown()
 
 
 if __name__ == "__main__":

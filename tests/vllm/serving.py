@@ -12,19 +12,14 @@ from vllm import LLM, SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
+from prophetkv_rag.integrations.vllm import settings
 
-ANSWER = 24
+ANSWER = 12
 """Tokens of every answer."""
 
 
 def transfer_config(directory, **extra) -> dict[str, Any]:
-    return {
-        "kv_connector": "ProphetKVConnector",
-        "kv_connector_module_path": "prophetkv_rag.integrations.vllm",
-        "kv_role": "kv_consumer",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"directory": str(directory), "min_chunk_tokens": 16} | extra,
-    }
+    return settings.transfer_config(settings.ConnectorSettings(directory=str(directory), min_chunk_tokens=16, **extra))
 
 
 class Served:
@@ -36,7 +31,7 @@ class Served:
         directory: Where vLLM's caches are.
     """
 
-    def __init__(self, model: Path, directory: Path, *, extra: dict[str, Any] | None = None, **settings: Any) -> None:
+    def __init__(self, model: Path, directory: Path, *, extra: dict[str, Any] | None = None, **given: Any) -> None:
         self.directory = directory
         self.llm = LLM(
             str(model),
@@ -49,10 +44,10 @@ class Served:
                     "disable_log_stats": False,
                     "kv_transfer_config": transfer_config(directory, **(extra or {})),
                 }
-                | settings
+                | given
             ),
         )
-        dtype = getattr(torch, settings.get("dtype", "float32"))
+        dtype = getattr(torch, given.get("dtype", "float32"))
         self.engine = ProphetKVEngine.from_pretrained(model, config=ProphetKVConfig(), dtype=dtype)
         self.texts: list[str] = []
 
@@ -66,7 +61,7 @@ class Served:
 
     @property
     def stages(self) -> Any:
-        return get_kv_transfer_group()._stages
+        return get_kv_transfer_group().stages
 
     def register(self, texts: list[str]) -> list[str]:
         """Register chunks with both; returns vLLM's keys."""

@@ -17,7 +17,7 @@ ORDERS = ((2, 0, 3, 1), (1, 3, 5, 0))
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     words = " ".join(read_speeches().values()).split()
-    chunks = [" ".join(words[start : start + 110]) for start in range(0, 3600, 600)]
+    chunks = [" ".join(words[start : start + 70]) for start in range(0, 3600, 600)]
     served = Served(fetch_default_model(), tmp_path_factory.mktemp("caches"))
     assert len(served.register(chunks)) == 6
     yield served
@@ -184,7 +184,7 @@ def test_a_lost_cache_is_vllms_own_prefill_and_does_not_fail_again(served):
         )
         (output,) = served.run([served.ids(prompt(served, 0))], [{"recompute_ratio": 0.0}])
     assert tokens(output) == exact
-    assert reuse(output)["status"] == "left to vLLM"
+    assert reuse(output)["status"] == "left_to_vllm"
     assert len(asked) == 1
     (output,) = served.run([served.ids(prompt(served, 0))], [{"recompute_ratio": 0.0}])
     assert len(reuse(output)["chunks"]) == 3

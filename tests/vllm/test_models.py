@@ -97,7 +97,7 @@ def test_every_kind_of_model_answers_as_our_engine(serve, kind):
     served.forget_prefixes()
     assert served.answers(prompts, 1.0) == served.full(prompts)
     assert served.full(prompts) == [served.engine_answer(one, strategy="full_prefill") for one in prompts]
-    found = served.stages._support.layers
+    found = served.stages.support.layers
     assert [layer.sliding_window for layer in found] == [96 if kind == "mistral-window" else None] * 4
 
 
