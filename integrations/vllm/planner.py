@@ -242,6 +242,6 @@ def _salt_of(plan: LoadPlan, given: str | None, fingerprint: str) -> str:
 
     Every row depends on the question at the prompt's end, so only requests that are the same throughout share blocks.
     """
-    parts = [given, fingerprint, plan.recompute_ratio, plan.question_ids, plan.input_ids]
+    parts: list[Any] = [given, fingerprint, plan.recompute_ratio, plan.question_ids, plan.input_ids]
     parts += [[match.key, match.start, match.stop, match.skipped] for match in plan.matches]
     return "prophetkv-" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -120,7 +120,7 @@ class _Seat:
             start = rows.stop
 
             def heads(states: torch.Tensor, rows: slice = rows, batch: int = batch) -> torch.Tensor:
-                return states[rows].unflatten(0, (batch, -1)).transpose(1, 2)  # [b, H, m, D]
+                return states[rows].view(batch, -1, *states.shape[1:]).transpose(1, 2)  # [b, H, m, D]
 
             keys, values = job.layers[self._index].update(heads(key), heads(value))
             call = AttentionCall(

@@ -20,7 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from prophetkv_rag.config import check_recompute_ratio
 from prophetkv_rag.errors import ContextWindowError, DeadlineError, InputError, StoreError
-from prophetkv_rag.generation import StreamChunk
+from prophetkv_rag.generation import FinishReason, StreamChunk
 from prophetkv_rag.integrations.vllm.identity import load_tokenizer, open_identity
 from prophetkv_rag.integrations.vllm.reports import report_of
 from prophetkv_rag.integrations.vllm.settings import NAME, ConnectorSettings, transfer_config
@@ -196,7 +196,7 @@ class VLLMEngine:
                 token_ids += tuple(answer.token_ids)
             text += delta
             report = report_of(layout, said, ttft_s=(first_at or started) - started)
-            yield StreamChunk(delta, text, token_ids, reason and _REASONS.get(reason, reason), report)
+            yield StreamChunk(delta, text, token_ids, None if reason is None else _REASONS[reason], report)
             if reason is not None:
                 return
 
@@ -241,7 +241,14 @@ class VLLMEngine:
         self.store.close()
 
 
-_REASONS = {"abort": "cancelled", "stop": "stop", "length": "length"}
+_REASONS: dict[str, FinishReason] = {
+    "abort": "cancelled",
+    "cancelled": "cancelled",
+    "deadline": "deadline",
+    "length": "length",
+    "repetition": "stop",
+    "stop": "stop",
+}
 
 
 async def _started(arguments: Any) -> Any:

@@ -25,7 +25,7 @@ class ProphetKVStats(KVConnectorStats):
 
     def reset(self) -> None:
         """Begin anew."""
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: KVConnectorStats) -> ProphetKVStats:
         """Add another one's counts."""

@@ -19,6 +19,7 @@ from prophetkv_rag.model import (
     LayerSupport,
     ModelSupport,
     PassJob,
+    RopeTables,
     Rotation,
     find_rotation,
 )
@@ -121,12 +122,13 @@ def probe_module(runner: VLLMRunner, config: Any) -> ModelSupport:
     origin = _observe(runner, ids, 0)
     moved = {place: _observe(runner, ids, place) for place in places}
     candidates = _candidates(runner.model, config.model_config)
-    layers = []
+    layers, rotations = [], []
     for index, layer in enumerate(runner.layers):
         calls = {place: found[index] for place, found in moved.items()}
+        rotations.append(find_rotation(index, origin[index], calls, candidates))
         layers.append(
             LayerSupport(
-                rotation=find_rotation(index, origin[index], calls, candidates),
+                rotation=rotations[index],
                 num_attention_heads=layer.num_heads,
                 num_key_value_heads=layer.num_kv_heads,
                 head_dim=layer.head_size,
@@ -134,7 +136,7 @@ def probe_module(runner: VLLMRunner, config: Any) -> ModelSupport:
                 sliding_window=layer.sliding_window,
                 softcap=float(getattr(layer.impl, "logits_soft_cap", None) or 0) or None,
                 has_sinks=False,
-                max_error=0.0,
+                max_error=max(_error(calls[place], origin[index], place, rotations[index]) for place in places),
             )
         )
     return ModelSupport(
@@ -143,6 +145,12 @@ def probe_module(runner: VLLMRunner, config: Any) -> ModelSupport:
         dtype=str(config.model_config.dtype).removeprefix("torch."),
         layers=tuple(layers),
     )
+
+
+def _error(moved: AttentionCall, origin: AttentionCall, place: int, rotation: Rotation | None) -> float:
+    """Return how far the keys at a place are from those at position 0, rotated there."""
+    expected = RopeTables(torch.tensor([place], device=origin.key.device)).rotate(origin.key, rotation)
+    return float((moved.key - expected).abs().max() / expected.abs().max())
 
 
 def _layer_refusal(layer: Any) -> str | None:
@@ -180,7 +188,7 @@ class _Fresh:
 def _observe(runner: VLLMRunner, ids: torch.Tensor, place: int) -> list[AttentionCall]:
     observing = _Observing()
     positions = torch.full_like(ids, place)[None]
-    runner.run([PassJob(observing, ids[None], positions, [_Fresh()] * len(runner.layers))])  # type: ignore[list-item]
+    runner.run([PassJob(observing, ids[None], positions, [_Fresh()] * len(runner.layers))])
     return observing.calls
 
 

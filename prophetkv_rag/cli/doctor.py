@@ -8,7 +8,7 @@ import typer
 
 from prophetkv_rag.cli.console import print_json, quiet_libraries, results, status
 from prophetkv_rag.cli.model_choice import chosen_model
-from prophetkv_rag.cli.vllm_engine import VLLM_ARGS_HELP, check_engine, import_vllm
+from prophetkv_rag.cli.vllm_engine import VLLM_ARGS_HELP, before_vllm, check_engine
 from prophetkv_rag.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -52,9 +52,10 @@ def doctor(
 
 
 def _probe_in_vllm(model: str, arguments: dict[str, Any], as_json: bool) -> None:
+    before_vllm()
+    from prophetkv_rag.integrations.vllm import probe_in_vllm
     from prophetkv_rag.kernels import ops
 
-    probe_in_vllm = import_vllm().probe_in_vllm
     name = chosen_model(model)
     with status(f"loading {model} in vLLM"):
         try:

@@ -78,6 +78,9 @@ def serve(
         str, typer.Option(metavar="ENGINE", help="Who runs the model: transformers, or vllm, with --cache-dir.")
     ] = "transformers",
     vllm_args: Annotated[str | None, typer.Option(metavar="JSON", help=VLLM_ARGS_HELP)] = None,
+    max_stage_tokens: Annotated[
+        int | None, typer.Option(min=1, help="With --engine vllm: rows that one step may spend on reuse.")
+    ] = None,
     grace: Annotated[float, typer.Option(min=0.0, help="On shutdown, seconds for the answer that is running.")] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the server listens.")] = False,
 ) -> None:
@@ -131,7 +134,7 @@ def serve(
     with (
         _bound_socket(host, port) as listening,
         (
-            open_in_vllm(model, cache_dir, max_bytes, recompute_ratio, arguments)
+            open_in_vllm(model, cache_dir, max_bytes, recompute_ratio, max_stage_tokens, arguments)
             if is_vllm and cache_dir is not None
             else _opened(database, cache_dir, remote, max_bytes, model, config)
         ) as (served, name),

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from prophetkv_rag.cli.console import quiet_libraries, status
@@ -46,14 +45,11 @@ def check_engine(engine: str, vllm_args: str | None) -> tuple[bool, dict[str, An
     return True, arguments
 
 
-def import_vllm() -> ModuleType:
-    """Import our half that needs vLLM; whoever lacks it learns what to install."""
+def before_vllm() -> None:
+    """Set what vLLM reads when it is imported, where the user has not."""
     quiet_libraries()
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for results
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    import prophetkv_rag.integrations.vllm as module
-
-    return module
 
 
 @contextmanager
@@ -62,16 +58,22 @@ def open_in_vllm(
     cache_dir: Path,
     max_bytes: int | None,
     recompute_ratio: float,
+    max_stage_tokens: int | None,
     arguments: Mapping[str, Any],
 ) -> Iterator[tuple[VLLMEngine, str]]:
     """Start vLLM; yields what the server answers with, and the model's name."""
-    module = import_vllm()
-    settings = module.ConnectorSettings(
-        directory=str(cache_dir.absolute()), recompute_ratio=recompute_ratio, max_bytes=max_bytes
+    before_vllm()
+    from prophetkv_rag.integrations.vllm import ConnectorSettings, VLLMEngine
+
+    settings = ConnectorSettings(
+        directory=str(cache_dir.absolute()),
+        recompute_ratio=recompute_ratio,
+        max_bytes=max_bytes,
+        max_stage_tokens=max_stage_tokens,
     )
     chosen = chosen_model(model)
     with status(f"loading {Path(chosen).name} in vLLM"):
-        engine = module.VLLMEngine(chosen, settings, arguments)
+        engine = VLLMEngine(chosen, settings, arguments)
     try:
         yield engine, Path(chosen).name
     finally:
