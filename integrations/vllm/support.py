@@ -24,7 +24,7 @@ from prophetkv_rag.model import (
     find_rotation,
 )
 
-OLDEST, NEWEST = (0, 27), (0, 32)
+OLDEST, NEWEST = (0, 31), (0, 32)
 """Releases of vLLM that this was run with, first and last; others are refused."""
 
 _PROBED_TOKENS = 8
