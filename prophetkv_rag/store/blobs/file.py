@@ -116,10 +116,12 @@ class _OpenBlob:
     step: int
 
     def token_ids(self) -> list[int]:
-        """Read and check the token ids alone; safetensors writes the widest numbers first, so they stand in front."""
-        info = self.header.tensors["input_ids"]
-        data = bytes(read_into_fresh(self.source, info.end))[info.start :]
-        return check_token_ids(self.header, data)
+        """Read and check the token ids alone; of an encrypted blob, also what stands before them."""
+        info, skipped = self.header.tensors["input_ids"], 0
+        if isinstance(self.source, (FileIO, BytesIO)):
+            skipped = info.start
+            self.source.seek(skipped, os.SEEK_CUR)
+        return check_token_ids(self.header, read_into_fresh(self.source, info.end - skipped)[info.start - skipped :])
 
     def decode(self, input_ids: Sequence[int] | None, packed: bool) -> ChunkCache:
         """Read and check the tensors."""
