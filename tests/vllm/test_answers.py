@@ -192,6 +192,21 @@ def test_a_lost_cache_is_vllms_own_prefill_and_does_not_fail_again(served):
     served.planner._index.add(key, served.engine.library.tokens.chunk(served.texts[2]))
 
 
+def test_a_blob_that_holds_another_chunk_is_not_used(served):
+    served.forget_prefixes()
+    (exact,) = served.full([prompt(served, 0)])
+    served.forget_prefixes()
+    ids = [served.engine.library.tokens.chunk(text) for text in served.texts]
+    (own, other), store = (served.planner._identity.key(ids[number]) for number in (0, 1)), served.planner._store
+    data = store.files.path(own).read_bytes()
+    store.files.path(own).write_bytes(store.files.path(other).read_bytes())
+    served.stages._store.drop_from_memory([own])
+    (output,) = served.run([served.ids(prompt(served, 0))], [{"recompute_ratio": 0.0}])
+    assert (tokens(output), reuse(output)["status"]) == (exact, "left_to_vllm")
+    store.files.path(own).write_bytes(data)
+    served.planner._index.add(own, ids[0])
+
+
 def test_counters_reach_vllms_metrics(served):
     served.forget_prefixes()
     before = counters(served)

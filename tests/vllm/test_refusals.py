@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from transformers import BloomConfig, BloomForCausalLM
 from vllm import LLM
@@ -63,7 +66,6 @@ def test_a_model_that_biases_attention_by_distance(tmp_path):
         start(tmp_path / "bloom", transfer_config(tmp_path / "caches"))
 
 
-# Behind the others: the last of these imports numba, and vLLM 0.32 starts no model after that in the same process.
 @pytest.mark.parametrize(
     ("change", "settings", "reason"),
     [
@@ -72,13 +74,21 @@ def test_a_model_that_biases_attention_by_distance(tmp_path):
         ({"kv_connector_extra_config": {"directory": "x", "recompute_ration": 1}}, {}, "'recompute_ration'"),
         ({"kv_connector_extra_config": {}}, {}, "needs directory"),
         ({}, {"enable_lora": True}, "LoRA"),
-        ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative"),
     ],
 )
 def test_settings_that_cannot_be_served(model, tmp_path, monkeypatch, change, settings, reason):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=reason):
         start(model, transfer_config(tmp_path / "caches") | change, **settings)
+
+
+def test_speculative_decoding(model, tmp_path):
+    """In a process of its own: it imports numba, and vLLM 0.32 starts no model after that in the same process."""
+    config, speculative = transfer_config(tmp_path), {"method": "ngram", "num_speculative_tokens": 2}
+    code = f"from vllm import LLM; LLM({str(model)!r}, kv_transfer_config={config}, speculative_config={speculative})"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "speculative decoding is not supported" in done.stderr
 
 
 @pytest.mark.parametrize(
