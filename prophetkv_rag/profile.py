@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prophetkv_rag.config import ProphetKVConfig, parse_encoding
+from prophetkv_rag.config import Encoding, ProphetKVConfig, parse_encoding
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.store import write_file
 
@@ -15,7 +15,32 @@ VERSION = 1
 
 PROMPT, CORPUS = "prompt", "corpus"
 """What stands behind the `@` of a strategy: what its chunks were encoded behind, the opening of the prompts
-(`ProphetKVConfig.prompt_template`), other text of the same collection (`lead_in`), or both (`prompt+corpus`)."""
+(`ProphetKVConfig.prompt_template`), other text of the same collection (`lead_in`), other chunks (`encoding`), or
+several of these (`prompt+corpus+previous:2`)."""
+
+
+def parse_behind(text: str) -> tuple[bool, bool, Encoding]:
+    """Read what stands behind the `@`: whether the opening and a lead-in are there, and which other chunks.
+
+    Raises:
+        InputError: If it is none.
+    """
+    parts = text.split("+") if text else []
+    others = [part for part in parts if part not in (PROMPT, CORPUS)]
+    try:
+        if (
+            len(others) > 1
+            or "plain" in others
+            or [part for part in (PROMPT, CORPUS, *others) if part in parts] != parts
+        ):
+            raise InputError
+        return PROMPT in parts, CORPUS in parts, parse_encoding(others[0] if others else "plain")
+    except InputError:
+        msg = (
+            f"unknown encoding {text!r}; allowed: {PROMPT}, {CORPUS}, and previous:N or neighbours:N, or several of "
+            "these in this order, joined by +"
+        )
+        raise InputError(msg) from None
 
 
 def encoding_of(config: ProphetKVConfig) -> str:
@@ -109,12 +134,6 @@ class Profile:
         return replace(config, strategy=best.spec, recompute_ratio=best.recompute_ratio)
 
     def _not_measured(self, encoding: str) -> str:
-        if ":" in encoding:
-            others = encoding.rpartition("+")[2]
-            return (
-                f"the profile says nothing of encoding={others!r}, which `calibrate` does not measure; leave the "
-                "profile or the encoding out"
-            )
         wanted = f"prophetkv@{encoding}" if encoding else "prophetkv"
         known = ", ".join(one.strategy for one in self.strategies) or "nothing"
         return (
@@ -129,8 +148,9 @@ class Profile:
 
 
 def _settings(encoding: str) -> str:
-    names = {PROMPT: "prompt_template", CORPUS: "lead_in"}
-    given = [names[part] for part in encoding.split("+") if part in names]
+    has_opening, has_lead_in, others = parse_behind(encoding)
+    given = ["prompt_template"] * has_opening + ["lead_in"] * has_lead_in
+    given += [f"encoding={str(others)!r}"] * (others.kind != "plain")
     return f"with {' and '.join(given)}" if given else "with neither prompt_template nor lead_in"
 
 

@@ -2,13 +2,15 @@
 
     python benchmarks/quality/pipeline.py --squad dev-v2.0.json --questions 24 --out rows.jsonl
     python benchmarks/quality/pipeline.py --data hotpotqa.jsonl --model DIR --out rows.jsonl
+    python benchmarks/quality/pipeline.py --longbench DIR --task 2wikimqa --task hotpotqa --out rows.jsonl
     python benchmarks/quality/pipeline.py --table benchmarks/quality/pipeline/smollm2.jsonl
 
 Documents are cut into chunks of `--chunk-tokens` tokens, embedded by the shipped embedder and indexed once for each
 `--encoding`; each question retrieves its nearest `--top-k` chunks of the whole collection, nearest first, and is asked
-with LlamaIndex's default prompt. Every arm is compared with full prefill of the same prompt (KL over its own greedy
-answer). With `--out` an interrupted run goes on where it stopped. `control:shuffled` and `control:random` are
-`neighbours:3` with the neighbours' order turned round, and with chunks drawn at random instead of them.
+with LlamaIndex's default prompt. Every arm is compared with full prefill of the same prompt: KL over its own greedy
+answer, and the F1 of both answers. With `--out` an interrupted run goes on where it stopped. `control:shuffled` and
+`control:random` are `neighbours:3` with the neighbours' order turned round, and with chunks drawn at random instead of
+them. An encoding may name a strategy of its own: `previous:2/prophetkv:context_share=0.5`.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.defaults import MiniLMEmbedder, fetch_default_model
 from prophetkv_rag.evaluation.quality import bootstrap_mean, full_prefill
 from prophetkv_rag.evaluation.quality.fidelity import compare
+from prophetkv_rag.evaluation.quality.metrics import METRICS
 from prophetkv_rag.evaluation.tasks.prompting import user_turn
 from prophetkv_rag.evaluation.tasks.questions import read_questions
 from prophetkv_rag.model import load_model
@@ -55,15 +58,34 @@ class Collection:
     embeddings: torch.Tensor
 
 
-def documents_and_questions(options: argparse.Namespace) -> tuple[list[str], list[tuple[str, str]]]:
-    """Return the texts to index, and (id, question) to ask."""
+@dataclass(frozen=True)
+class Asked:
+    """A question and the answers that are right."""
+
+    name: str
+    question: str
+    answers: tuple[str, ...]
+
+
+def documents_and_questions(options: argparse.Namespace) -> tuple[list[str], list[Asked]]:
+    """Return the texts to index, and what to ask."""
+    if options.longbench is not None:
+        files = [options.longbench / f"{task}.jsonl" for task in options.task]
+        lines = [(file.stem, json.loads(line)) for file in files for line in file.open(encoding="utf-8")]
+        found = [
+            Asked(f"{task}:{row['_id']}", row["input"], tuple(row["answers"]))
+            for task, row in lines
+            if len(row["context"]) <= options.longest
+        ]
+        texts = [row["context"] for _, row in lines if len(row["context"]) <= options.longest]
+        return texts, found[: options.questions]
     if options.squad is not None:
         opened = gzip.open if options.squad.suffix == ".gz" else open
         with opened(options.squad, "rt", encoding="utf-8") as file:
             articles = json.load(file)["data"][: options.documents]
         texts = ["\n\n".join(one["context"] for one in article["paragraphs"]) for article in articles]
         asked = [
-            (answer["id"], answer["question"])
+            Asked(answer["id"], answer["question"], tuple(one["text"] for one in answer["answers"]))
             for article in articles
             for paragraph in article["paragraphs"]
             for answer in paragraph["qas"]
@@ -72,7 +94,7 @@ def documents_and_questions(options: argparse.Namespace) -> tuple[list[str], lis
         return texts, random.Random(options.seed).sample(asked, options.questions)
     rows = read_questions(options.data, limit=options.rows)
     texts = list(dict.fromkeys(passage for row in rows for passage in row.passages))
-    return texts, [(row.id, row.question) for row in rows[: options.questions]]
+    return texts, [Asked(row.id, row.question, row.answers) for row in rows[: options.questions]]
 
 
 def collect(texts: Sequence[str], embedder: MiniLMEmbedder, tokenizer: Any, chunk_tokens: int) -> Collection:
@@ -131,6 +153,9 @@ def main() -> None:
     source.add_argument("--squad", type=Path, help="SQuAD's JSON: its articles are indexed whole.")
     source.add_argument("--table", type=Path, help="Print the tables of kept rows; needs no model.")
     source.add_argument("--data", type=Path, help="JSON lines of questions with passages: these are indexed.")
+    source.add_argument("--longbench", type=Path, help="Folder of LongBench's files: contexts are indexed whole.")
+    parser.add_argument("--task", action="append", default=[], help="Of --longbench; repeatable.")
+    parser.add_argument("--longest", type=int, default=80_000, help="Longest context of --longbench, in characters.")
     parser.add_argument("--model", help="Model directory; SmolLM2-135M-Instruct by default.")
     parser.add_argument("--documents", type=int, default=16, help="Articles of --squad.")
     parser.add_argument("--rows", type=int, default=40, help="Rows of --data whose passages are indexed.")
@@ -155,14 +180,14 @@ def main() -> None:
     texts, questions = documents_and_questions(options)
     embedder = MiniLMEmbedder()
     collection = collect(texts, embedder, tokenizer, options.chunk_tokens)
-    asked = torch.tensor(embedder.embed([question for _, question in questions]))
+    asked = torch.tensor(embedder.embed([one.question for one in questions]))
     found = (asked @ collection.embeddings.T).topk(options.top_k).indices.tolist()
     needed = {collection.chunks[one] for row in found for one in row}
     lead_in = next(chunk for chunk in collection.chunks if chunk not in needed)
     opening, _ = user_turn(tokenizer, BEFORE, AFTER)
 
     settings = {
-        "source": (options.squad or options.data).name,
+        "source": "+".join(options.task) or (options.squad or options.data).name,
         "model": Path(str(options.model or "SmolLM2-135M-Instruct")).name,
         **{name: getattr(options, name) for name in ("chunk_tokens", "top_k", "answer_tokens", "strategy", "seed")},
         "chunks": len(collection.chunks),
@@ -170,7 +195,10 @@ def main() -> None:
     rows = _kept(options.out, settings)
     engines: dict[str, ProphetKVEngine] = {}
     for encoding in encodings:
-        if all((encoding, ratio, name) in rows for ratio in ratios for name, _ in questions):
+        if all((encoding, ratio, one.name) in rows for ratio in ratios for one in questions):
+            continue
+        encoding = encoding.partition("/")[0]  # one engine for all its strategies
+        if encoding in engines:
             continue
         engine = engines[encoding] = engine_of(default, encoding, opening, lead_in)
         started = time.perf_counter()
@@ -181,27 +209,38 @@ def main() -> None:
         engine.add_chunks(collection.chunks, behind=behind)
         sys.stderr.write(f"{encoding}: {len(collection.chunks)} chunks in {time.perf_counter() - started:.1f} s\n")
 
-    for row, (name, question) in zip(found, questions, strict=True):
-        missing = [(e, r) for e in encodings for r in ratios if (e, r, name) not in rows]
+    names = [one.name for one in questions]
+    for row, one in zip(found, questions, strict=True):
+        missing = [(e, r) for e in encodings for r in ratios if (e, r, one.name) not in rows]
         if not missing:
             continue
-        head, tail = user_turn(tokenizer, BEFORE, AFTER.format(question=question))
-        prompt = Prompt(head, [collection.chunks[one] for one in row], tail, query=question, glue="\n\n")
+        head, tail = user_turn(tokenizer, BEFORE, AFTER.format(question=one.question))
+        prompt = Prompt(head, [collection.chunks[number] for number in row], tail, query=one.question, glue="\n\n")
         truth = full_prefill(default, prompt, answer_tokens=options.answer_tokens)
-        for encoding, ratio in missing:
-            result = engines[encoding].prefill(prompt, recompute_ratio=ratio)
-            fidelity = compare(default, truth, result, score_tokens=1)
-            rows[encoding, ratio, name] = fidelity.kl, fidelity.top1_agreement
+
+        def score(answer: Sequence[int], right: Sequence[str] = one.answers) -> float:
+            return METRICS["qa_f1"](tokenizer.decode(answer, skip_special_tokens=True), right)
+
+        def keep(key: tuple[str, float, str], *measured: float) -> None:
+            rows[key] = measured
             if options.out is not None:
                 with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps([encoding, ratio, name, fidelity.kl, fidelity.top1_agreement]) + "\n")
-        sys.stderr.write(f"{name}: {result.report.prompt_tokens} tokens\n")
-    _print(rows, settings, encodings, ratios, [name for name, _ in questions])
-    _print_pairs(rows, options.pair, ratios, [name for name, _ in questions])
+                    file.write(json.dumps([*key, *measured]) + "\n")
+
+        keep((FULL, 1.0, one.name), 0.0, 1.0, score(truth.whole_answer))
+        for encoding, ratio in missing:
+            name, _, strategy = encoding.partition("/")
+            result = engines[name].prefill(prompt, strategy=strategy or None, recompute_ratio=ratio)
+            fidelity = compare(default, truth, result, score_tokens=options.answer_tokens)
+            keep((encoding, ratio, one.name), fidelity.kl, fidelity.top1_agreement, score(fidelity.answer))
+        sys.stderr.write(f"{one.name}: {result.report.prompt_tokens} tokens\n")
+    _print(rows, settings, encodings, ratios, names)
+    _print_pairs(rows, options.pair, ratios, names)
 
 
-Rows = dict[tuple[str, float, str], tuple[float, float]]
-"""(encoding, ratio, question) -> KL, agreement."""
+FULL = "full prefill"
+Rows = dict[tuple[str, float, str], tuple[float, ...]]
+"""(encoding, ratio, question) -> KL, agreement and, in newer files, the answer's F1."""
 
 
 def _kept(out: Path | None, settings: dict[str, Any]) -> Rows:
@@ -213,13 +252,15 @@ def _kept(out: Path | None, settings: dict[str, Any]) -> Rows:
     if json.loads(first) != settings:
         sys.exit(f"error: {out} holds rows of other settings: {first}; give another --out")
     kept = [json.loads(line) for line in lines]
-    return {(encoding, ratio, name): (kl, agreement) for encoding, ratio, name, kl, agreement in kept}
+    return {(encoding, ratio, name): tuple(measured) for encoding, ratio, name, *measured in kept}
 
 
 def _print_kept(path: Path, pairs: Sequence[Sequence[str]]) -> None:
     settings = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
     rows = _kept(path, settings)
-    encodings, ratios, names = (list(dict.fromkeys(part)) for part in zip(*rows, strict=True))
+    measured = [key for key in rows if key[0] != FULL]
+    encodings, ratios, names = (list(dict.fromkeys(part)) for part in zip(*measured, strict=True))
+    names = [name for name in names if all((e, r, name) in rows for e in encodings for r in ratios)]
     _print(rows, settings, encodings, sorted(ratios), names)
     _print_pairs(rows, pairs, sorted(ratios), names)
 
@@ -231,22 +272,27 @@ def _print(
     write(", ".join(f"{key} {value}" for key, value in settings.items()) + f", {len(names)} questions\n\n")
     write("| chunks encoded behind | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |\n")
     write("|---|" + "---|" * len(ratios) + "\n")
-    by_arm: dict[tuple[str, float], list[tuple[float, float]]] = defaultdict(list)
+    by_arm: dict[tuple[str, float], list[tuple[float, ...]]] = defaultdict(list)
     for encoding in encodings:
         for ratio in ratios:
             by_arm[encoding, ratio] = [rows[encoding, ratio, name] for name in names]
-        cells = [
-            f"{sum(kl for kl, _ in arm) / len(arm):.3f} ({sum(same for _, same in arm) / len(arm):.0%})"
-            for arm in (by_arm[encoding, ratio] for ratio in ratios)
-        ]
-        write(f"| {encoding} | " + " | ".join(cells) + " |\n")
-    write("\nMean KL in nats (share of the answer's tokens that stay the same).\n")
+        write(f"| {encoding} | " + " | ".join(_cell(by_arm[encoding, ratio]) for ratio in ratios) + " |\n")
+    write("\nMean KL in nats (share of the answer's tokens that stay the same; F1 of the answers).")
+    if all((FULL, 1.0, name) in rows for name in names):
+        write(f" Full prefill's F1: {100 * sum(rows[FULL, 1.0, name][2] for name in names) / len(names):.1f}.")
+    write("\n")
     if PAPER not in by_arm:
         return
     write(f"Paired with {PAPER[0]} at {PAPER[1]:.0%}, 95% bootstrap:\n")
     for (encoding, ratio), arm in by_arm.items():
         if (encoding, ratio) != PAPER:
             write(f"  {encoding:14} {ratio:4.0%}  {_compared(arm, by_arm[PAPER])}\n")
+
+
+def _cell(arm: Sequence[tuple[float, ...]]) -> str:
+    kl, same, *marks = (sum(column) / len(arm) for column in zip(*arm, strict=False))
+    f1 = f"; {100 * marks[0]:.1f}" if marks and all(len(row) > 2 for row in arm) else ""
+    return f"{kl:.3f} ({same:.0%}{f1})"
 
 
 def _print_pairs(rows: Rows, pairs: Sequence[Sequence[str]], ratios: Sequence[float], names: Sequence[str]) -> None:
@@ -256,8 +302,8 @@ def _print_pairs(rows: Rows, pairs: Sequence[Sequence[str]], ratios: Sequence[fl
             sys.stdout.write(f"{one} against {other} at {ratio:.0%}: {_compared(*arms)}\n")
 
 
-def _compared(arm: Sequence[tuple[float, float]], base: Sequence[tuple[float, float]]) -> str:
-    differences = [kl - other for (kl, _), (other, _) in zip(arm, base, strict=True)]
+def _compared(arm: Sequence[tuple[float, ...]], base: Sequence[tuple[float, ...]]) -> str:
+    differences = [mine[0] - other[0] for mine, other in zip(arm, base, strict=True)]
     mean = bootstrap_mean(differences)
     lower = sum(difference < 0 for difference in differences)
     return f"{mean.mean:+.3f} ({mean.low:+.3f} to {mean.high:+.3f}), lower on {lower} of {len(differences)}"

@@ -7,6 +7,14 @@ as columns, `locks.py` keeps two writers of one collection apart, `store.py` say
 """
 
 from prophetkv_rag.chroma.collection import KVCachingCollection
+from prophetkv_rag.chroma.document_order import Record, in_documents
 from prophetkv_rag.chroma.store import default_blob_directory, live_references, open_store
 
-__all__ = ["KVCachingCollection", "default_blob_directory", "live_references", "open_store"]
+__all__ = [
+    "KVCachingCollection",
+    "Record",
+    "default_blob_directory",
+    "in_documents",
+    "live_references",
+    "open_store",
+]

@@ -62,6 +62,26 @@ def previous_texts(records: Sequence[Record], count: int, fetch: Fetch, *, is_on
     return texts
 
 
+def in_documents(records: Sequence[Record]) -> list[list[str]]:
+    """Return the records' texts by document, in order; records without any sign of one are one, as they came."""
+    previous = _previous_names(records, is_one_call=True)
+    texts = {record.name: record.text or "" for record in records}
+    following = {before: name for name, before in previous.items() if before in texts}
+    found: list[list[str]] = []
+    left = dict.fromkeys(texts)
+    starts = [name for name in texts if previous.get(name) not in texts]
+    for start in [*starts, *texts]:  # a circle has no start
+        document: list[str] = []
+        name: str | None = start
+        while name is not None and name in left:
+            del left[name]
+            document.append(texts[name])
+            name = following.get(name)
+        if kept := [text for text in document if text.strip()]:
+            found.append(kept)
+    return found
+
+
 def tells_order(records: Sequence[Record]) -> bool:
     """Whether any of these records says which document it is of, so that it may stand behind others or be the first."""
     return any(name in (record.metadata or {}) for record in records for name in (_NODE, *_DOCUMENT))

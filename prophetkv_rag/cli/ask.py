@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prophetkv_rag.cli.console import print_error, print_json, quiet_libraries, results, status
-from prophetkv_rag.cli.database import DEFAULT_DATABASE, check_packages, open_database, require_settings
+from prophetkv_rag.cli.database import check_packages, open_database
+from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE, require_settings
 from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.text import argument_text
@@ -26,10 +27,16 @@ def ask(
         typer.Option(help="Switch the database to another model: all its KV caches are computed again for that one."),
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Chunks to retrieve.")] = 4,
-    strategy: Annotated[str, typer.Option(help="Which chunk tokens are recomputed.")] = "prophetkv",
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="Which chunk tokens are recomputed; the database's way if left out."),
+    ] = None,
     recompute_ratio: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of chunk tokens recomputed: 0 plain reuse, 1 full prefill.")
-    ] = 0.2,
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Share of them: 0 plain reuse, 1 full prefill; the database's if left out."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 128,
     html: Annotated[
         Path | None,
@@ -47,7 +54,8 @@ def ask(
     settings = require_settings(db)
     from prophetkv_rag.reuse import make_strategy
 
-    make_strategy(strategy)  # before a model is fetched
+    if strategy is not None:
+        make_strategy(strategy)  # before a model is fetched
     quiet_libraries()
     check_packages(settings)
     settings = replace(settings, model=chosen_model(model, settings.model))

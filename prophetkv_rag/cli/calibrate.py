@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prophetkv_rag.cli.bench.conditions import conditions_of
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
+from prophetkv_rag.cli.database import check_packages, open_chroma, open_database
+from prophetkv_rag.cli.database_settings import lead_in_of, require_settings
 from prophetkv_rag.cli.measuring import check_length, check_writable
-from prophetkv_rag.cli.model_choice import chosen_model
+from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
+from prophetkv_rag.errors import InputError
+
+if TYPE_CHECKING:
+    from prophetkv_rag.profile import Profile
 
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 
 
 def calibrate(
     model: Annotated[str | None, typer.Argument(help="Model directory or name; the default model if left out.")] = None,
+    db: Annotated[
+        Path | None,
+        typer.Option(help="Measure on this database's own chunks, with its model; then MODEL and --data are left out."),
+    ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --db: your own questions, one a line; else made from the chunks."),
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="With --db: no longer than about this.")] = 60.0,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="With --db: use what was picked; caches are computed again if need be.")
+    ] = False,
     data: Annotated[list[Path], typer.Option(help="JSON lines of id, question, answers, passages; repeatable.")] = [],  # noqa: B006
     agreement: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of full prefill's answer tokens that must be the same.")
     ] = 0.95,
     strategy: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
-            help="Strategies, with options; repeatable. Behind @: what chunks are encoded behind, corpus for a "
-            "lead-in, prompt for the prompt's opening, prompt+corpus for both."
+            help="Strategies, with options; repeatable. Behind @: what chunks are encoded behind: prompt for the "
+            "prompt's opening, corpus for a lead-in, previous:2 or neighbours:3 for other chunks; several as in "
+            "prophetkv@prompt+corpus+previous:2. Left out: prophetkv, with --db behind each of these."
         ),
-    ] = ["prophetkv"],  # noqa: B006
+    ] = None,
     recompute_ratio: Annotated[
         list[float] | None, typer.Option(min=0, max=1, help="Ratios to try, 5% to 50% if left out; repeatable.")
     ] = None,
@@ -47,15 +67,19 @@ def calibrate(
     The lead-in it is measured with comes from a file's last question, which must not be among the --rows measured.
     """
     quiet_libraries()
-    from dataclasses import asdict
-
+    if db is not None:
+        if model is not None or data:
+            msg = "--db measures on the database's own chunks, with its model; leave MODEL and --data out"
+            raise InputError(msg)
+        _on_database(db, questions, minutes, apply, agreement, strategy, out, as_json)
+        return
     from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.evaluation.quality import FULL, Engines, ResultsFile, arms_of, run_grid
     from prophetkv_rag.evaluation.quality import calibrate as profile_of
-    from prophetkv_rag.evaluation.tasks import check_names, load_examples
+    from prophetkv_rag.evaluation.tasks import check_names, corpora_of, load_examples
 
     check_names([], data)
-    arms = arms_of(strategy, sorted(set(recompute_ratio or RATIOS)))
+    arms = arms_of(strategy or ["prophetkv"], sorted(set(recompute_ratio or RATIOS)))
     rows_file = out.parent / f"{out.name.removesuffix('.json')}.rows.jsonl"
     check_writable(files=[out, rows_file])
     name = chosen_model(model)
@@ -74,7 +98,7 @@ def calibrate(
     file = ResultsFile(rows_file, conditions)
     with progress_bar(f"{len(examples)} questions x {len(arms)} arms", len(examples)) as advance:
         found = run_grid(
-            Engines(engine, surroundings),
+            Engines(engine, surroundings, corpora_of(examples, engine.tokenizer, chunk_tokens)),
             examples,
             arms,
             file,
@@ -93,13 +117,65 @@ def calibrate(
         answer_tokens=answer_tokens,
     )
     profile.save(out)
+    _print(profile, out, as_json=as_json)
+
+
+def _on_database(
+    db: Path,
+    questions: Path | None,
+    minutes: float,
+    apply: bool,
+    agreement: float,
+    strategies: list[str] | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    from prophetkv_rag.cli.choosing import ROWS_FILE, documents_of, measure, print_choice, with_choice
+    from prophetkv_rag.evaluation.quality import arms_of, choose
+
+    settings = require_settings(db)
+    arms_of(strategies or [], [0.1])  # before a model is loaded
+    check_packages(settings)
+    check_writable(files=[out])
+    fetch_embedding()
+    client, collection = open_chroma(db.resolve())
+    documents = documents_of(collection)
+    if hasattr(client, "close"):
+        client.close()
+    lead_in = settings.lead_in or lead_in_of(documents[0][0] if documents else "", settings.lead_in_tokens)
+    profile = measure(
+        replace(settings, lead_in=lead_in),
+        lambda tokenizer: documents,
+        db / ROWS_FILE,
+        wanted=agreement,
+        minutes=minutes,
+        questions=questions,
+        strategies=strategies,
+    )
+    profile.save(out)
+    _print(profile, out, as_json=as_json)
+    choice = choose(profile)
+    if not as_json:
+        print_choice(choice, agreement)
+    if apply:
+        database = open_database(db, with_choice(replace(settings, lead_in=lead_in), choice))
+        try:
+            database.bring_caches_up_to_date()
+        finally:
+            database.close()
+    elif not as_json:
+        results().print("Not in use yet: the same command with --apply uses it, and goes on from what was measured.")
+
+
+def _print(profile: Profile, out: Path, *, as_json: bool) -> None:
     if as_json:
         print_json(asdict(profile))
         return
     from rich.table import Table
 
     console = results()
-    title = f"Smallest ratio that keeps {agreement:.0%} of full prefill's answer tokens ({len(examples)} questions)"
+    wanted = f"{profile.wanted_agreement:.0%} of full prefill's answer tokens"
+    title = f"Smallest ratio that keeps {wanted} ({profile.examples} questions)"
     table = Table(title=title)
     for number, column in enumerate(("strategy", "ratio", "charged", "measured: ratio -> same tokens (95%)")):
         table.add_column(column, justify="left" if number in (0, 3) else "right")
@@ -119,5 +195,5 @@ def calibrate(
     if any(one.encoding for one in profile.strategies):
         console.print(
             "An engine takes the best strategy that was measured with what its own config encodes chunks behind: "
-            "prompt_template is @prompt, lead_in is @corpus."
+            "prompt_template is @prompt, lead_in is @corpus, encoding is the rest."
         )

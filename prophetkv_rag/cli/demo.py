@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prophetkv_rag.cli.console import print_json, quiet_libraries, results, status
-from prophetkv_rag.cli.database import (
+from prophetkv_rag.cli.database import Database, check_packages, open_database
+from prophetkv_rag.cli.database_settings import (
     DEFAULT_CHUNK_SIZE,
-    Database,
     DatabaseSettings,
-    check_packages,
     find_settings,
     lead_in_of,
-    open_database,
     save_settings,
 )
 from prophetkv_rag.cli.documents import read_documents

@@ -7,7 +7,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from prophetkv_rag.cli.database import SETTINGS_FILE
+from prophetkv_rag.cli.database_settings import SETTINGS_FILE
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.text import decode_text, shown_name
 

@@ -10,17 +10,16 @@ import typer
 
 from prophetkv_rag.cli.cache.options import RemoteOptions, with_cache_options
 from prophetkv_rag.cli.cache.remote import finish_uploads
+from prophetkv_rag.cli.choosing import ROWS_FILE, measure, print_choice, with_choice
 from prophetkv_rag.cli.console import print_json, quiet_libraries, results
-from prophetkv_rag.cli.database import (
+from prophetkv_rag.cli.database import Database, check_packages, check_writable, open_database
+from prophetkv_rag.cli.database_settings import (
     DEFAULT_CHUNK_SIZE,
     DEFAULT_DATABASE,
-    Database,
+    DEFAULTS,
     DatabaseSettings,
-    check_packages,
-    check_writable,
     find_settings,
     lead_in_of,
-    open_database,
     save_settings,
 )
 from prophetkv_rag.cli.documents import read_documents
@@ -55,6 +54,20 @@ def index(
             "(nearest in the collection), with a number of them such as previous:2 (docs/quality.md). Another one "
             "means that all KV caches are computed again.",
         ),
+    ] = None,
+    fidelity: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=1,
+            help="First measure on these documents what --encoding and recompute ratio keep this share of full "
+            "prefill's answer tokens (0.95, say), and use the cheapest; `ask` takes the ratio from there.",
+        ),
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="With --fidelity: no longer than about this.")] = 10.0,
+    questions: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --fidelity: your own questions, one a line; else made from chunks."),
     ] = None,
     cache_limit: Annotated[
         str | None,
@@ -98,6 +111,9 @@ def index(
     Files that did not change since the last time are skipped. What was indexed from other directories stays; a
     directory is known by its path.
     """
+    if fidelity is not None and encoding is not None:
+        msg = "--fidelity picks the encoding; leave --encoding out, or give it without --fidelity"
+        raise InputError(msg)
     documents = read_documents(directory, exclude=db)
     check_writable(db)
     remembered = find_settings(db)
@@ -115,6 +131,8 @@ def index(
         lead_in_tokens=lead_in_tokens,
         encoding=chosen,
         behind_prompt=remembered.behind_prompt if remembered else True,
+        strategy=remembered.strategy if remembered else DEFAULTS.strategy,
+        recompute_ratio=remembered.recompute_ratio if remembered else None,
     )
     tier = RemoteOptions(remote, remote_limit, remote_timeout)
     settings = with_cache_options(
@@ -124,8 +142,25 @@ def index(
     check_packages(settings)
     settings = replace(settings, model=chosen_model(model, remembered.model if remembered else None))
     fetch_embedding()
-    from prophetkv_rag.cli.indexing import index_documents
+    from prophetkv_rag.cli.indexing import index_documents, split_texts
 
+    choice = None
+    if fidelity is not None:
+        from prophetkv_rag.evaluation.quality import choose
+
+        texts, size = [file.text for file in documents.files], settings.chunk_size
+        profile = measure(
+            settings,
+            lambda tokenizer: split_texts(texts, size, tokenizer),
+            db / ROWS_FILE,
+            wanted=fidelity,
+            minutes=minutes,
+            questions=questions,
+        )
+        choice = choose(profile)
+        settings = with_choice(settings, choice)
+        if not as_json:
+            print_choice(choice, fidelity)
     database = open_database(db, settings)
     try:
         check_chunk_size(settings.chunk_size, database.engine.context_window)
@@ -134,6 +169,7 @@ def index(
         summary = index_documents(database, directory, documents)
         report = {"database": str(db), "model": settings.model, "chunk_size": settings.chunk_size}
         report |= {"encoding": settings.encoding, **asdict(summary)}
+        report["picked"] = None if choice is None else asdict(choice)
         finish_uploads(database.engine.store)
         report["caches"] = cache_totals(database)
         report |= caches_not_kept(database)

@@ -6,6 +6,7 @@ import hashlib
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,6 @@ def _stored_files(database: Database) -> dict[tuple[str, str], _StoredFile]:
 
 
 def _split(database: Database, file: TextFile, *, stamp: str, root: str) -> list[BaseNode]:
-    from llama_index.core.node_parser import SentenceSplitter
     from llama_index.core.schema import Document
 
     def node_id(number: int, document: Any) -> str:
@@ -135,14 +135,23 @@ def _split(database: Database, file: TextFile, *, stamp: str, root: str) -> list
         excluded_llm_metadata_keys=list(metadata),
         excluded_embed_metadata_keys=list(metadata),
     )
-    splitter = SentenceSplitter(
-        chunk_size=database.settings.chunk_size,
-        chunk_overlap=0,
-        tokenizer=token_counter(database.engine.tokenizer),
-        id_func=node_id,
-    )
+    splitter = _splitter(database.settings.chunk_size, database.engine.tokenizer, id_func=node_id)
     with redirect_stdout(sys.stderr):  # LlamaIndex prints some of its warnings
         nodes = splitter.get_nodes_from_documents([document])
     for node in nodes:
         node.metadata["num_chunks"] = len(nodes)
     return nodes
+
+
+def split_texts(texts: Sequence[str], chunk_size: int, tokenizer: Any) -> list[list[str]]:
+    """Return the chunks that indexing would make of each text."""
+    splitter = _splitter(chunk_size, tokenizer)
+    with redirect_stdout(sys.stderr):
+        return [splitter.split_text(text) for text in texts]
+
+
+def _splitter(chunk_size: int, tokenizer: Any, **options: Any) -> Any:
+    from llama_index.core.node_parser import SentenceSplitter
+
+    counter = token_counter(tokenizer)
+    return SentenceSplitter(chunk_size=chunk_size, chunk_overlap=0, tokenizer=counter, **options)

@@ -15,7 +15,8 @@ import typer
 
 from prophetkv_rag.cli.cache.options import parse_size
 from prophetkv_rag.cli.console import print_json, progress_console, quiet_libraries, status
-from prophetkv_rag.cli.database import DEFAULT_DATABASE, check_packages, find_settings, open_database, require_settings
+from prophetkv_rag.cli.database import check_packages, open_database
+from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE, find_settings, require_settings
 from prophetkv_rag.cli.model_choice import chosen_model
 from prophetkv_rag.cli.vllm_engine import VLLM_ARGS_HELP, check_engine, open_in_vllm
 from prophetkv_rag.errors import InputError

@@ -144,6 +144,8 @@ class Prefiller:
         caches, origins = self.library.load(layout, model_lock=self.model_lock)
         hits = sum(origin.status == "hit" for origin in origins)
         timings.load = end_stage("load", mark, hits=hits, chunks=len(origins))
+        if layout.exact_first_chunk and caches[0].behind.keys:  # it follows the prefix, and was not encoded so
+            layout = replace(layout, exact_first_chunk=False)
 
         with self.model_lock:
             self.library.state.check()

@@ -354,3 +354,20 @@ def test_a_catalog_made_again_knows_what_stood_before(config: ProphetKVConfig, t
     assert not any(engine.library.key_of(text) in engine.store for text in traced)
     assert all(engine.library.key_of(text) in engine.store for text in clean)
     engine.store.close()
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_first_chunk_is_exact_only_where_nothing_else_stood_before_it(first: int) -> None:
+    """It follows the prefix that it was encoded behind, and, but for a document's first chunk, others stood between."""
+    engine = engine_on(MemoryStore(), PREVIOUS)
+    engine.add_chunks(DOCUMENT)
+    opening = list(engine.identity.prefix_ids)
+    prompt = Prompt(opening, [DOCUMENT[first], DOCUMENT[4]], "What is it?")
+    start = len(opening)
+    stop = start + len(engine._tokens.chunk(DOCUMENT[first]))
+    picked = set(engine.prefill(prompt, strategy="epic:k=3", recompute_ratio=0.3).recomputed.tolist())
+    assert (picked & set(range(start, stop))) == (set() if first == 0 else set(range(start, start + 3)))
+    held_back = ProphetKVConfig(encoding="previous:2", first_chunk_eligible=False)
+    other = ProphetKVEngine(engine.model, engine.tokenizer, config=held_back, store=engine.store)
+    picked = set(other.prefill(prompt, recompute_ratio=0.99).recomputed.tolist())
+    assert bool(picked & set(range(start, stop))) == (first != 0)

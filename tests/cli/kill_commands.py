@@ -32,7 +32,8 @@ from prophetkv_rag import ProphetKVEngine
 from prophetkv_rag.chroma.store import live_references
 from prophetkv_rag.cli.app import main
 from prophetkv_rag.cli.cache.opened import open_caches
-from prophetkv_rag.cli.database import open_database, require_settings
+from prophetkv_rag.cli.database import open_database
+from prophetkv_rag.cli.database_settings import require_settings
 from tests.tiny import save_tiny, save_tiny_encoder, text_of
 
 torch.set_num_threads(1)  # a fork of a process whose OpenMP has started threads hangs in its first parallel region

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from prophetkv_rag.cli.app import main
-from prophetkv_rag.cli.database import DatabaseSettings, save_settings
+from prophetkv_rag.cli.database_settings import DatabaseSettings, save_settings
 from prophetkv_rag.evaluation.tasks.ruler.words import word_lists
 
 COMMANDS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prophetkv_rag.cli.database import DatabaseSettings, save_settings
+from prophetkv_rag.cli.database_settings import DatabaseSettings, save_settings
 
 NO_HOME = """
 import pwd

@@ -33,7 +33,10 @@ def quality(
     recompute_ratio: Annotated[list[float], typer.Option(min=0, max=1, help="Ratios; repeatable.")] = [0.1, 0.2],  # noqa: B006
     strategy: Annotated[
         list[str],
-        typer.Option(help="Strategies, with options; behind @: what chunks are encoded behind, prompt+corpus for all."),
+        typer.Option(
+            help="Strategies, with options; behind @: what chunks are encoded behind, as prompt+corpus or "
+            "prompt+previous:2 (docs/quality.md)."
+        ),
     ] = DEFAULT_STRATEGIES,
     chunk_tokens: Annotated[int, typer.Option(min=16, help="Tokens per chunk.")] = 256,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer compared (KL), in tokens.")] = 32,
@@ -64,6 +67,7 @@ def quality(
         Sources,
         check_names,
         check_sources,
+        corpora_of,
         load_examples,
         metric_names,
         task_names,
@@ -103,7 +107,7 @@ def quality(
             sources=sources,
             longbench=longbench,
         )
-    engines = Engines(engine, surroundings)
+    engines = Engines(engine, surroundings, corpora_of(examples, engine.tokenizer, chunk_tokens))
     measured = {
         "length": length,
         "chunk_tokens": chunk_tokens,

@@ -53,7 +53,7 @@ def ttft(
         for ratio in ((0.0,) if one == "full_reuse" else dict.fromkeys(recompute_ratio))
     ]
     for arm in arms:
-        arm.check(encodings=())
+        arm.check(has_encodings=False)
     if plot is not None:  # what could go wrong after measuring is tried before
         from prophetkv_rag.evaluation import load_pyplot
 

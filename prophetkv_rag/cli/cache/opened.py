@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prophetkv_rag.cli.database import BLOB_DIRECTORY, require_settings
+from prophetkv_rag.cli.database_settings import BLOB_DIRECTORY, require_settings
 from prophetkv_rag.errors import InputError
 
 if TYPE_CHECKING:

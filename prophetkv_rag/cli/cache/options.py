@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from prophetkv_rag.errors import InputError
 
 if TYPE_CHECKING:
-    from prophetkv_rag.cli.database import DatabaseSettings
+    from prophetkv_rag.cli.database_settings import DatabaseSettings
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _POLICIES = ("eager", "on_first_use")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from prophetkv_rag.cli.cache.opened import DatabaseOption, JsonOption, open_caches
 from prophetkv_rag.cli.console import print_json, results
-from prophetkv_rag.cli.database import DEFAULT_DATABASE, open_chroma
+from prophetkv_rag.cli.database import open_chroma
+from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE
 
 if TYPE_CHECKING:
     from prophetkv_rag.store.disk import Usage

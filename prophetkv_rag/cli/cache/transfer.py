@@ -10,7 +10,7 @@ import typer
 
 from prophetkv_rag.cli.cache.opened import DatabaseOption, JsonOption, open_caches
 from prophetkv_rag.cli.console import print_json, progress_bar, results, status
-from prophetkv_rag.cli.database import DEFAULT_DATABASE
+from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE
 from prophetkv_rag.errors import InputError
 
 

@@ -9,7 +9,8 @@ import typer
 from prophetkv_rag.cli.cache.opened import DatabaseOption, JsonOption
 from prophetkv_rag.cli.cache.remote import push_caches
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results
-from prophetkv_rag.cli.database import DEFAULT_DATABASE, check_packages, open_database, require_settings
+from prophetkv_rag.cli.database import check_packages, open_database
+from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE, require_settings
 
 
 def warm(

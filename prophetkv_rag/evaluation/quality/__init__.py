@@ -1,13 +1,15 @@
 """The quality grid: tasks x strategies x ratios, each prompt against full prefill of the same token ids.
 
-Begin reading with `grid.py` (the loop) and `fidelity.py` (one prefill against full prefill); `results.py` keeps rows
-from run to run, `metrics.py` holds the official scores, `tables.py` and `plots.py` show them, `calibration.py` makes a
-profile of them.
+Begin reading with `grid.py` (the loop), `engines.py` (what the arms run on) and `fidelity.py` (one prefill against full
+prefill); `results.py` keeps rows from run to run, `metrics.py` holds the official scores, `tables.py` and `plots.py`
+show them, `calibration.py` makes a profile of them, and `choice.py` does all of it on a collection's own chunks.
 """
 
 from prophetkv_rag.evaluation.quality.calibration import calibrate
+from prophetkv_rag.evaluation.quality.choice import QUESTIONS, Choice, choose, measure_collection
+from prophetkv_rag.evaluation.quality.engines import Engines
 from prophetkv_rag.evaluation.quality.fidelity import Arm, arms_of, forced_logits, full_prefill
-from prophetkv_rag.evaluation.quality.grid import Engines, run_grid
+from prophetkv_rag.evaluation.quality.grid import run_grid
 from prophetkv_rag.evaluation.quality.intervals import bootstrap_mean
 from prophetkv_rag.evaluation.quality.metrics import try_metrics
 from prophetkv_rag.evaluation.quality.picks import picks_of
@@ -19,15 +21,19 @@ __all__ = [
     "FULL",
     "HEADER",
     "POOLED",
+    "QUESTIONS",
     "Arm",
+    "Choice",
     "Engines",
     "ResultsFile",
     "arms_of",
     "bootstrap_mean",
     "calibrate",
+    "choose",
     "forced_logits",
     "full_prefill",
     "markdown",
+    "measure_collection",
     "picks_of",
     "plot_against_budget",
     "plot_picks",

@@ -9,6 +9,7 @@ from prophetkv_rag.evaluation.quality.intervals import bootstrap_mean
 from prophetkv_rag.evaluation.quality.results import FULL, QualityRow
 from prophetkv_rag.evaluation.quality.tables import POOLED, summarise
 from prophetkv_rag.profile import CalibratedStrategy, Profile
+from prophetkv_rag.reuse import make_strategy
 
 
 def calibrate(
@@ -65,8 +66,15 @@ def calibrate(
         examples=len({(row.task, row.example_id) for row in rows}),
         chunk_tokens=chunk_tokens,
         answer_tokens=answer_tokens,
-        strategies=tuple(sorted(outcomes, key=lambda one: (one.charged_ratio is None, one.charged_ratio or 0.0))),
+        strategies=tuple(sorted(outcomes, key=_cost)),
     )
+
+
+def _cost(one: CalibratedStrategy) -> tuple[bool, float, float, float]:
+    """What is charged; at the same charge what recomputed tokens see, then how close it comes."""
+    kl = next((point["kl"] for point in one.curve if point["recompute_ratio"] == one.recompute_ratio), 0.0)
+    share = float(getattr(make_strategy(one.spec), "context_share", None) or 1.0)
+    return one.recompute_ratio is None, one.charged_ratio or 0.0, share, kl
 
 
 def _is_of(row: QualityRow, entry: Mapping[str, Any]) -> bool:

@@ -15,21 +15,18 @@ from prophetkv_rag.config import check_recompute_ratio
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.model import RowsLayer, cache_argument, complete_cache
-from prophetkv_rag.profile import CORPUS, PROMPT
+from prophetkv_rag.profile import parse_behind
 from prophetkv_rag.prompt import Prompt
 from prophetkv_rag.reuse import PrefillResult, make_strategy
-
-ENCODINGS = (PROMPT, CORPUS, f"{PROMPT}+{CORPUS}")
-"""Suffixes of an arm: its chunks are encoded behind the opening of the task's prompts (`@prompt`), behind a lead-in,
-other text of the same task (`@corpus`), or behind both."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
     """One thing to measure: a strategy (with its options, as `make_strategy` reads them) at a ratio.
 
-    `strategy` may end in `@` and one of `ENCODINGS`, for caches that were encoded behind more than the chat template's
-    opening (`ProphetKVConfig.prompt_template`, `lead_in`).
+    `strategy` may end in `@` and what the chunks were encoded behind besides the chat template's opening: the opening
+    of the task's prompts (`prompt`), a lead-in, other text of the same task (`corpus`), and other chunks (`previous:2`,
+    `neighbours:3`), in this order, joined by `+` (`profile.parse_behind`).
     """
 
     strategy: str
@@ -42,7 +39,7 @@ class Arm:
 
     @property
     def encoding(self) -> str:
-        """What the caches are encoded behind: one of `ENCODINGS`, or ""."""
+        """What the caches are encoded behind, as `profile.parse_behind` reads it; "" for the chat template alone."""
         return self.strategy.partition("@")[2]
 
     @property
@@ -50,17 +47,19 @@ class Arm:
         """For tables and plots."""
         return self.strategy if self.recompute_ratio == 0 else f"{self.strategy} {self.recompute_ratio:.0%}"
 
-    def check(self, *, encodings: Sequence[str] = ENCODINGS) -> None:
+    def check(self, *, has_encodings: bool = True) -> None:
         """Raise `InputError` for an unknown strategy, option or encoding, or a ratio outside [0, 1]."""
         make_strategy(self.spec)
-        if "@" in self.strategy and self.encoding not in encodings:
-            allowed = ", ".join(encodings) or "none"
-            msg = f"strategy {self.strategy!r}: unknown encoding {self.encoding!r}; allowed: {allowed}"
-            raise InputError(msg)
-        try:
-            check_recompute_ratio(self.recompute_ratio)
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        if "@" in self.strategy:
+            try:
+                if not has_encodings or not self.encoding:
+                    msg = f"unknown encoding {self.encoding!r}" + "; allowed: none" * (not has_encodings)
+                    raise InputError(msg)
+                parse_behind(self.encoding)
+            except InputError as error:
+                msg = f"strategy {self.strategy!r}: {error}"
+                raise InputError(msg) from None
+        check_recompute_ratio(self.recompute_ratio)
 
 
 def arms_of(strategies: Sequence[str], ratios: Sequence[float]) -> list[Arm]:

@@ -2,73 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import ContextWindowError, InputError
+from prophetkv_rag.evaluation.quality.engines import Engines
 from prophetkv_rag.evaluation.quality.fidelity import Arm, compare, full_prefill
 from prophetkv_rag.evaluation.quality.metrics import score
 from prophetkv_rag.evaluation.quality.results import FULL, QualityRow, ResultsFile
 from prophetkv_rag.evaluation.tasks.example import TaskExample
 from prophetkv_rag.evaluation.tasks.prompting import task_prompt
-from prophetkv_rag.evaluation.tasks.surroundings import Surroundings
-from prophetkv_rag.profile import CORPUS, PROMPT
-from prophetkv_rag.prompt import Prompt
-
-
-class Engines:
-    """The engine as configured, and one per task and encoding; all run one model."""
-
-    def __init__(self, default: ProphetKVEngine, surroundings: Mapping[str, Surroundings] | None = None) -> None:
-        """Start from an engine that encodes chunks behind the chat template's opening."""
-        self.default = default
-        self.surroundings = surroundings or {}
-        self._others: dict[tuple[str, str], ProphetKVEngine] = {}
-
-    def of(self, arm: Arm, task: str) -> ProphetKVEngine:
-        """Return the engine that holds an arm's caches.
-
-        Raises:
-            InputError: If the arm has an encoding and the task no example to spare for it.
-        """
-        if not arm.encoding:
-            return self.default
-        around = self._around(arm, task)
-        if (task, arm.encoding) not in self._others:
-            config = replace(
-                self.default.config,
-                prompt_template=f"{around.opening}{{context}}" if PROMPT in arm.encoding else None,
-                lead_in=around.lead_in if CORPUS in arm.encoding else None,
-            )
-            engine = ProphetKVEngine(self.default.model, self.default.tokenizer, config=config)
-            self._others[task, arm.encoding] = engine
-        return self._others[task, arm.encoding]
-
-    def _around(self, arm: Arm, task: str) -> Surroundings:
-        if task not in self.surroundings:
-            msg = f"{arm.strategy}: task {task!r} has no example to spare for {arm.encoding!r}; give fewer --rows"
-            raise InputError(msg)
-        around = self.surroundings[task]
-        if CORPUS in arm.encoding and around.lead_in is None:
-            msg = (
-                f"{arm.strategy}: the example that task {task!r} has to spare holds no passage that no other has, so "
-                "there is no lead-in; end a data file with a question whose passages are its own, give RULER a longer "
-                "source text, or leave the strategy out"
-            )
-            raise InputError(msg)
-        return around
-
-    def inputs_of(self, arm: Arm, task: str, prompt: Prompt) -> str:
-        """Return hex digits of all text that an arm's row comes from: the prompt, and what its chunks stand behind."""
-        texts: list[Any] = [prompt.prefix, *prompt.chunks, prompt.suffix]
-        if arm.encoding:
-            around = self._around(arm, task)
-            texts += [PROMPT in arm.encoding and around.opening, CORPUS in arm.encoding and around.lead_in]
-        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def measure_example(
@@ -98,8 +42,7 @@ def measure_example(
         msg = f"{example.task}, example {example.example_id}: {error}; give a shorter --length"
         raise InputError(msg) from error
     owner = f"quality {example.task} {example.example_id}"
-    used = {id(engine): engine for engine in (engines.of(arm, example.task) for arm in arms)}.values()
-    keys = [(engine, engine.add_chunks(prompt.chunks, owner=owner)) for engine in used]
+    forget = engines.add_chunks(arms, example.task, [str(chunk) for chunk in prompt.chunks], owner=owner)
 
     def row(arm: Arm, report: Any, **found: Any) -> QualityRow:
         answer = tokenizer.decode(found.pop("answer"), skip_special_tokens=True)
@@ -132,8 +75,7 @@ def measure_example(
             rows.append(row(arm, result.report, **asdict(found)))
         return rows
     finally:
-        for engine, own in keys:
-            engine.remove_chunks(own, owner=owner)
+        forget()
 
 
 def run_grid(
@@ -146,10 +88,12 @@ def run_grid(
     answer_tokens: int,
     score_tokens: int | None = None,
     on_step: Callable[[int], None] = lambda steps: None,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> list[QualityRow]:
     """Measure what the results file lacks and return its rows of these examples.
 
-    `on_step` is told first how many examples are there already, then 1 after each that was measured.
+    `on_step` is told first how many examples are there already, then 1 after each that was measured; `is_over` is asked
+    before each whether to leave it and all later ones out.
     """
     missing = {}
     for example in examples:
@@ -159,6 +103,8 @@ def run_grid(
             missing[example] = wanted_arms
     on_step(len(examples) - len(missing))
     for example, wanted_arms in missing.items():
+        if is_over():
+            break
         rows = measure_example(
             engines,
             example,

@@ -27,6 +27,8 @@ class TaskExample:
         chat: Whether the chat template is used.
         all_classes: The classes of a classification task.
         stop_at_newline: Whether generation stops at the first newline (SAMSum).
+        is_document: Whether the context is one document; else each of its chunks is one.
+        glue: Text between chunks where the pieces are chunks already, which are neither joined nor cut; else `None`.
     """
 
     task: str
@@ -42,3 +44,5 @@ class TaskExample:
     chat: bool = True
     all_classes: tuple[str, ...] = ()
     stop_at_newline: bool = False
+    is_document: bool = True
+    glue: str | None = None

@@ -61,4 +61,5 @@ def _example(question: Question) -> TaskExample:
         references=question.answers,
         metric="qa_f1",
         max_new_tokens=MAX_NEW_TOKENS,
+        is_document=False,
     )

@@ -20,6 +20,9 @@ def task_prompt(example: TaskExample, tokenizer: Any, chunk_tokens: int) -> Prom
     head, tail = example.before, example.after
     if example.chat:
         head, tail = user_turn(tokenizer, head, tail)
+    if example.glue is not None:
+        chunks = list(example.context)
+        return Prompt(head, chunks, tail + example.answer_prefix, query=example.query, glue=example.glue)
     chunks = join_pieces(example.context, tokenizer, chunk_tokens)
     return Prompt(head, chunks, tail + example.answer_prefix, query=example.query)
 

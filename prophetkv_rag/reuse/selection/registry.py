@@ -16,6 +16,7 @@ from prophetkv_rag.reuse.selection.infoflow import InfoFlow
 from prophetkv_rag.reuse.selection.kvshare import KVShare
 from prophetkv_rag.reuse.selection.prophetkv import ProphetKV
 from prophetkv_rag.reuse.selection.prophetkv_late import ProphetKVLate
+from prophetkv_rag.reuse.selection.qcfuse import QCFuse
 from prophetkv_rag.reuse.selection.random_tokens import RandomTokens
 
 _STRATEGIES: dict[str, type[Strategy]] = {
@@ -28,6 +29,7 @@ _STRATEGIES: dict[str, type[Strategy]] = {
         KVShare,
         InfoFlow,
         FusionRAG,
+        QCFuse,
         RandomTokens,
         FullReuse,
         FullPrefill,

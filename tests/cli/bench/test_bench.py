@@ -290,7 +290,7 @@ def test_calibrate_compares_encodings(model, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--strategy", "prophetkv@nothing"), "unknown encoding 'nothing'; allowed: prompt, corpus, prompt+corpus"),
+        (("--strategy", "prophetkv@nothing"), "unknown encoding 'nothing'; allowed: prompt, corpus, and previous:N"),
         (("--strategy", "prophet@corpus"), "unknown strategy 'prophet'"),
         (("--rows", "3", "--strategy", "prophetkv@corpus"), "no example to spare for 'corpus'; give fewer --rows"),
         (("--agreement", "1.5"), "Invalid value for '--agreement'"),

@@ -1,4 +1,4 @@
-"""InfoFlow KV and FusionRAG: what they pick and compute, against the naive float64 implementation and by hand."""
+"""InfoFlow KV, FusionRAG and QCFuse: what they pick and compute, against the naive float64 one and by hand."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from prophetkv_rag.reuse.selection import make_strategy
 from tests import families
 from tests.reuse import test_against_naive as base
 from tests.reuse.naive.prompt_reference import best_others, context_positions, select
+from tests.tiny import tiny_llama
 
 pair = base.pair  # the engine, the naive model and its chunk caches
 ROWS = context_positions(base.SEGMENTS)
-LAST = {"infoflow": (2, "norm"), "fusionrag": (1, "mean")}
+LAST = {"infoflow": (2, "norm"), "fusionrag": (1, "mean"), "qcfuse": (2, "mean")}
+"""How many of the naive model's three layers count; the middle is behind the first of them."""
 
 
 def naive_scores(naive, caches, name, **scoring):
@@ -62,8 +64,9 @@ def test_scores(pair, name):
     spy = base.Spy(score_softmax="full_row", first_layer=first_layer, over_rows=over_rows)
     engine.prefill(base.prompt(), strategy=spy)
     expected = naive_scores(naive, caches, name)
-    base.close(spy.scores[ROWS] / counted, expected)
-    assert float(spy.scores.sum()) == pytest.approx(counted * float(expected.sum()), rel=1e-4)
+    summed = counted if over_rows == "norm" else 1  # the naive one averages norms over layers, and sums means
+    base.close(spy.scores[ROWS] / summed, expected)
+    assert float(spy.scores.sum()) == pytest.approx(summed * float(expected.sum()), rel=1e-4)
 
     chosen = select(expected, 0.2, positions=ROWS)
     others = best_others(expected, 0.5, chosen, ROWS)
@@ -83,6 +86,20 @@ def test_the_charge_is_prophetkvs(pair, name):
         ]
         assert reports[0].row_layers == reports[1].row_layers
         assert reports[0].charged_ratio == reports[1].charged_ratio
+
+
+def test_qcfuse_ends_behind_its_three_layers():
+    """Of nine layers the fifth to the seventh count; behind them stage I runs one row."""
+    engine = ProphetKVEngine(tiny_llama(num_hidden_layers=9), None, config=ProphetKVConfig(encoding_prefix=(3, 1)))
+    prompt = base.Prompt([3, 1], [list(range(10, 30)), list(range(40, 57))], [7, 8, 9])
+    layers = [base.Spy(score_softmax="full_row", first_layer=number) for number in range(9)]
+    for spy in layers:
+        engine.prefill(prompt, strategy=spy)
+    strategy = base.Chosen(make_strategy("qcfuse"))
+    report = engine.prefill(prompt, strategy=strategy, recompute_ratio=0.2).report
+    counted = layers[4].scores - layers[7].scores
+    assert strategy.selection.positions.tolist() == sorted(counted.topk(7).indices.tolist())
+    assert report.row_layers == 3 * 7 + 2 + (7 + 3) * 9
 
 
 def test_a_norm_by_hand():
