@@ -14,6 +14,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from prometheus_client import REGISTRY, generate_latest
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -229,6 +230,10 @@ class VLLMEngine:
                 yield item
         finally:
             task.cancel()  # which aborts the request in vLLM, if it is not done
+
+    def more_metrics(self) -> bytes:
+        """Return vLLM's own metrics, as Prometheus reads them."""
+        return bytes(generate_latest(REGISTRY))
 
     def _wait(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

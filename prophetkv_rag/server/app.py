@@ -144,4 +144,5 @@ def _add_routes(app: FastAPI, services: Services, settings: ServerSettings) -> N
     @get("/metrics")
     async def metrics() -> Response:
         text = await asyncio.to_thread(generate_latest, services.metrics.registry)
-        return Response(text, media_type=CONTENT_TYPE_LATEST)
+        more = getattr(services.chat.engine, "more_metrics", None)  # vLLM's own
+        return Response(text if more is None else text + await asyncio.to_thread(more), media_type=CONTENT_TYPE_LATEST)

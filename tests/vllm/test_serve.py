@@ -157,6 +157,11 @@ def test_clients_that_leave_stop_their_answers(server, keys):
     assert post(server, 3).status_code == 200
     metrics = httpx.get(f"{server.removesuffix('/v1')}/metrics").text
     assert 'prophetkv_requests_total{outcome="cancelled"} 3.0' in metrics
+    ((name, count),) = [
+        line.split() for line in metrics.splitlines() if line.startswith("vllm:prophetkv_requests_total")
+    ]
+    assert "tiny" in name
+    assert float(count) >= 9
 
 
 def test_random_cancellations_leave_the_others_right(server, keys, engine):
