@@ -49,6 +49,7 @@ def parse_encoding(text: str) -> Encoding:
     return Encoding(kind, int(number) if colon else _DEFAULT_COUNTS[kind])  # type: ignore[arg-type,index]
 
 
+FirstChunk = Literal["cached", "exact"]
 ScoreSoftmax = Literal["context", "full_row"]
 QueryScope = Literal["suffix", "question"]
 
@@ -68,6 +69,10 @@ class ProphetKVConfig:
             of the other chunk tokens, those just before each and then those of the highest stage-I scores, in [0, 1];
             1.0, the paper's, is all of them. Tokens outside the chunks always see everything. Read by the strategies
             that have the option `context_share`; docs/quality.md and docs/performance.md say what less costs and saves.
+        first_chunk: What becomes of a prompt's first chunk, usually the nearest passage, where it was encoded behind
+            more than stands before it now (a lead-in, other chunks): `"cached"` is chosen from as any other, `"exact"`
+            is recomputed whole, beyond the ratio, and charged. Read by `prophetkv` and `prophetkv_late`;
+            docs/encodings.md says what it gains.
         score_softmax: *Open (a).* Softmax of stage I over the `"context"` keys only (Algorithm 1, the paper's reading),
             or over the `"full_row"`, the attention the model really pays, of which the context part is kept.
         query_scope: *Open (b).* Which tokens ask in stage I: the whole `"suffix"` after the last chunk (the paper's
@@ -102,6 +107,7 @@ class ProphetKVConfig:
     strategy: str = "prophetkv"
     recompute_ratio: float = 0.2
     context_share: float = 1.0
+    first_chunk: FirstChunk = "cached"
     score_softmax: ScoreSoftmax = "context"
     query_scope: QueryScope = "suffix"
     first_chunk_eligible: bool = True
@@ -117,6 +123,7 @@ class ProphetKVConfig:
     def __post_init__(self) -> None:
         check_recompute_ratio(self.recompute_ratio)
         check_context_share(self.context_share)
+        check_first_chunk(self.first_chunk)
         if self.score_softmax not in get_args(ScoreSoftmax):
             msg = f"score_softmax is {self.score_softmax!r}; allowed: {', '.join(get_args(ScoreSoftmax))}"
             raise ValueError(msg)
@@ -163,6 +170,14 @@ def check_context_share(share: float) -> float:
         msg = f"context_share is {share!r}; it must be a number from 0 (recomputed tokens see each other) to 1 (all)"
         raise InputError(msg)
     return float(share)
+
+
+def check_first_chunk(value: str) -> str:
+    """Return `value`, or raise `InputError` if it is not one of `FirstChunk`."""
+    if value not in get_args(FirstChunk):
+        msg = f"first_chunk is {value!r}; allowed: {', '.join(get_args(FirstChunk))}"
+        raise InputError(msg)
+    return value
 
 
 def _is_share(value: object) -> bool:

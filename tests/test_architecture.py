@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "integrations.shared",
     "integrations.vllm": "errors text extras kernels config report model generation store store.disk prompt chunks "
     "reuse",
-    "cli": "errors text extras home kernels config report model defaults store store.encryption store.blobs "
+    "cli": "errors text extras home kernels config profile report model defaults store store.encryption store.blobs "
     "store.catalog "
     "store.remote store.disk reuse engine chroma evaluation server integrations.llama_index "
     "integrations.vllm",

@@ -25,7 +25,9 @@ PUBLIC = {
     ],
     "prophetkv_rag.chroma": [
         "KVCachingCollection",
+        "Record",
         "default_blob_directory",
+        "in_documents",
         "live_references",
         "open_store",
     ],

@@ -259,6 +259,8 @@ def _print_kept(path: Path, pairs: Sequence[Sequence[str]]) -> None:
     settings = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
     rows = _kept(path, settings)
     measured = [key for key in rows if key[0] != FULL]
+    if not measured:
+        sys.exit(f"error: {path} holds no rows yet")
     encodings, ratios, names = (list(dict.fromkeys(part)) for part in zip(*measured, strict=True))
     names = [name for name in names if all((e, r, name) in rows for e in encodings for r in ratios)]
     _print(rows, settings, encodings, sorted(ratios), names)

@@ -170,6 +170,7 @@ def index(
         report = {"database": str(db), "model": settings.model, "chunk_size": settings.chunk_size}
         report |= {"encoding": settings.encoding, **asdict(summary)}
         report["picked"] = None if choice is None else asdict(choice)
+        report["recompute_ratio"] = settings.recompute_ratio
         finish_uploads(database.engine.store)
         report["caches"] = cache_totals(database)
         report |= caches_not_kept(database)
@@ -241,4 +242,11 @@ def _print(report: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     print_not_kept(report, Path(report["database"]))
+    if report["recompute_ratio"] is None:
+        console.print(
+            "What to recompute was not measured on these documents; that takes minutes: prophetkv-rag calibrate "
+            f"--db {report['database']} --apply",
+            markup=False,
+            soft_wrap=True,
+        )
     console.print(f'Next: prophetkv-rag ask "your question" --db {report["database"]}', markup=False)

@@ -46,7 +46,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def select(self, context: QueryContext) -> Selection:
-        """Choose at most `context.budget` chunk tokens."""
+        """Choose at most `context.budget` chunk tokens (ProphetKV may add the prompt's first chunk to them)."""
 
 
 def without_choice(context: QueryContext) -> Selection | None:

@@ -25,3 +25,6 @@ class FusionRAG(ProphetKV):
     def scores(self, context: QueryContext) -> torch.Tensor:
         """Return the last layer's score of every token, `[N]` in fp32."""
         return context.attention_scores(score_softmax="full_row", first_layer=len(context.layers) - 1)
+
+    def _configured(self, context: QueryContext) -> str:
+        return "cached"  # as its authors have it, unless the option asks for more

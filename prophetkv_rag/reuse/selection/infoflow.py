@@ -29,3 +29,6 @@ class InfoFlow(ProphetKV):
         """Return the score of every token, `[N]` in fp32, times the number of layers, which ranks alike."""
         first_layer = max(0, len(context.layers) - COUNTED_LAYERS)
         return context.attention_scores(score_softmax="full_row", first_layer=first_layer, over_rows="norm")
+
+    def _configured(self, context: QueryContext) -> str:
+        return "cached"  # as its authors have it, unless the option asks for more

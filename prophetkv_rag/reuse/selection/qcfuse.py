@@ -30,3 +30,6 @@ class QCFuse(ProphetKV):
         first_layer = len(context.layers) // 2
         last_layer = min(first_layer + COUNTED_LAYERS, len(context.layers)) - 1
         return context.attention_scores(score_softmax="full_row", first_layer=first_layer, last_layer=last_layer)
+
+    def _configured(self, context: QueryContext) -> str:
+        return "cached"  # as its authors have it, unless the option asks for more
