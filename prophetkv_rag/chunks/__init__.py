@@ -6,8 +6,9 @@ model, `encoder.py` decides behind which other chunks (`order.py` says in which 
 meanwhile), `writer.py` stores while it runs, `loader.py` brings a prompt's caches back.
 """
 
+from prophetkv_rag.chunks.encode import EncodingPrefix, encode_chunks, encode_prefix
 from prophetkv_rag.chunks.library import ChunkLibrary
 from prophetkv_rag.chunks.loader import Origin
 from prophetkv_rag.chunks.opening import open_library
 
-__all__ = ["ChunkLibrary", "Origin", "open_library"]
+__all__ = ["ChunkLibrary", "EncodingPrefix", "Origin", "encode_chunks", "encode_prefix", "open_library"]

@@ -18,10 +18,9 @@ from prophetkv_rag.model import (
     EncodeBehindPass,
     EncodePass,
     ModelSupport,
+    PassJob,
     RopeTables,
-    cache_of,
-    model_lock,
-    run_pass,
+    Runner,
 )
 from prophetkv_rag.store import ALONE, Behind, CacheIdentity, ChunkCache
 
@@ -46,13 +45,12 @@ class Job:
     behind: Behind = ALONE
 
 
-def encode_prefix(model: Any, support: ModelSupport, prefix_ids: Sequence[int]) -> EncodingPrefix | None:
-    """Encode the prefix that every chunk stands behind; `None` for an empty one."""
+def encode_prefix(runner: Runner, support: ModelSupport, prefix_ids: Sequence[int]) -> EncodingPrefix | None:
+    """Encode the prefix that every chunk stands behind; `None` for an empty one. The caller holds the model's lock."""
     if not prefix_ids:
         return None
-    with model_lock(model):
-        layers = _run(model, support, torch.tensor([list(prefix_ids)], device=model.device), None)
-    tables = RopeTables(torch.arange(len(prefix_ids), device=model.device))
+    layers = _run(runner, support, torch.tensor([list(prefix_ids)], device=runner.device), None)
+    tables = RopeTables(torch.arange(len(prefix_ids), device=runner.device))
     rotated = tuple(
         (tables.rotate(layer.keys[0], found.rotation), layer.values[0])
         for layer, found in zip(layers, support.layers, strict=True)
@@ -82,7 +80,7 @@ def check_dtype(cache: ChunkCache, identity: CacheIdentity) -> None:
 
 
 def encode_chunks(
-    model: Any,
+    runner: Runner,
     support: ModelSupport,
     prefix: EncodingPrefix | None,
     chunks: Sequence[Sequence[int]],
@@ -92,7 +90,7 @@ def encode_chunks(
     """Encode chunks in batches of similar length.
 
     Args:
-        model: The language model.
+        runner: Runs the language model.
         support: The probe's findings.
         prefix: What every chunk is encoded behind.
         chunks: Token ids of each chunk, none empty.
@@ -106,18 +104,18 @@ def encode_chunks(
         longest = max(len(chunks[index]) for index in batch)
         # Padding stands to the right of every real token, so causal attention never sees it.
         padded = [[*chunks[index], *[0] * (longest - len(chunks[index]))] for index in batch]
-        layers = _run(model, support, torch.tensor(padded, device=model.device), prefix)
+        layers = _run(runner, support, torch.tensor(padded, device=runner.device), prefix)
         for row, index in enumerate(batch):
             yield index, _cut(layers, row, chunks[index])
 
 
 def encode_behind(
-    model: Any, support: ModelSupport, prefix: EncodingPrefix | None, jobs: Sequence[Job]
+    runner: Runner, support: ModelSupport, prefix: EncodingPrefix | None, jobs: Sequence[Job]
 ) -> list[ChunkCache]:
     """Encode chunks, each behind the prefix and the caches of its own, in one batch.
 
     Args:
-        model: The language model; the caller holds its lock.
+        runner: Runs the language model; the caller holds its lock.
         support: The probe's findings.
         prefix: What stands before all else.
         jobs: The chunks. What their caches were encoded behind does not matter here.
@@ -127,8 +125,8 @@ def encode_behind(
     """
     longest = max(len(job.input_ids) for job in jobs)
     padded = [[*job.input_ids, *[0] * (longest - len(job.input_ids))] for job in jobs]
-    prefixes = [_joined(model, support, prefix, job.caches) for job in jobs]
-    layers = _run(model, support, torch.tensor(padded, device=model.device), prefixes)
+    prefixes = [_joined(runner, support, prefix, job.caches) for job in jobs]
+    layers = _run(runner, support, torch.tensor(padded, device=runner.device), prefixes)
     return [_cut(layers, row, job.input_ids, job.behind) for row, job in enumerate(jobs)]
 
 
@@ -143,7 +141,7 @@ def _cut(layers: Sequence[CacheLayerMixin], row: int, input_ids: Sequence[int], 
 
 
 def _joined(
-    model: Any, support: ModelSupport, prefix: EncodingPrefix | None, caches: Sequence[ChunkCache]
+    runner: Runner, support: ModelSupport, prefix: EncodingPrefix | None, caches: Sequence[ChunkCache]
 ) -> Layers | None:
     """The prefix's rows and then the caches' own, keys rotated to where they stand now, layer by layer."""
     if not caches:
@@ -152,7 +150,7 @@ def _joined(
     starts = [first]
     for cache in caches:
         starts.append(starts[-1] + cache.num_tokens)
-    end, device, dtype = starts.pop(), model.device, getattr(torch, support.dtype)
+    end, device, dtype = starts.pop(), runner.device, getattr(torch, support.dtype)
     tables = RopeTables(torch.arange(first, end, device=device))
     caches = [cache.ahead(device) for cache in caches]
     joined = []
@@ -190,7 +188,7 @@ class _CaptureLayer(DynamicLayer):
 
 
 def _run(
-    model: Any,
+    runner: Runner,
     support: ModelSupport,
     input_ids: torch.Tensor,
     prefix: EncodingPrefix | Sequence[Layers | None] | None,
@@ -204,5 +202,5 @@ def _run(
         encode = EncodePass(support.layers, seq_len=seq_len, prefix=shared, device=device)
     else:
         encode = EncodeBehindPass(support.layers, seq_len=seq_len, prefixes=prefix, device=device)
-    run_pass(model, encode, input_ids=input_ids, position_ids=torch.zeros_like(input_ids), cache=cache_of(layers))
+    runner.run([PassJob(encode, input_ids, torch.zeros_like(input_ids), layers)])
     return layers

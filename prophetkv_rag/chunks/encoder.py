@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from prophetkv_rag.chunks.encode import EncodingPrefix, Job, check_dtype, encode_behind, encode_chunks
 from prophetkv_rag.chunks.order import waves
 from prophetkv_rag.chunks.recent import RecentCaches
 from prophetkv_rag.config import Encoding
 from prophetkv_rag.errors import StoreError
-from prophetkv_rag.model import ModelState, ModelSupport
+from prophetkv_rag.model import ModelState, ModelSupport, Runner
 from prophetkv_rag.store import Behind, CacheIdentity, ChunkCache, ChunkStore
 
 logger = logging.getLogger(__name__)
@@ -30,7 +29,7 @@ class ChunkEncoder:
     """Encodes chunks; the caller holds the model's lock while it takes the next ones.
 
     Args:
-        model: The language model.
+        runner: Runs the language model.
         support: The probe's findings.
         prefix: What every chunk is encoded behind.
         identity: Of the caches.
@@ -43,7 +42,7 @@ class ChunkEncoder:
 
     def __init__(
         self,
-        model: Any,
+        runner: Runner,
         support: ModelSupport,
         prefix: EncodingPrefix | None,
         identity: CacheIdentity,
@@ -54,7 +53,7 @@ class ChunkEncoder:
         context_window: int,
         batch_tokens: int,
     ) -> None:
-        self.model = model
+        self.runner = runner
         self.support = support
         self.prefix = prefix
         self.identity = identity
@@ -72,7 +71,7 @@ class ChunkEncoder:
 
     def encode(self, chunks: Sequence[Sequence[int]]) -> Iterator[tuple[int, ChunkCache]]:
         """Encode chunks alone behind the prefix; see `encode_chunks`."""
-        encoding = encode_chunks(self.model, self.support, self.prefix, chunks, batch_tokens=self.batch_tokens)
+        encoding = encode_chunks(self.runner, self.support, self.prefix, chunks, batch_tokens=self.batch_tokens)
         while True:
             self.state.check()
             item = next(encoding, None)
@@ -102,7 +101,7 @@ class ChunkEncoder:
             self._make_ready(wave, chunks, behind, before)
             jobs = [self._job(chunks[key], behind.get(key, ()), before) for key in wave]
             self.state.check()
-            for key, cache in zip(wave, encode_behind(self.model, self.support, self.prefix, jobs), strict=True):
+            for key, cache in zip(wave, encode_behind(self.runner, self.support, self.prefix, jobs), strict=True):
                 check_dtype(cache, self.identity)
                 needed_later.used(behind.get(key, ()))
                 if self.is_chained and needed_later.is_wanted(key):
@@ -135,7 +134,7 @@ class ChunkEncoder:
             before.put(one, cache if self.is_chained or not cache.behind.keys else self._alone(cache))
         job = self._job(input_ids, keys, before)
         self.state.check()
-        (cache,) = encode_behind(self.model, self.support, self.prefix, [job])
+        (cache,) = encode_behind(self.runner, self.support, self.prefix, [job])
         check_dtype(cache, self.identity)
         return cache
 

@@ -17,7 +17,7 @@ from prophetkv_rag.chunks.writer import ChunkWriter, Wanted
 from prophetkv_rag.config import Encoding
 from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.forks import around_fork
-from prophetkv_rag.model import ModelState, ModelSupport, own_state
+from prophetkv_rag.model import ModelState, ModelSupport, TransformersRunner, own_state
 from prophetkv_rag.prompt import ChunkIndex, PromptLayout, Tokens, text_entry
 from prophetkv_rag.store import ALONE, CacheIdentity, ChunkCache, ChunkStore, TextEntry
 from prophetkv_rag.text import well_formed
@@ -62,7 +62,7 @@ class ChunkLibrary:
         if model.device.type == "cuda":
             store.pin_memory()
         self._encoder = ChunkEncoder(
-            model,
+            TransformersRunner(model),
             support,
             prefix,
             identity,

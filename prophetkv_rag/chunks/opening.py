@@ -8,7 +8,7 @@ from typing import Any
 from prophetkv_rag.chunks.encode import encode_prefix
 from prophetkv_rag.chunks.library import ChunkLibrary
 from prophetkv_rag.config import ProphetKVConfig, parse_encoding
-from prophetkv_rag.model import ModelState, ModelSupport, tokenizer_fingerprint
+from prophetkv_rag.model import ModelState, ModelSupport, TransformersRunner, tokenizer_fingerprint
 from prophetkv_rag.prompt import Tokens
 from prophetkv_rag.store import CacheIdentity, ChunkStore
 
@@ -44,6 +44,8 @@ def open_library(
         max_lead_in_tokens=min(config.lead_in_tokens, context_window // 8),
     )
     encoding = parse_encoding(config.encoding)
+    with model_lock:
+        prefix = encode_prefix(TransformersRunner(model), support, prefix_ids)
     return ChunkLibrary(
         model,
         support,
@@ -57,7 +59,7 @@ def open_library(
             config.namespace,
             "" if encoding.kind == "plain" else str(encoding),
         ),
-        encode_prefix(model, support, prefix_ids),
+        prefix,
         encoding=encoding,
         state=state,
         context_window=context_window,

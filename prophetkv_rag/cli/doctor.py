@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prophetkv_rag.cli.console import print_json, quiet_libraries, results, status
 from prophetkv_rag.cli.model_choice import chosen_model
+from prophetkv_rag.cli.vllm_engine import VLLM_ARGS_HELP, before_vllm, check_engine
 from prophetkv_rag.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from prophetkv_rag.model import ModelSupport
 
 
 def doctor(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or name.")],
+    engine: Annotated[
+        str, typer.Option(metavar="ENGINE", help="Who runs the model: transformers, or vllm.")
+    ] = "transformers",
+    vllm_args: Annotated[str | None, typer.Option(metavar="JSON", help=VLLM_ARGS_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Load MODEL, measure how its layers treat positions, and say whether its chunk caches can be reused.
@@ -20,6 +28,10 @@ def doctor(
     Exit status: 0 for a supported model, 1 for one that is refused, 2 for one that cannot be loaded.
     """
     quiet_libraries()
+    is_vllm, arguments = check_engine(engine, vllm_args)
+    if is_vllm:
+        _probe_in_vllm(model, arguments, as_json)
+        return
     from prophetkv_rag.kernels import ops
     from prophetkv_rag.model import load_model, probe_model
 
@@ -36,14 +48,35 @@ def doctor(
     if refusal is not None:
         _print_refusal(model, refusal, as_json)
         raise typer.Exit(1)
+    _print_support(model, support, str(loaded.device), ops.in_use(loaded.device), as_json)
+
+
+def _probe_in_vllm(model: str, arguments: dict[str, Any], as_json: bool) -> None:
+    before_vllm()
+    from prophetkv_rag.integrations.vllm import probe_in_vllm
+    from prophetkv_rag.kernels import ops
+
+    name = chosen_model(model)
+    with status(f"loading {model} in vLLM"):
+        try:
+            support, device = probe_in_vllm(name, arguments)
+        except UnsupportedModelError as error:
+            _print_refusal(model, str(error), as_json)
+            raise typer.Exit(1) from None
+    import torch
+
+    _print_support(model, support, device, ops.in_use(torch.device(device)), as_json)
+
+
+def _print_support(model: str, support: ModelSupport, device: str, kernels: str, as_json: bool) -> None:
     report = {
         "model": model,
         "supported": True,
         "model_type": support.model_type,
         "context_window": support.context_window,
         "dtype": support.dtype,
-        "device": str(loaded.device),
-        "kernels": ops.in_use(loaded.device),
+        "device": device,
+        "kernels": kernels,
         "layers": support.to_rows(),
     }
     if as_json:

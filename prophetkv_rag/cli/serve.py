@@ -18,6 +18,7 @@ from prophetkv_rag.cli.console import print_json, progress_console, quiet_librar
 from prophetkv_rag.cli.database import check_packages, open_database
 from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE, find_settings, require_settings
 from prophetkv_rag.cli.model_choice import chosen_model
+from prophetkv_rag.cli.vllm_engine import VLLM_ARGS_HELP, check_engine, open_in_vllm
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.extras import needs
 
@@ -74,6 +75,13 @@ def serve(
     recompute_ratio: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of chunk tokens recomputed: 0 plain reuse, 1 full prefill.")
     ] = 0.2,
+    engine: Annotated[
+        str, typer.Option(metavar="ENGINE", help="Who runs the model: transformers, or vllm, with --cache-dir.")
+    ] = "transformers",
+    vllm_args: Annotated[str | None, typer.Option(metavar="JSON", help=VLLM_ARGS_HELP)] = None,
+    max_stage_tokens: Annotated[
+        int | None, typer.Option(min=1, help="With --engine vllm: rows that one step may spend on reuse.")
+    ] = None,
     grace: Annotated[float, typer.Option(min=0.0, help="On shutdown, seconds for the answer that is running.")] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the server listens.")] = False,
 ) -> None:
@@ -88,6 +96,13 @@ def serve(
         raise InputError(msg)
     if remote is not None and cache_dir is None:
         msg = "--remote goes with --cache-dir; a database has the remote tier that `index` gave it"
+        raise InputError(msg)
+    is_vllm, arguments = check_engine(engine, vllm_args)
+    if is_vllm and (cache_dir is None or database is not None or remote is not None):
+        msg = "--engine vllm takes --cache-dir, the directory of vLLM's own caches, and neither --database nor --remote"
+        raise InputError(msg)
+    if is_vllm and strategy != "prophetkv":
+        msg = f"--strategy is {strategy!r}; with --engine vllm it is prophetkv (a request may name others)"
         raise InputError(msg)
     max_bytes = None if cache_limit is None else parse_size(cache_limit)
     make_strategy(strategy)
@@ -119,17 +134,21 @@ def serve(
         )
     with (
         _bound_socket(host, port) as listening,
-        _opened(database, cache_dir, remote, max_bytes, model, config) as (engine, name),
+        (
+            open_in_vllm(model, cache_dir, max_bytes, recompute_ratio, max_stage_tokens, arguments)
+            if is_vllm and cache_dir is not None
+            else _opened(database, cache_dir, remote, max_bytes, model, config)
+        ) as (served, name),
     ):
         settings = replace(settings, model_name=model_name or name)
-        app = create_app(engine, settings)
+        app = create_app(served, settings)
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listening.getsockname()[1]}/v1"
         if as_json:
-            ready = {"url": url, "model": settings.model_name, "chunks": len(engine.chunk_index)}
+            ready = {"url": url, "model": settings.model_name, "chunks": len(served.chunk_index)}
             run_server(app, listening, grace, lambda: print_json(ready))
         else:
-            text = f"{settings.model_name} at {url}, {len(engine.chunk_index)} chunks known; Ctrl-C stops it"
+            text = f"{settings.model_name} at {url}, {len(served.chunk_index)} chunks known; Ctrl-C stops it"
             run_server(app, listening, grace, lambda: console.print(text, markup=False, soft_wrap=True))
         console.print("stopped", markup=False)
 

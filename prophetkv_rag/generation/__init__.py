@@ -6,11 +6,12 @@ chosen, `interrupt.py` how a call is stopped from outside.
 """
 
 from prophetkv_rag.generation.answer import stream_answer
-from prophetkv_rag.generation.decode import GenerationResult, StreamChunk, end_token_ids
+from prophetkv_rag.generation.decode import FinishReason, GenerationResult, StreamChunk, end_token_ids
 from prophetkv_rag.generation.interrupt import InterruptibleLock
 from prophetkv_rag.generation.sampling import SamplingSettings
 
 __all__ = [
+    "FinishReason",
     "GenerationResult",
     "InterruptibleLock",
     "SamplingSettings",

@@ -6,10 +6,10 @@ token's logits and the report. Begin reading with `prefill.py`, which goes throu
 are recomputed), `recompute.py` (those run again, in place), `accounting.py` (the report).
 """
 
-from prophetkv_rag.reuse.assemble import assemble_caches
+from prophetkv_rag.reuse.assemble import Assembly, assemble_caches
 from prophetkv_rag.reuse.prefill import Prefiller, PrefillResult
 from prophetkv_rag.reuse.pruning import LayerView
-from prophetkv_rag.reuse.recompute import recompute_rows
+from prophetkv_rag.reuse.recompute import RowsJob, recompute_rows, rows_job
 from prophetkv_rag.reuse.selection import (
     QueryContext,
     Selection,
@@ -18,19 +18,25 @@ from prophetkv_rag.reuse.selection import (
     make_strategy,
     register_strategy,
 )
-from prophetkv_rag.reuse.selection.base import top_positions
+from prophetkv_rag.reuse.selection.base import token_budget, top_positions
+from prophetkv_rag.reuse.stage_one import ask_together
 
 __all__ = [
+    "Assembly",
     "LayerView",
     "PrefillResult",
     "Prefiller",
     "QueryContext",
+    "RowsJob",
     "Selection",
     "Strategy",
+    "ask_together",
     "assemble_caches",
     "available_strategies",
     "make_strategy",
     "recompute_rows",
     "register_strategy",
+    "rows_job",
+    "token_budget",
     "top_positions",
 ]

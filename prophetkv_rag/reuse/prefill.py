@@ -14,7 +14,15 @@ from transformers.cache_utils import DynamicCache
 from prophetkv_rag.chunks import ChunkLibrary
 from prophetkv_rag.config import ProphetKVConfig, check_recompute_ratio
 from prophetkv_rag.generation import InterruptibleLock
-from prophetkv_rag.model import CACHE_NAME, ModelSupport, RowsLayer, own_state, plain_forward, resumable_cache
+from prophetkv_rag.model import (
+    CACHE_NAME,
+    ModelSupport,
+    RowsLayer,
+    TransformersRunner,
+    own_state,
+    plain_forward,
+    resumable_cache,
+)
 from prophetkv_rag.prompt import AnyPrompt, PromptLayout, PromptReader
 from prophetkv_rag.report import PromptView, ReuseReport, Timings, end_stage
 from prophetkv_rag.reuse.accounting import (
@@ -149,9 +157,10 @@ class Prefiller:
                 layout.num_tokens + len(layout.probe_ids),
                 dtype=getattr(torch, self.support.dtype),
                 device=device,
+                prefix=self.library.prefix,
+                known_prefix=layout.known_prefix,
             )
             del caches
-            self._copy_prefix(layers, layout.known_prefix)
             timings.assemble = time.perf_counter() - mark
 
             mark = time.perf_counter()
@@ -170,7 +179,7 @@ class Prefiller:
                 layer.keys = layer.keys[:, :, : layout.num_tokens]
                 layer.values = layer.values[:, :, : layout.num_tokens]
             done = recompute_rows(
-                self.model,
+                context.runner,
                 self.support,
                 layers,
                 context.input_ids,
@@ -204,14 +213,6 @@ class Prefiller:
         seen = None if visible is None else visible.nonzero()[:, 0]
         return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed, seen)
 
-    def _copy_prefix(self, layers: Sequence[RowsLayer], num_rows: int) -> None:
-        """Write the first rows of the encoding prefix, which the prompt begins with, into the assembled cache."""
-        if self.library.prefix is None or num_rows == 0:
-            return
-        for layer, (keys, values) in zip(layers, self.library.prefix.layers, strict=True):
-            layer.keys[0, :, :num_rows] = keys[:, :num_rows]
-            layer.values[0, :, :num_rows] = values[:, :num_rows]
-
     def query_context(self, layout: PromptLayout, layers: Sequence[RowsLayer], ratio: float) -> QueryContext:
         """Return what a strategy sees of a prompt over the given caches."""
         device = self.model.device
@@ -219,7 +220,7 @@ class Prefiller:
         if layout.exact_first_chunk and not self.config.first_chunk_eligible:
             eligible[layout.chunks[0].start : layout.chunks[0].stop] = False
         return QueryContext(
-            model=self.model,
+            runner=TransformersRunner(self.model),
             support=self.support,
             layers=layers,
             layout=layout,

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from prophetkv_rag.model import ModelSupport, RowsLayer, RowsPass, SparsePass, cache_of, run_pass
+from prophetkv_rag.model import ModelSupport, PassJob, RowsLayer, RowsPass, Runner, SparsePass
 from prophetkv_rag.reuse.pruning import Pruner, Pruning
 
 
@@ -34,7 +33,7 @@ class Recomputed:
 
 
 def recompute_rows(
-    model: Any,
+    runner: Runner,
     support: ModelSupport,
     layers: Sequence[RowsLayer],
     input_ids: torch.Tensor,
@@ -48,7 +47,7 @@ def recompute_rows(
     """Run `rows` through all layers over the assembled cache.
 
     Args:
-        model: The language model.
+        runner: Runs the language model.
         support: The probe's findings.
         layers: The assembled cache; its rows are overwritten in place, all others are left untouched bit by bit.
         input_ids: `[N]` token ids of the prompt.
@@ -61,34 +60,40 @@ def recompute_rows(
     Raises:
         ValueError: For `visible` together with `watched`, which counts the attention to all keys.
     """
-    rows_pass = _pass_of(support, rows, always=always, watched=watched, visible=visible)
-    num_layers = len(support.layers)
+    job = rows_job(support, layers, input_ids, rows, always=always, watched=watched, visible=visible)
     if prune is None:
-        for layer in layers:
-            layer.rows = rows
-        logits = run_pass(
-            model,
-            rows_pass,
-            input_ids=input_ids[None, rows],
-            position_ids=rows[None],
-            cache=cache_of(layers),
-            logits=True,
-        )
+        (logits,) = runner.run([job], logits=True)
         assert logits is not None
-        return Recomputed(logits, rows, rows.shape[0] * num_layers)
-
-    pruning = Pruning(rows_pass, layers, prune, always)
-    with pruning.between_layers_of(model):
-        logits = run_pass(
-            model,
-            rows_pass,
-            input_ids=input_ids[None, rows],
-            position_ids=rows[None],
-            cache=cache_of(layers),
-            logits=True,
-        )
+        return Recomputed(logits, rows, rows.shape[0] * len(support.layers))
+    pruning = Pruning(job.attention_pass, layers, prune, always)
+    with pruning.between_layers_of(runner.model):
+        (logits,) = runner.run([job], logits=True)
     assert logits is not None
-    return Recomputed(logits, rows_pass.rows, pruning.row_layers)
+    return Recomputed(logits, job.attention_pass.rows, pruning.row_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class RowsJob(PassJob):
+    """A `PassJob` of stage II."""
+
+    attention_pass: RowsPass
+
+
+def rows_job(
+    support: ModelSupport,
+    layers: Sequence[RowsLayer],
+    input_ids: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    always: torch.Tensor | None = None,
+    watched: Mapping[int, torch.Tensor] | None = None,
+    visible: torch.Tensor | None = None,
+) -> RowsJob:
+    """Return what `recompute_rows` runs, for whoever runs several prompts' rows together; its arguments are those."""
+    for layer in layers:
+        layer.rows = rows
+    rows_pass = _pass_of(support, rows, always=always, watched=watched, visible=visible)
+    return RowsJob(rows_pass, input_ids[None, rows], rows[None], layers)
 
 
 def _pass_of(

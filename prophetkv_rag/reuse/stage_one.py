@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from prophetkv_rag.config import ProphetKVConfig
-from prophetkv_rag.model import ModelSupport, NormScoringPass, RowsLayer, ScoringPass, cache_of, run_pass
+from prophetkv_rag.model import ModelSupport, NormScoringPass, PassJob, RowsLayer, Runner, ScoringPass
 from prophetkv_rag.prompt import PromptLayout
 from prophetkv_rag.reuse.pruning import Stopping
 
@@ -26,7 +26,7 @@ class QueryContext:
     """What a strategy sees of one query.
 
     Attributes:
-        model: The language model.
+        runner: Runs the language model.
         support: The probe's findings.
         layers: The assembled stale cache, one `RowsLayer` per decoder layer.
         layout: The prompt.
@@ -41,7 +41,7 @@ class QueryContext:
         row_layers: Rows x layers run in stage I so far.
     """
 
-    model: Any
+    runner: Runner
     support: ModelSupport
     layers: Sequence[RowsLayer]
     layout: PromptLayout
@@ -87,7 +87,11 @@ class QueryContext:
         key = (score_softmax, query_scope, first_layer, last_layer, over_rows)
         if key not in self._scores:
             kind = NormScoringPass if over_rows == "norm" else ScoringPass
-            self._scores[key] = self._run(kind, score_softmax == "context", query_scope, first_layer, last_layer)
+            asked = self._ask(kind, score_softmax == "context", query_scope, first_layer, last_layer)
+            stopping = None if last_layer is None else Stopping(asked.scoring, self.layers, last_layer)
+            with nullcontext() if stopping is None else stopping.between_layers_of(self.runner.model):
+                self.runner.run([asked.job])
+            self._answer(key, asked, stopping)
         return self._scores[key]
 
     @property
@@ -95,14 +99,19 @@ class QueryContext:
         """The scores that stage I gave last; `None` if no strategy asked for any."""
         return next(reversed(self._scores.values()), None)
 
-    def _run(
+    @property
+    def model(self) -> Any:
+        """The language model."""
+        return self.runner.model
+
+    def _ask(
         self,
         kind: type[ScoringPass],
         context_softmax: bool,
         query_scope: str,
         first_layer: int,
         last_layer: int | None,
-    ) -> torch.Tensor:
+    ) -> _Asked:
         layout, device = self.layout, self.input_ids.device
         num_tokens, num_probe = layout.num_tokens, len(layout.probe_ids)
         probe_ids = torch.tensor(layout.probe_ids, dtype=torch.int64, device=device)
@@ -135,18 +144,33 @@ class QueryContext:
         )
         for layer in self.layers:
             layer.rows = rows
-        stopping = None if last_layer is None else Stopping(scoring, self.layers, last_layer)
-        with nullcontext() if stopping is None else stopping.between_layers_of(self.model):
-            run_pass(
-                self.model,
-                scoring,
-                input_ids=token_ids[None, rows],
-                position_ids=rows[None],
-                cache=cache_of(self.layers),
-            )
+        job = PassJob(scoring, token_ids[None, rows], rows[None], self.layers)
+        return _Asked(job, scoring)
+
+    def _answer(self, key: tuple[str, str, int, int | None, str], asked: _Asked, stopping: Stopping | None) -> None:
         if stopping is None:
-            self.exact_rows = layout.context_start
-            self.row_layers += rows.shape[0] * len(self.support.layers)
+            self.exact_rows = self.layout.context_start
+            self.row_layers += asked.job.input_ids.shape[1] * len(self.support.layers)
         else:  # the prefix's later layers are missing: what is not known from elsewhere is left to stage II
             self.row_layers += stopping.row_layers
-        return scoring.scores[:num_tokens]
+        self._scores[key] = self.runner.mean_over_ranks(asked.scoring.scores[: self.layout.num_tokens])
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Stage I of one query, ready to run."""
+
+    job: PassJob
+    scoring: ScoringPass
+
+
+def ask_together(contexts: Sequence[QueryContext]) -> None:
+    """Run stage I of several queries on one model in one pass; their `attention_scores()` then have it already."""
+    asked = []
+    for context in contexts:
+        config = context.config
+        asked.append(context._ask(ScoringPass, config.score_softmax == "context", config.query_scope, 0, None))
+    if asked:
+        contexts[0].runner.run([one.job for one in asked])
+    for context, one in zip(contexts, asked, strict=True):
+        context._answer((context.config.score_softmax, context.config.query_scope, 0, None, "mean"), one, None)

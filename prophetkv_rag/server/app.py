@@ -28,7 +28,7 @@ from prophetkv_rag.server.settings import ServerSettings
 from prophetkv_rag.server.work_queue import WorkQueue
 
 if TYPE_CHECKING:
-    from prophetkv_rag.engine import ProphetKVEngine
+    from prophetkv_rag.server.served import ServedEngine
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -52,7 +52,7 @@ class Services:
             queue.close()
 
 
-def create_app(engine: ProphetKVEngine, settings: ServerSettings) -> FastAPI:
+def create_app(engine: ServedEngine, settings: ServerSettings) -> FastAPI:
     """Make the application; it may be mounted in another one. The engine stays the caller's.
 
     Its threads start and end with its lifespan. Mounted applications get no lifespan: their threads start with the
@@ -64,7 +64,7 @@ def create_app(engine: ProphetKVEngine, settings: ServerSettings) -> FastAPI:
     if not engine.has_chat_template:
         msg = f"{settings.model_name} has no chat template, so it cannot answer chats; serve an instruct model"
         raise InputError(msg)
-    chat_queue = WorkQueue("chat", max_waiting=settings.max_queue)
+    chat_queue = WorkQueue("chat", max_waiting=settings.max_queue, num_threads=engine.max_concurrent)
     chunk_queue = WorkQueue("chunks", max_waiting=settings.max_queue)
     metrics = ServerMetrics(engine.store.stats, (chat_queue, chunk_queue))
     services = Services(ChatService(engine, settings, chat_queue, metrics), ChunkService(engine, chunk_queue), metrics)
@@ -144,4 +144,5 @@ def _add_routes(app: FastAPI, services: Services, settings: ServerSettings) -> N
     @get("/metrics")
     async def metrics() -> Response:
         text = await asyncio.to_thread(generate_latest, services.metrics.registry)
-        return Response(text, media_type=CONTENT_TYPE_LATEST)
+        more = getattr(services.chat.engine, "more_metrics", None)  # vLLM's own
+        return Response(text if more is None else text + await asyncio.to_thread(more), media_type=CONTENT_TYPE_LATEST)

@@ -22,8 +22,8 @@ from prophetkv_rag.server.settings import ServerSettings
 from prophetkv_rag.server.work_queue import Ticket, WorkQueue
 
 if TYPE_CHECKING:
-    from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.generation import StreamChunk
+    from prophetkv_rag.server.served import ServedEngine
 
 _LEAST_TEMPERATURE = 1e-3
 """Below it, dividing by the temperature may leave the range of floats, and sampling is greedy anyway."""
@@ -44,9 +44,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ChatService:
-    """Answers chat requests, one at a time."""
+    """Answers chat requests, as many at a time as the engine takes."""
 
-    engine: ProphetKVEngine
+    engine: ServedEngine
     settings: ServerSettings
     queue: WorkQueue
     metrics: ServerMetrics

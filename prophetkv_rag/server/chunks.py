@@ -13,14 +13,14 @@ from prophetkv_rag.server.schemas import DeleteChunks, PutChunks
 from prophetkv_rag.server.work_queue import Ticket, WorkQueue
 
 if TYPE_CHECKING:
-    from prophetkv_rag.engine import ProphetKVEngine
+    from prophetkv_rag.server.served import ServedEngine
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkService:
     """Chunks over HTTP. A namespace is an owner of its own: it cannot drop what a local collection refers to."""
 
-    engine: ProphetKVEngine
+    engine: ServedEngine
     queue: WorkQueue
 
     async def put(self, body: PutChunks) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class ChunkService:
         return {"object": "list", "namespace": body.namespace, "dropped": dropped, "deleted": sorted(deleted)}
 
     def _key(self, text: str) -> str:
-        return self.engine.identity.key(self.engine.library.tokens.chunk(text.strip()))
+        return self.engine.key_of(text)
 
     async def stats(self, namespace: str | None) -> dict[str, Any]:
         """What the store holds, and how many chunks a namespace refers to."""

@@ -1,7 +1,8 @@
-"""First come, first served: blocking work on the model, done by one thread, for handlers that run in an event loop.
+"""First come, first served: blocking work on the model, done by threads, for handlers that run in an event loop.
 
-The model answers one prompt at a time, so more threads would only make all answers slower. Whoever waits holds a place
-in a bounded queue; giving up frees it at once, and giving up what runs already stops it at the model's next step.
+A transformers model answers one prompt at a time, so there is one thread: more would only make all answers slower. vLLM
+batches what comes at once, and gets many. Whoever waits holds a place in a bounded queue; giving up frees it at once,
+and giving up what runs already stops it at the model's next step.
 """
 
 from __future__ import annotations
@@ -89,35 +90,39 @@ class Ticket(AsyncIterator[T], Generic[T]):
 
 
 class WorkQueue:
-    """A bounded queue and its thread.
+    """A bounded queue and its threads.
 
     `start`, `close` and `stop` are the application's, in its lifespan. Without one (an application that is mounted in
-    another gets none) the first work starts the thread, and the end of the process stops it.
+    another gets none) the first work starts the threads, and the end of the process stops it.
     """
 
-    def __init__(self, name: str, *, max_waiting: int) -> None:
-        """Make a queue in which `max_waiting` tickets may wait while one is worked on."""
+    def __init__(self, name: str, *, max_waiting: int, num_threads: int = 1) -> None:
+        """Make a queue in which `max_waiting` tickets may wait while so many threads work on others."""
         self.name = name
         self.max_waiting = max_waiting
+        self.num_threads = num_threads
         self._changed = threading.Condition()
         self._waiting: deque[Ticket[object]] = deque()
-        self._running: Ticket[object] | None = None
+        self._running: set[Ticket[object]] = set()
         self._is_closed = False
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._usual_s = 1.0  # how long a ticket takes, averaged over the last few
 
     def start(self) -> None:
         """Take work from now on, also after a `stop`."""
         with self._changed:
             self._is_closed = False
-            self._ensure_thread()
+            self._ensure_threads()
 
-    def _ensure_thread(self) -> None:
-        if self._thread is not None and self._thread.is_alive():
+    def _ensure_threads(self) -> None:
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        if self._threads:
             return
         # A thread that nobody stops must not keep the process: it ends before the interpreter takes its modules apart.
-        self._thread = threading.Thread(target=self._serve, name=f"prophetkv-{self.name}", daemon=True)
-        self._thread.start()
+        for _ in range(self.num_threads):
+            thread = threading.Thread(target=self._serve, name=f"prophetkv-{self.name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
         atexit.register(self.stop)
 
     def close(self) -> None:
@@ -131,13 +136,13 @@ class WorkQueue:
             self._drop(ticket, shutting_down())
 
     def stop(self) -> None:
-        """Stop what runs too, and wait for the thread to end."""
-        thread = self._thread
+        """Stop what runs too, and wait for the threads to end."""
+        threads = self._threads
         self.close()
         with self._changed:
-            if self._running is not None:
-                self._running.cancel.set()
-        if thread is not None:
+            for ticket in self._running:
+                ticket.cancel.set()
+        for thread in threads:
             thread.join()
         atexit.unregister(self.stop)
 
@@ -148,8 +153,8 @@ class WorkQueue:
 
     @property
     def num_running(self) -> int:
-        """1 while a ticket is worked on, else 0."""
-        return int(self._running is not None)
+        """Tickets that are worked on."""
+        return len(self._running)
 
     def submit(
         self,
@@ -172,9 +177,9 @@ class WorkQueue:
         with self._changed:
             if self._is_closed:
                 raise shutting_down()
-            self._ensure_thread()
-            if len(self._waiting) + self.num_running > self.max_waiting:
-                ahead = self.max_waiting + 1
+            self._ensure_threads()
+            if len(self._waiting) + self.num_running >= self.max_waiting + self.num_threads:
+                ahead = self.max_waiting / self.num_threads + 1
                 raise queue_full(self.num_waiting, min(MAX_RETRY_AFTER_S, max(1, math.ceil(self._usual_s * ahead))))
             self._waiting.append(ticket)  # type: ignore[arg-type]
             self._changed.notify()
@@ -211,16 +216,19 @@ class WorkQueue:
             ticket.on_dropped(as_api_error(error).code or "")
 
     def _serve(self) -> None:
+        ticket: Ticket[object] | None = None
         while True:
             with self._changed:
-                self._running = None
+                if ticket is not None:
+                    self._running.discard(ticket)
+                    ticket = None  # an idle thread must not keep the last answer
                 while not self._is_closed and not self._waiting:
                     self._changed.wait()
                 if not self._waiting:
-                    self._thread = None
+                    self._threads.remove(threading.current_thread())  # the next start makes others
                     return
-                ticket = self._running = self._waiting.popleft()
+                ticket = self._waiting.popleft()
+                self._running.add(ticket)
             started = time.monotonic()
             ticket.run()
             self._usual_s += 0.2 * (time.monotonic() - started - self._usual_s)
-            del ticket  # an idle thread must not keep the last answer

@@ -121,6 +121,13 @@ class ChunkStore(ABC):
         """Entries that another process may have added since the last call; empty for stores of one process."""
         return iter(())
 
+    def new_chunks(self, fingerprint: str) -> Iterator[tuple[str, list[int]]]:
+        """(Key, token ids) of one identity's chunks that were stored since the last call, by whatever process.
+
+        For whoever finds chunks by their tokens; empty for stores that are of one process alone.
+        """
+        return iter(())
+
     @abstractmethod
     def stats(self) -> StoreStats:
         """What is stored and how it was used."""

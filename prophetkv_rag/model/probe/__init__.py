@@ -6,5 +6,6 @@ In comes a causal language model; out comes what was found out about each layer 
 """
 
 from prophetkv_rag.model.probe.probe import probe_model
+from prophetkv_rag.model.probe.rotation import find_rotation
 
-__all__ = ["probe_model"]
+__all__ = ["find_rotation", "probe_model"]

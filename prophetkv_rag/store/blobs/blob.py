@@ -170,6 +170,16 @@ def decode_body(
     return cache
 
 
+def check_token_ids(header: BlobHeader, data: Buffer) -> list[int]:
+    """Return the token ids that the bytes of that tensor say; `BlobError` if their checksum is wrong."""
+    info, name = header.tensors["input_ids"], "input_ids"
+    if header.metadata.get(CHECKSUM + name) != checksum(name, DTYPE_NAMES[info.dtype], info.shape, memoryview(data)):
+        msg = f"the checksum of its tensor {name} is wrong"
+        raise BlobError(msg)
+    ids: list[int] = torch.frombuffer(bytearray(data), dtype=info.dtype).tolist()
+    return ids
+
+
 def _rows(header: BlobHeader, tensors: Mapping[str, torch.Tensor], part: Part, layer: int, packed: bool) -> PackedRows:
     packing, name = header.packings.get((part, layer)), f"{part}.{layer}"
     if packing is None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from prophetkv_rag.errors import BlobError
 from prophetkv_rag.store import ChunkCache, Source, read_fully, read_into_fresh
-from prophetkv_rag.store.blobs.blob import decode_body
+from prophetkv_rag.store.blobs.blob import check_token_ids, decode_body
 from prophetkv_rag.store.blobs.header import LENGTH_BYTES, MAX_HEADER_BYTES, BlobHeader, Expected, parse_header
 from prophetkv_rag.store.encryption import EncryptionKey, Unsealed, is_sealed
 
@@ -70,6 +70,19 @@ def read_header(path: Path, *, key: str, encryption_key: EncryptionKey | None = 
         return _open_blob(file, os.fstat(file.fileno()).st_size, key, encryption_key).header
 
 
+def read_token_ids(path: Path, *, key: str, fingerprint: str, encryption_key: EncryptionKey | None = None) -> list[int]:
+    """Read which tokens a blob is of, and check them; its keys and values are not read.
+
+    Raises:
+        BlobError: If the header or the ids are not what they should be.
+        OSError: If the file cannot be read.
+    """
+    with _open(path) as file:
+        opened = _open_blob(file, os.fstat(file.fileno()).st_size, key, encryption_key)
+        opened.header.check(Expected(key, fingerprint, None))
+        return opened.token_ids()
+
+
 def decode_file(
     data: bytes,
     *,
@@ -101,6 +114,14 @@ class _OpenBlob:
     header: BlobHeader
     source: Source
     step: int
+
+    def token_ids(self) -> list[int]:
+        """Read and check the token ids alone; of an encrypted blob, also what stands before them."""
+        info, skipped = self.header.tensors["input_ids"], 0
+        if isinstance(self.source, (FileIO, BytesIO)):
+            skipped = info.start
+            self.source.seek(skipped, os.SEEK_CUR)
+        return check_token_ids(self.header, read_into_fresh(self.source, info.end - skipped)[info.start - skipped :])
 
     def decode(self, input_ids: Sequence[int] | None, packed: bool) -> ChunkCache:
         """Read and check the tensors."""

@@ -22,7 +22,7 @@ from prophetkv_rag.store import (
     touch_private,
     write_file,
 )
-from prophetkv_rag.store.blobs.file import decode_file, read_blob, read_header
+from prophetkv_rag.store.blobs.file import decode_file, read_blob, read_header, read_token_ids
 from prophetkv_rag.store.blobs.header import BlobHeader
 from prophetkv_rag.store.encryption import EncryptionKey, LockedBlobError, seal
 
@@ -70,6 +70,10 @@ class BlobFiles:
             encryption_key=self.encryption_key,
             packed=self.keeps_packed,
         )
+
+    def read_token_ids(self, key: str, *, fingerprint: str) -> list[int]:
+        """See `read_token_ids`."""
+        return read_token_ids(self._unlocked(key), key=key, fingerprint=fingerprint, encryption_key=self.encryption_key)
 
     def read_header(self, key: str) -> BlobHeader:
         """Read the header of the blob of `key`; see `read_header`."""

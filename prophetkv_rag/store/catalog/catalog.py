@@ -155,6 +155,14 @@ class Catalog(CatalogFile):
                 after_id = ids[-1]
         return EntryColumns(keys, anchors, lengths, digests), after_id
 
+    def keys_after(self, fingerprint: str, after_id: int) -> tuple[list[str], int]:
+        """Keys of one identity's chunks with a larger id, in order of ids; and the last one's id."""
+        with self.transaction(is_write=False) as run:
+            rows = run.execute(
+                "SELECT id, key FROM chunks WHERE fingerprint = ? AND id > ? ORDER BY id", (fingerprint, after_id)
+            ).fetchall()
+        return [key for _, key in rows], rows[-1][0] if rows else after_id
+
     def rows(self) -> list[CatalogRow]:
         """All chunks."""
         with self.transaction(is_write=False) as run:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from prophetkv_rag.errors import InputError, StoreError
+from prophetkv_rag.errors import BlobError, InputError, StoreError
 from prophetkv_rag.store import ALONE, Behind, ChunkStore, DirectoryLock, EntryColumns, Policy, TextEntry, check_key
 from prophetkv_rag.store.blobs import BlobFiles
 from prophetkv_rag.store.catalog import Catalog, CatalogRow
@@ -35,6 +36,7 @@ class CatalogedStore(ChunkStore):
     leases: Leases
     remote: RemoteTier | None = None
     _seen: dict[str, int]
+    _listed: dict[str, int]
     _deletes: int
 
     @abstractmethod
@@ -109,6 +111,13 @@ class CatalogedStore(ChunkStore):
     def new_entries(self, fingerprint: str) -> Iterator[tuple[str, TextEntry]]:
         """See `ChunkStore.new_entries`; rows that this store itself added since then are among them."""
         return self._entries_after(fingerprint, self._seen.get(fingerprint, 0)).pairs()
+
+    def new_chunks(self, fingerprint: str) -> Iterator[tuple[str, list[int]]]:
+        """See `ChunkStore.new_chunks`: of those whose cache is there now."""
+        keys, self._listed[fingerprint] = self.catalog.keys_after(fingerprint, self._listed.get(fingerprint, 0))
+        for key in keys:
+            with suppress(BlobError, OSError):  # evicted, or not computed yet
+                yield key, self.files.read_token_ids(key, fingerprint=fingerprint)
 
     def _forget(self, keys: Sequence[str]) -> None:
         self.drop_from_memory(keys)

@@ -1,0 +1,49 @@
+"""A request's layout and what its stages cost: the same for the scheduler, which admits, and the workers, which run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+import torch
+
+from prophetkv_rag.integrations.vllm.messages import Identity, LoadPlan
+from prophetkv_rag.prompt import ChunkSpan, PromptLayout, TokenMatch
+from prophetkv_rag.reuse import token_budget
+
+
+def make_layout(
+    input_ids: Sequence[int], matches: Sequence[TokenMatch], question_ids: tuple[int, ...], prefix_ids: tuple[int, ...]
+) -> PromptLayout:
+    """Lay a prompt out by the chunks that were found in its token ids."""
+    ids = tuple(input_ids)
+    prefix = ids[: matches[0].start]
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(prefix, prefix_ids, strict=False))
+    return PromptLayout(
+        input_ids=torch.tensor(ids, dtype=torch.int64),
+        chunks=tuple(ChunkSpan(match.key, match.start, ids[match.start : match.stop]) for match in matches),
+        probe_ids=question_ids,
+        known_prefix=sum(1 for _ in shared),
+        exact_first_chunk=prefix == prefix_ids and matches[0].skipped == 0,
+    )
+
+
+def layout_of(load: LoadPlan, identity: Identity) -> PromptLayout:
+    """Return the layout of a request that is to be filled."""
+    return make_layout(load.input_ids, load.matches, load.question_ids, identity.prefix_ids)
+
+
+def stage_one_rows(layout: PromptLayout) -> int:
+    """Rows that stage I runs, if it runs."""
+    return layout.context_start - layout.known_prefix + layout.num_tokens - layout.suffix_start + len(layout.probe_ids)
+
+
+def num_recomputed(layout: PromptLayout, recompute_ratio: float) -> int:
+    """Chunk tokens that stage II runs."""
+    return min(token_budget(recompute_ratio, layout.num_chunk_tokens), int(layout.is_chunk.sum()))
+
+
+def stage_two_rows(layout: PromptLayout, recompute_ratio: float) -> int:
+    """Rows that stage II runs: all but vLLM's own, the last."""
+    fresh = layout.num_tokens - 1 - int(layout.is_chunk.sum()) - layout.known_prefix
+    return fresh + num_recomputed(layout, recompute_ratio)

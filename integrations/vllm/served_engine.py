@@ -1,0 +1,273 @@
+"""What `prophetkv-rag serve --engine vllm` answers with: vLLM's asynchronous engine, as our server uses an engine.
+
+Prompts are read by our own reader, so that they are laid out exactly as without vLLM; vLLM gets token ids. Its event
+loop runs in a thread of its own here, its core in a process of its own; any number of threads may call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from prometheus_client import REGISTRY, generate_latest
+from vllm import AsyncEngineArgs, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from prophetkv_rag.config import check_recompute_ratio
+from prophetkv_rag.errors import ContextWindowError, DeadlineError, InputError, StoreError
+from prophetkv_rag.generation import FinishReason, StreamChunk
+from prophetkv_rag.integrations.vllm.identity import load_tokenizer, open_identity
+from prophetkv_rag.integrations.vllm.reports import report_of
+from prophetkv_rag.integrations.vllm.settings import NAME, ConnectorSettings, transfer_config
+from prophetkv_rag.prompt import AnyPrompt, ChunkIndex, PromptLayout, PromptReader, Tokens, text_entry
+from prophetkv_rag.store import ChunkStore
+from prophetkv_rag.store.disk import open_disk_store
+from prophetkv_rag.text import well_formed
+
+_RATIOS: dict[str | None, float | None] = {None: None, "prophetkv": None, "full_reuse": 0.0}
+_POLL_S = 0.05
+
+
+class VLLMEngine:
+    """Chunks and answers, by vLLM.
+
+    Args:
+        model: Path or hub name.
+        settings: Of the connector.
+        engine_args: Keywords of vLLM's `AsyncEngineArgs`.
+
+    Raises:
+        InputError: If vLLM takes no such keyword, or cannot be set so.
+        UnsupportedModelError: For a model whose caches cannot be re-positioned exactly.
+    """
+
+    max_concurrent = 64
+    """Requests that the server hands over at once; vLLM batches and queues them."""
+
+    def __init__(self, model: str, settings: ConnectorSettings, engine_args: Mapping[str, Any]) -> None:
+        given = {"model": model, "kv_transfer_config": transfer_config(settings)}
+        try:
+            arguments = AsyncEngineArgs(**{"disable_log_stats": False, **engine_args, **given})
+        except TypeError as error:
+            msg = f"vLLM does not take these settings: {error}; see `vllm serve --help`, with _ for -"
+            raise InputError(msg) from error
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="prophetkv-vllm", daemon=True)
+        self._thread.start()
+        try:
+            self._llm: Any = self._wait(_started(arguments))
+        except BaseException:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            raise
+        config = self._llm.vllm_config
+        self.identity = open_identity(config, settings)
+        self.tokens = Tokens(load_tokenizer(config.model_config))
+        self.store: ChunkStore = open_disk_store(settings.path, ram_bytes=0, max_bytes=settings.max_bytes)
+        self.chunk_index = ChunkIndex()
+        self.chunk_index.load(self.store.entry_columns(self.identity.fingerprint))
+        self.context_window = int(config.model_config.max_model_len)
+        self._reader = PromptReader(self.tokens, self.identity, self.chunk_index)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether prompts may be chat messages."""
+        return self.tokens.has_chat_template
+
+    def key_of(self, text: str) -> str:
+        """Return the key of the chunk with this text, whether or not it is known."""
+        return self.identity.key(self.tokens.chunk(well_formed(text).strip()))
+
+    def add_chunks(
+        self,
+        texts: Sequence[str],
+        *,
+        owner: str = "engine",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Have vLLM's workers encode and store what is missing; see `ProphetKVEngine.add_chunks`.
+
+        Raises:
+            InputError: If a chunk is empty, or longer than one step of vLLM may be.
+            StoreError: If the store does not take them.
+        """
+        stripped = [well_formed(text).strip() for text in texts]
+        chunks = [self.tokens.chunk(text) if text else [] for text in stripped]
+        keys: list[str] = []
+        for number, ids in enumerate(chunks):
+            if not ids:
+                msg = f"chunk {number} is empty; leave it out"
+                raise InputError(msg)
+            keys.append(self.identity.key(ids))
+        missing = {key: ids for key, ids in zip(keys, chunks, strict=True) if key not in self.store}
+        for done, (key, ids) in enumerate(missing.items()):
+            if progress is not None:
+                progress(done, len(missing))
+            self._register(key, ids)
+        for key, ids, text in zip(keys, chunks, stripped, strict=True):
+            entry = text_entry(text)
+            if entry is not None:
+                self.store.note(key, fingerprint=self.identity.fingerprint, num_tokens=len(ids), entry=entry)
+                self.chunk_index.add(key, entry)
+        self.store.add_references(owner, keys)
+        return keys
+
+    def _register(self, key: str, ids: Sequence[int]) -> None:
+        sampling = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {NAME: {"register": [list(ids)]}}})
+        for output in self._outputs([ids[0]], sampling, None, None):
+            said = (output.kv_transfer_params or {}).get(NAME, {})
+            if "error" in said:
+                raise ContextWindowError(said["error"])
+            if "errors" in said:
+                msg = f"a chunk could not be encoded or stored: {said['errors'].get(key)}"
+                raise StoreError(msg)
+
+    def remove_chunks(self, keys: Iterable[str], *, owner: str = "engine") -> list[str]:
+        """See `ProphetKVEngine.remove_chunks`."""
+        deleted = self.store.drop_references(owner, list(keys))
+        for key in deleted:
+            self.chunk_index.remove(key)
+        return deleted
+
+    def read(self, prompt: AnyPrompt, *, query: str | None = None) -> PromptLayout:
+        """Return a prompt's token ids and where its known chunks lie."""
+        for key, entry in self.store.new_entries(self.identity.fingerprint):
+            self.chunk_index.add(key, entry)
+        return self._reader.read(prompt, query=query)
+
+    def stream(
+        self,
+        prompt: AnyPrompt,
+        *,
+        max_new_tokens: int = 256,
+        stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        strategy: str | None = None,
+        recompute_ratio: float | None = None,
+        query: str | None = None,
+        cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
+    ) -> Iterator[StreamChunk]:
+        """Answer a prompt piece by piece; see `ProphetKVEngine.stream`.
+
+        Raises:
+            InputError: For an empty prompt, a strategy that vLLM does not run, or a ratio outside [0, 1].
+            DeadlineError: If the deadline passes before the first token.
+        """
+        if strategy not in (*_RATIOS, "full_prefill"):
+            msg = f"strategy is {strategy!r}; with vLLM: prophetkv, full_reuse, full_prefill"
+            raise InputError(msg)
+        ends_at = None if deadline_s is None else time.monotonic() + deadline_s
+        layout = self.read(prompt, query=query)
+        layout.check_fits(self.context_window, is_reuse=bool(layout.chunks), is_answered=True)
+        ours: dict[str, Any] = {"enabled": strategy != "full_prefill"}
+        ratio = recompute_ratio if _RATIOS.get(strategy) is None else _RATIOS[strategy]
+        if ratio is not None:
+            ours["recompute_ratio"] = check_recompute_ratio(ratio)
+        if layout.probe_ids:
+            ours["question_ids"] = list(layout.probe_ids)
+        sampling = SamplingParams(
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=list(stop),
+            max_tokens=min(max_new_tokens, self.context_window - layout.num_tokens),
+            output_kind=RequestOutputKind.DELTA,
+            extra_args={"kv_transfer_params": {NAME: ours}},
+        )
+        text, token_ids, said = "", (), None
+        started, first_at = time.monotonic(), None
+        for output in self._outputs(layout.input_ids.tolist(), sampling, cancel, ends_at):
+            if isinstance(output, str):
+                if output == "deadline" and not token_ids:
+                    msg = "the deadline passed before the prompt was prefilled"
+                    raise DeadlineError(msg)
+                delta, reason = "", output
+            else:
+                first_at = first_at or time.monotonic()
+                answer, said = output.outputs[0], (output.kv_transfer_params or {}).get(NAME)
+                delta, reason = answer.text, answer.finish_reason
+                token_ids += tuple(answer.token_ids)
+            text += delta
+            report = report_of(layout, said, ttft_s=(first_at or started) - started)
+            yield StreamChunk(delta, text, token_ids, None if reason is None else _REASONS[reason], report)
+            if reason is not None:
+                return
+
+    def _outputs(
+        self, input_ids: Sequence[int], sampling: Any, cancel: threading.Event | None, ends_at: float | None
+    ) -> Iterator[Any]:
+        """Yield vLLM's outputs of one request, and last "cancelled" or "deadline" if it ended so."""
+        outputs: queue.Queue[Any] = queue.Queue()
+        request_id = uuid.uuid4().hex
+        prompt = {"prompt_token_ids": list(input_ids)}
+        task = asyncio.run_coroutine_threadsafe(
+            _pump(self._llm.generate(prompt, sampling, request_id), outputs), self._loop
+        )
+        try:
+            while True:
+                if cancel is not None and cancel.is_set():
+                    yield "cancelled"
+                    return
+                if ends_at is not None and time.monotonic() >= ends_at:
+                    yield "deadline"
+                    return
+                try:
+                    item = outputs.get(timeout=_POLL_S)
+                except queue.Empty:
+                    continue
+                if item is None:
+                    return
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            task.cancel()  # which aborts the request in vLLM, if it is not done
+
+    def more_metrics(self) -> bytes:
+        """Return vLLM's own metrics, as Prometheus reads them."""
+        return bytes(generate_latest(REGISTRY))
+
+    def _wait(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def close(self) -> None:
+        """Stop vLLM and close the store."""
+        self._wait(_stopped(self._llm))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self.store.close()
+
+
+_REASONS: dict[str, FinishReason] = {
+    "abort": "cancelled",
+    "cancelled": "cancelled",
+    "deadline": "deadline",
+    "length": "length",
+    "repetition": "stop",
+    "stop": "stop",
+}
+
+
+async def _started(arguments: Any) -> Any:
+    return AsyncLLM.from_engine_args(arguments)
+
+
+async def _stopped(llm: Any) -> None:
+    llm.shutdown()  # in its own loop, so that what waits for the core is told first
+
+
+async def _pump(source: AsyncIterator[Any], outputs: queue.Queue[Any]) -> None:
+    try:
+        async for output in source:
+            outputs.put(output)
+        outputs.put(None)
+    except Exception as error:
+        outputs.put(error)

@@ -1,0 +1,182 @@
+"""What `--kv-transfer-config` may say to our connector, and what a client may say about one request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from prophetkv_rag.config import ProphetKVConfig, check_recompute_ratio
+from prophetkv_rag.errors import InputError
+
+NAME = "prophetkv"
+"""Our part of a request's and of an answer's `kv_transfer_params`."""
+
+MAX_QUESTION_IDS = 1024
+MAX_REGISTERED = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectorSettings:
+    """`kv_connector_extra_config`.
+
+    Attributes:
+        directory: Where chunk caches are kept; the same for all of vLLM's processes, on all of its machines.
+        recompute_ratio: Share of the chunk tokens that is recomputed, where a request does not say.
+        context_share: See `ProphetKVConfig`.
+        encoding_prefix: See `ProphetKVConfig`; a text, or `None` for what the chat template opens with.
+        namespace: See `ProphetKVConfig`.
+        min_chunk_tokens: Requests with fewer known chunk tokens are left to vLLM.
+        max_stage_tokens: Rows of stage I and II and tokens of new chunks that one step computes at most, so that the
+            decoding of others waits no longer than for those; `None` for vLLM's own `max_num_batched_tokens`. A single
+            request may have more: then it is alone in its step.
+        may_register: Whether requests may bring new chunks.
+        ram_bytes: Caches held in RAM by every worker.
+        max_bytes: Upper bound of all caches on disk; `None` for none.
+        model_fingerprint: Take the caches of this `CacheIdentity.model`, as `prophetkv_rag` computes it with
+            transformers, instead of this checkpoint's own: for unquantised weights of the same dtype.
+
+    Raises:
+        InputError: If a value is outside what is allowed.
+    """
+
+    directory: str
+    recompute_ratio: float = 0.2
+    context_share: float = 1.0
+    encoding_prefix: str | None = None
+    namespace: str = ""
+    min_chunk_tokens: int = 64
+    max_stage_tokens: int | None = None
+    may_register: bool = True
+    ram_bytes: int = 1 << 30
+    max_bytes: int | None = None
+    model_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.directory, str) or not self.directory:
+            msg = f"directory is {self.directory!r}; give the path where chunk caches are kept"
+            raise InputError(msg)
+        for name, least in (("min_chunk_tokens", 1), ("max_stage_tokens", 1), ("ram_bytes", 0), ("max_bytes", 1)):
+            value = getattr(self, name)
+            if value is None and name.startswith("max_"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                msg = f"{name} is {value!r}; it must be a whole number of at least {least}"
+                raise InputError(msg)
+        if not isinstance(self.may_register, bool):
+            msg = f"may_register is {self.may_register!r}; it must be true or false"
+            raise InputError(msg)
+        self.engine_config()
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> ConnectorSettings:
+        """Read `kv_connector_extra_config`.
+
+        Raises:
+            InputError: For a name that is not known, a directory that is not named, or a value that is not allowed.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in given if name not in known]
+        if unknown or "directory" not in given:
+            wrong = f"has {', '.join(map(repr, unknown))}" if unknown else "has no 'directory'"
+            msg = f"kv_connector_extra_config {wrong}; it takes {', '.join(known)}, and needs directory"
+            raise InputError(msg)
+        return cls(**given)
+
+    def engine_config(self) -> ProphetKVConfig:
+        """What the stages go by.
+
+        Raises:
+            InputError: If a value is outside what is allowed.
+        """
+        try:
+            return ProphetKVConfig(
+                recompute_ratio=self.recompute_ratio,
+                context_share=self.context_share,
+                encoding_prefix=self.encoding_prefix,
+                namespace=self.namespace,
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from error
+
+    def given(self) -> dict[str, Any]:
+        """Return what differs from the defaults, as `of` reads it."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
+
+    @property
+    def path(self) -> Path:
+        """`directory`."""
+        return Path(self.directory).expanduser()
+
+
+def transfer_config(settings: ConnectorSettings) -> dict[str, Any]:
+    """Return `--kv-transfer-config` for these settings."""
+    return {
+        "kv_connector": "ProphetKVConnector",
+        "kv_connector_module_path": "prophetkv_rag.integrations.vllm",
+        "kv_role": "kv_consumer",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": settings.given(),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What a client said in `kv_transfer_params["prophetkv"]`; nobody has to say anything.
+
+    Attributes:
+        recompute_ratio: Instead of the settings'.
+        question_ids: Tokens of a question that does not stand behind the chunks; they ask in stage I.
+        enabled: Whether known chunks are reused.
+        register: Token ids of chunks to encode and keep; the request itself is then answered by vLLM alone.
+    """
+
+    recompute_ratio: float | None = None
+    question_ids: tuple[int, ...] = ()
+    enabled: bool = True
+    register: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def of(cls, params: Any, *, vocabulary: int) -> RequestOptions:
+        """Read a request's `kv_transfer_params`; a client can send anything there.
+
+        Raises:
+            InputError: If our part is not as above.
+        """
+        if not isinstance(params, Mapping) or NAME not in params:
+            return cls()
+        given = params[NAME]
+        known = [field.name for field in fields(cls)]
+        if not isinstance(given, Mapping) or not all(name in known for name in given):
+            msg = f"kv_transfer_params[{NAME!r}] must be an object with some of {', '.join(known)}"
+            raise InputError(msg)
+        ratio, enabled = given.get("recompute_ratio"), given.get("enabled", True)
+        if ratio is not None:
+            if not isinstance(ratio, (int, float)) or isinstance(ratio, bool):
+                msg = f"recompute_ratio is {ratio!r}; it must be a number from 0 to 1"
+                raise InputError(msg)
+            check_recompute_ratio(ratio)
+        if not isinstance(enabled, bool):
+            msg = f"enabled is {enabled!r}; it must be true or false"
+            raise InputError(msg)
+        question = _ids("question_ids", given.get("question_ids", ()), vocabulary, MAX_QUESTION_IDS)
+        register = given.get("register", ())
+        if not _is_list(register) or len(register) > MAX_REGISTERED:
+            msg = f"register must be a list of at most {MAX_REGISTERED} lists of token ids"
+            raise InputError(msg)
+        chunks = tuple(_ids("a chunk to register", chunk, vocabulary, None) for chunk in register)
+        return cls(None if ratio is None else float(ratio), question, enabled, chunks)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _ids(name: str, given: Any, vocabulary: int, most: int | None) -> tuple[int, ...]:
+    is_right = _is_list(given) and all(type(token) is int and 0 <= token < vocabulary for token in given)
+    if not is_right or (most is not None and len(given) > most):
+        bound = "" if most is None else f", at most {most}"
+        msg = f"{name} must be a list of token ids from 0 to {vocabulary - 1}{bound}"
+        raise InputError(msg)
+    return tuple(given)

@@ -1,0 +1,51 @@
+"""Run by test_ranks.py in a process of its own: two ranks, each with one of the model's two key/value heads."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from vllm import LLM, SamplingParams
+
+from tests.vllm.serving import ANSWER, transfer_config
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.read())
+    llm = LLM(
+        job["model"],
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        max_num_seqs=4,
+        block_size=32,
+        tensor_parallel_size=job["ranks"],
+        kv_transfer_config=transfer_config(job["directory"]),
+    )
+
+    def ask(prompts, options, max_tokens=ANSWER):
+        sampling = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=max_tokens,
+                ignore_eos=True,
+                extra_args={"kv_transfer_params": {"prophetkv": one}},
+            )
+            for one in options
+        ]
+        return llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+
+    (registered,) = ask([[1]], [{"register": job["register"]}], 1)
+    outputs = ask(job["prompts"], job["options"])
+    found = {
+        "registered": registered.kv_transfer_params["prophetkv"],
+        "answers": [list(one.outputs[0].token_ids) for one in outputs],
+        "said": [(one.kv_transfer_params or {}).get("prophetkv") for one in outputs],
+    }
+    with open(job["output"], "w") as file:
+        json.dump(found, file)
+    llm.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main()
