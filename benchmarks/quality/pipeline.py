@@ -273,7 +273,7 @@ def _print(
 ) -> None:
     write = sys.stdout.write
     write(", ".join(f"{key} {value}" for key, value in settings.items()) + f", {len(names)} questions\n\n")
-    write("| chunks encoded behind | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |\n")
+    write("| chunks encoded behind | " + " | ".join(f"{100 * ratio:.3g}%" for ratio in ratios) + " |\n")
     write("|---|" + "---|" * len(ratios) + "\n")
     by_arm: dict[tuple[str, float], list[tuple[float, ...]]] = defaultdict(list)
     for encoding in encodings:
@@ -291,7 +291,7 @@ def _print(
     write(f"Paired with {PAPER[0]} at {PAPER[1]:.0%}, 95% bootstrap:\n")
     for (encoding, ratio), arm in by_arm.items():
         if (encoding, ratio) != PAPER:
-            write(f"  {encoding:14} {ratio:4.0%}  {_compared(arm, by_arm[PAPER])}\n")
+            write(f"  {encoding:14} {100 * ratio:4.3g}%  {_compared(arm, by_arm[PAPER])}\n")
 
 
 def _cell(arm: Sequence[tuple[float, ...]]) -> str:
