@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prophetkv_rag.evaluation.quality.fidelity import Arm, full_prefill
 from prophetkv_rag.evaluation.quality.engines import Engines
+from prophetkv_rag.evaluation.quality.fidelity import Arm, full_prefill
 from prophetkv_rag.evaluation.tasks.example import TaskExample
 from prophetkv_rag.evaluation.tasks.prompting import task_prompt
 

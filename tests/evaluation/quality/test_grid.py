@@ -14,8 +14,8 @@ import torch
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.evaluation.quality.calibration import calibrate
-from prophetkv_rag.evaluation.quality.fidelity import Arm, arms_of, full_prefill
 from prophetkv_rag.evaluation.quality.engines import Engines
+from prophetkv_rag.evaluation.quality.fidelity import Arm, arms_of, full_prefill
 from prophetkv_rag.evaluation.quality.grid import measure_example, run_grid
 from prophetkv_rag.evaluation.quality.intervals import bootstrap_mean
 from prophetkv_rag.evaluation.quality.picks import YARDSTICK, picks_of
