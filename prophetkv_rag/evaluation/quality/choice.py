@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,7 @@ def measure_collection(
         engine: Runs the model; encodes chunks behind the chat template's opening.
         documents: The collection's chunks, in order.
         embed: What the collection is searched with.
-        rows: File that rows are kept in; measuring goes on from what is there.
+        rows: File that rows are kept in; measuring goes on from what is there of the same sample.
         opening: What prompts begin with before the chunks, chat template included.
         lead_in: Text that chunks may be encoded behind; `None` if there is none.
         wanted_agreement: Mean share of answer tokens that must agree with full prefill's.
@@ -124,10 +126,14 @@ def measure_collection(
     until = time.monotonic() + seconds
     corpus = sample_corpus(documents, most=_affordable_chunks(engine, documents, seconds))
     asked = list(questions) or make_questions(corpus.chunks, QUESTIONS)
-    examples = collection_examples(corpus, asked, embed, top_k=top_k, answer_tokens=ANSWER_TOKENS)
+    found_in = [corpus.documents, top_k, opening, lead_in, engine.config.lead_in_tokens, engine.identity.model]
+    examples = [
+        # Rows kept of another sample, model or setting are of other examples, and left alone.
+        replace(example, example_id=_digest([*found_in, example.query]))
+        for example in collection_examples(corpus, asked, embed, top_k=top_k, answer_tokens=ANSWER_TOKENS)
+    ]
     is_long = min(top_k, len(corpus.chunks)) * chunk_tokens >= LONG_PROMPT
     arms = arms_of(strategies or default_strategies(has_lead_in=lead_in is not None, is_long=is_long), RATIOS)
-    conditions = {"model_fingerprint": engine.identity.model, "top_k": top_k, "chunk_tokens": chunk_tokens}
     done = 0
 
     def step(steps: int) -> None:
@@ -139,7 +145,7 @@ def measure_collection(
         Engines(engine, {COLLECTION_TASK: Surroundings(lead_in, opening)}, {COLLECTION_TASK: corpus}, embed=embed),
         examples,
         arms,
-        ResultsFile(rows, conditions),
+        ResultsFile(rows, {"task": COLLECTION_TASK}),
         chunk_tokens=chunk_tokens,
         answer_tokens=ANSWER_TOKENS,
         score_tokens=1,  # nobody knows the right answers
@@ -155,6 +161,10 @@ def measure_collection(
         chunk_tokens=chunk_tokens,
         answer_tokens=ANSWER_TOKENS,
     )
+
+
+def _digest(values: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def _affordable_chunks(engine: ProphetKVEngine, documents: Sequence[Sequence[str]], seconds: float) -> int:

@@ -109,6 +109,20 @@ def test_measured_on_a_collection(engine, tmp_path):
     assert (tmp_path / "rows.jsonl").read_bytes() == before
 
 
+def test_rows_of_another_sample_or_setting_are_left_alone(engine, tmp_path, monkeypatch):
+    """The sample depends on the time there is, so a file soon holds several."""
+    rows, few = tmp_path / "rows.jsonl", ["prophetkv@prompt+neighbours:1"]
+    whole = measure(engine, rows, strategies=few)
+    size = rows.stat().st_size
+    assert measure(engine, rows, strategies=few, top_k=2) != whole
+    assert measure(engine, rows, strategies=few, opening="Read that.\n") != whole
+    monkeypatch.setattr(choice, "_affordable_chunks", lambda *_: 6)
+    assert measure(engine, rows, strategies=few) != whole
+    assert rows.stat().st_size > 3 * size
+    monkeypatch.undo()
+    assert measure(engine, rows, strategies=few) == whole
+
+
 def test_time_is_up(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "FEWEST", 2)
     assert measure(engine, tmp_path / "rows.jsonl", seconds=0).examples == 2
