@@ -65,7 +65,8 @@ def sample_corpus(documents: Sequence[Sequence[str]], *, seed: int = 1, most: in
 def make_questions(chunks: Sequence[str], count: int, *, seed: int = 1) -> list[str]:
     """Make questions from chunks: about one sentence of one, and about what two chunks say of the same thing.
 
-    Deterministic, and without a model. Fewer come back where the chunks hold fewer sentences.
+    Deterministic, and without a model. Where there are too few sentences (code, tables, other scripts) the rest asks for
+    what follows a chunk's beginning, so there is at least one question a chunk.
     """
     draw = random.Random(seed)
     words = [Counter(_WORD.findall(chunk)) for chunk in chunks]
@@ -75,7 +76,8 @@ def make_questions(chunks: Sequence[str], count: int, *, seed: int = 1) -> list[
     draw.shuffle(one_hop)
     draw.shuffle(two_hops)
     both = [one for pair in zip_longest(two_hops, one_hop) for one in pair if one is not None]
-    return list(dict.fromkeys(both))[:count]
+    openings = [f'What follows in the passage that begins with "{" ".join(chunk.split())[:40]}"?' for chunk in chunks]
+    return list(dict.fromkeys([*both, *openings]))[:count]
 
 
 def read_plain_questions(path: Path, limit: int) -> list[str]:
