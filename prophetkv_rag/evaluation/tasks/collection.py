@@ -65,8 +65,8 @@ def sample_corpus(documents: Sequence[Sequence[str]], *, seed: int = 1, most: in
 def make_questions(chunks: Sequence[str], count: int, *, seed: int = 1) -> list[str]:
     """Make questions from chunks: about one sentence of one, and about what two chunks say of the same thing.
 
-    Deterministic, and without a model. Where there are too few sentences (code, tables, other scripts) the rest asks for
-    what follows a chunk's beginning, so there is at least one question a chunk.
+    Deterministic, and without a model. Where there are too few sentences (code, tables, other scripts) the rest asks
+    for what follows a chunk's beginning, so there is at least one question a chunk.
     """
     draw = random.Random(seed)
     words = [Counter(_WORD.findall(chunk)) for chunk in chunks]
