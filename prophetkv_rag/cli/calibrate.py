@@ -49,7 +49,8 @@ def calibrate(
         ),
     ] = None,
     recompute_ratio: Annotated[
-        list[float] | None, typer.Option(min=0, max=1, help="Ratios to try, 5% to 50% if left out; repeatable.")
+        list[float] | None,
+        typer.Option(min=0, max=1, help="Ratios to try, 5% to 50% (with --db 30%) if left out; repeatable."),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Questions per file.")] = 25,
     length: Annotated[int, typer.Option(min=128, help="Longest prompt, in tokens.")] = 4096,
@@ -60,7 +61,8 @@ def calibrate(
 ) -> None:
     """Find the smallest ratio that keeps full prefill's answers on your own questions, and write it to a profile.
 
-    Measured rows are kept beside the profile, so an interrupted run goes on where it stopped.
+    With --db on a database's own chunks; --rows, --length, --chunk-tokens and --answer-tokens are for --data alone.
+    Measured rows are kept beside the profile (or in the database), so an interrupted run goes on where it stopped.
 
     A ratio measured with chunks encoded behind a lead-in or the prompt's opening (--strategy prophetkv@prompt+corpus)
     is only used by engines that encode theirs so: settings lead_in and prompt_template. The profile holds neither text.
@@ -71,8 +73,12 @@ def calibrate(
         if model is not None or data:
             msg = "--db measures on the database's own chunks, with its model; leave MODEL and --data out"
             raise InputError(msg)
-        _on_database(db, questions, minutes, apply, agreement, strategy, out, as_json)
+        ratios = sorted(set(recompute_ratio or ()))
+        _on_database(db, questions, minutes, apply, agreement, strategy, ratios, out, as_json)
         return
+    if questions is not None or apply:
+        msg = "--questions and --apply go with --db, which names the database"
+        raise InputError(msg)
     from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.evaluation.quality import FULL, Engines, ResultsFile, arms_of, run_grid
     from prophetkv_rag.evaluation.quality import calibrate as profile_of
@@ -127,6 +133,7 @@ def _on_database(
     apply: bool,
     agreement: float,
     strategies: list[str] | None,
+    ratios: list[float],
     out: Path,
     as_json: bool,
 ) -> None:
@@ -151,6 +158,7 @@ def _on_database(
         minutes=minutes,
         questions=questions,
         strategies=strategies,
+        ratios=ratios,
     )
     profile.save(out)
     _print(profile, out, as_json=as_json)

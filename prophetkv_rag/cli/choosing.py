@@ -31,6 +31,7 @@ def measure(
     top_k: int = TOP_K,
     questions: Path | None = None,
     strategies: Sequence[str] | None = None,
+    ratios: Sequence[float] = (),
 ) -> Profile:
     """Load a database's model and measure on its chunks; rows are kept in `rows`, to go on from.
 
@@ -42,7 +43,8 @@ def measure(
         minutes: No question is begun after this time, but for the first few.
         top_k: Chunks in a prompt.
         questions: File of the user's own questions.
-        strategies: What is measured, if not the usual.
+        strategies: What is measured, if not the usual, and
+        ratios: at which ratios.
 
     Raises:
         InputError: For bad questions, an unknown strategy or fewer than two chunks.
@@ -76,6 +78,7 @@ def measure(
             chunk_tokens=settings.chunk_size,
             questions=asked,
             strategies=strategies,
+            ratios=ratios,
             model=Path(settings.model).name,
             on_step=advance,
         )

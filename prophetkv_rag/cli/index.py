@@ -114,6 +114,9 @@ def index(
     if fidelity is not None and encoding is not None:
         msg = "--fidelity picks the encoding; leave --encoding out, or give it without --fidelity"
         raise InputError(msg)
+    if fidelity is None and questions is not None:
+        msg = "--questions goes with --fidelity, such as --fidelity 0.95"
+        raise InputError(msg)
     documents = read_documents(directory, exclude=db)
     check_writable(db)
     remembered = find_settings(db)

@@ -66,6 +66,8 @@ def test_calibrate_on_a_database(run: Run, texts: Path, questions: Path, tmp_pat
     assert "Not in use yet" in printed
     assert [one.strategy for one in load_profile(profile).strategies] == [arm]
     assert settings() == before
+    printed = run(*arguments, "--strategy", arm, "--recompute-ratio", 0.25)
+    assert "picked: chunks behind previous:1, prophetkv at 25%" in printed
     run(*arguments, "--strategy", arm, "--apply")
     assert (settings()["encoding"], settings()["recompute_ratio"]) == ("previous:1", 0.1)
     assert settings()["cached_for"] != before["cached_for"]
@@ -80,6 +82,8 @@ def test_calibrate_on_a_database(run: Run, texts: Path, questions: Path, tmp_pat
         (("index", "docs", "--fidelity", "0.9", "--encoding", "plain"), "--fidelity picks the encoding"),
         (("index", "docs", "--fidelity", "0.9", "--questions", "none.txt"), "none.txt cannot be read as questions"),
         (("calibrate", "model", "--db", ".prophetkv"), "leave MODEL and --data out"),
+        (("index", "docs", "--questions", "none.txt"), "--questions goes with --fidelity"),
+        (("calibrate", "--apply"), "--questions and --apply go with --db"),
         (("calibrate", "--db", ".prophetkv"), "there is no database at .prophetkv"),
     ],
 )

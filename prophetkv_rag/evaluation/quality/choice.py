@@ -96,6 +96,7 @@ def measure_collection(
     chunk_tokens: int,
     questions: Sequence[str] = (),
     strategies: Sequence[str] | None = None,
+    ratios: Sequence[float] = (),
     model: str = "",
     on_step: Callable[[int], None] = lambda steps: None,
 ) -> Profile:
@@ -117,6 +118,7 @@ def measure_collection(
         chunk_tokens: Size of the chunks.
         questions: The user's own; made from the chunks if there are none.
         strategies: With what stands behind `@`; by default ProphetKV with every encoding.
+        ratios: At which ratios; `RATIOS` if there are none.
         model: Its name, for the profile.
         on_step: As `run_grid`.
 
@@ -133,7 +135,7 @@ def measure_collection(
         for example in collection_examples(corpus, asked, embed, top_k=top_k, answer_tokens=ANSWER_TOKENS)
     ]
     is_long = min(top_k, len(corpus.chunks)) * chunk_tokens >= LONG_PROMPT
-    arms = arms_of(strategies or default_strategies(has_lead_in=lead_in is not None, is_long=is_long), RATIOS)
+    arms = arms_of(strategies or default_strategies(has_lead_in=lead_in is not None, is_long=is_long), ratios or RATIOS)
     done = 0
 
     def step(steps: int) -> None:
@@ -152,9 +154,9 @@ def measure_collection(
         on_step=step,
         is_over=lambda: done >= FEWEST and time.monotonic() > until,
     )
-    wanted = {arm.strategy for arm in arms} | {FULL}
+    wanted, at = {arm.strategy for arm in arms} | {FULL}, {arm.recompute_ratio for arm in arms}
     return calibrate(
-        [row for row in found if row.strategy in wanted],
+        [row for row in found if row.strategy in wanted and (row.strategy == FULL or row.recompute_ratio in at)],
         model=model,
         model_fingerprint=engine.identity.model,
         wanted_agreement=wanted_agreement,

@@ -1,8 +1,9 @@
 """Quality tasks: where prompts come from.
 
 Out come `TaskExample`s (what stands before, the context, what stands after): RULER's 13 tasks, LongBench v1, questions
-with passages, files of one's own. Begin reading with `example.py` and `loading.py`. Importing this package loads no
-torch: samples are made without a model.
+with passages, files of one's own. Begin reading with `example.py` and `loading.py`;
+`collection.py` makes questions from a collection's own chunks, `corpus.py` says which chunks stand before and near
+which. Importing this package loads no torch: samples are made without a model.
 """
 
 from __future__ import annotations
