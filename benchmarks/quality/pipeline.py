@@ -191,6 +191,7 @@ def main() -> None:
         "model": Path(str(options.model or "SmolLM2-135M-Instruct")).name,
         **{name: getattr(options, name) for name in ("chunk_tokens", "top_k", "answer_tokens", "strategy", "seed")},
         "chunks": len(collection.chunks),
+        "asked": len(questions),  # the lead-in is a chunk that none of them retrieves
     }
     rows = _kept(options.out, settings)
     engines: dict[str, ProphetKVEngine] = {}
