@@ -149,7 +149,7 @@ class Prefiller:
         layout = replace(layout, exact_first_chunk=is_exact)
         if ratio is None:
             has_exact = is_exact or first_chunk == "exact"
-            ratio = default_ratio(caches) if has_exact else ALONE_RATIO
+            ratio = default_ratio(caches, has_exact_first=has_exact)
 
         with self.model_lock:
             self.library.state.check()
@@ -241,10 +241,12 @@ class Prefiller:
         )
 
 
-def default_ratio(caches: Sequence[ChunkCache]) -> float:
+def default_ratio(caches: Sequence[ChunkCache], *, has_exact_first: bool) -> float:
     """Return the share that is recomputed where nobody says: of these chunks, by how each was encoded."""
+    if not has_exact_first:  # then the others' encoding makes up for less (docs/encodings.md)
+        return ALONE_RATIO
     tokens = [cache.num_tokens for cache in caches]
-    shares = [BEHIND_RATIO if cache.behind.keys else ALONE_RATIO for cache in caches]
+    shares = [BEHIND_RATIO if cache.behind.keys or cache is caches[0] else ALONE_RATIO for cache in caches]
     return sum(share * count for share, count in zip(shares, tokens, strict=True)) / sum(tokens)
 
 
