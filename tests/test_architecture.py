@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "config": "errors",
     "report": "",
     "model": "errors extras forks kernels",
-    "generation": "errors report model",
+    "generation": "errors extras forks report model",
     "defaults": "errors text extras forks home",
     "store": "errors forks kernels",
     "store.encryption": "errors extras",

@@ -46,6 +46,12 @@ CALLS = {
         ["cryptography"],
         "encryption",
     ),
+    "structured": (
+        "from prophetkv_rag.generation import Grammar, GrammarCompiler; "
+        "GrammarCompiler(None, ()).start(Grammar.json_object())",
+        ["llguidance"],
+        "structured",
+    ),
     "gguf": (LOAD_GGUF, ["gguf"], "gguf"),
     "gguf's accelerate": (
         LOAD_GGUF,

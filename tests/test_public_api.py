@@ -11,6 +11,7 @@ PUBLIC = {
         "ContextWindowError",
         "DeadlineError",
         "GenerationResult",
+        "Grammar",
         "InputError",
         "PrefillResult",
         "Prompt",
