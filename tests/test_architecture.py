@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "store.disk": "errors forks store store.encryption store.blobs store.catalog store.remote",
     "prompt": "errors text forks config store",
     "chunks": "errors text forks config report model store prompt",
+    "tools": "errors generation prompt",
     "reuse": "errors config report model generation store prompt chunks",
     "profile": "errors config store",
     "engine": "errors waiting kernels config model generation store prompt chunks reuse profile",
@@ -54,7 +55,7 @@ MAY_IMPORT = {
     "integrations.shared": "",
     "integrations.llama_index": "errors extras forks config report generation defaults store prompt engine chroma "
     "integrations.shared",
-    "integrations.langchain": "errors text extras config report generation defaults store prompt engine chroma "
+    "integrations.langchain": "errors text extras config report generation defaults store prompt tools engine chroma "
     "integrations.shared",
     "integrations.vllm": "errors text extras kernels config report model generation store store.disk prompt chunks "
     "reuse",

@@ -9,7 +9,7 @@ chosen, `interrupt.py` how a call is stopped from outside. `grammar.py` says wha
 from prophetkv_rag.generation.answer import stream_answer
 from prophetkv_rag.generation.constraint import GrammarCompiler
 from prophetkv_rag.generation.decode import FinishReason, GenerationResult, StreamChunk, end_token_ids
-from prophetkv_rag.generation.grammar import Grammar
+from prophetkv_rag.generation.grammar import Grammar, json_rule, literal
 from prophetkv_rag.generation.interrupt import InterruptibleLock
 from prophetkv_rag.generation.sampling import SamplingSettings
 
@@ -22,5 +22,7 @@ __all__ = [
     "SamplingSettings",
     "StreamChunk",
     "end_token_ids",
+    "json_rule",
+    "literal",
     "stream_answer",
 ]
