@@ -56,7 +56,7 @@ def literal(text: str) -> str:
 def json_rule(schema: Mapping[str, Any]) -> str:
     """Return a JSON schema as it stands in a grammar.
 
-    Objects have the properties that the schema names, in its order, and no others unless it speaks of them
+    What has properties is an object, and has no others than the schema names, in its order, unless it speaks of them
     (`additionalProperties`): models that may go on, go on. Formats that the library does not know say nothing, as the
     standard has it.
 
@@ -83,8 +83,10 @@ def _readable(schema: Any, *, closes: bool) -> Any:
     found = dict(schema)
     if found.get("format") not in _KNOWN_FORMATS:
         found.pop("format", None)
-    if closes and "properties" in found and found.keys().isdisjoint({"patternProperties", "$ref", "anyOf"}):
-        found.setdefault("additionalProperties", False)
+    if "properties" in found and found.keys().isdisjoint({"$ref", "anyOf", "oneOf", "allOf"}):
+        found.setdefault("type", "object")
+        if closes and "patternProperties" not in found:
+            found.setdefault("additionalProperties", False)
     for key in _MAPS:
         if isinstance(found.get(key), dict):
             found[key] = {name: _readable(inner, closes=closes) for name, inner in found[key].items()}

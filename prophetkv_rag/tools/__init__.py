@@ -8,11 +8,12 @@ may be asked for, `response_format.py` which JSON. It knows no framework.
 
 from prophetkv_rag.tools.checks import check_choice, check_tools
 from prophetkv_rag.tools.formats import find_tool_format
-from prophetkv_rag.tools.reading import ToolCall
+from prophetkv_rag.tools.reading import CallDelta, ToolCall
 from prophetkv_rag.tools.response_format import response_schema
 from prophetkv_rag.tools.run import ToolRun
 
 __all__ = [
+    "CallDelta",
     "ToolCall",
     "ToolRun",
     "check_choice",

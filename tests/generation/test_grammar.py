@@ -157,6 +157,7 @@ def test_how_schemas_are_read(engine: ProphetKVEngine) -> None:
     parts = [{"type": "object", "properties": {key: {"type": "boolean"}}, "required": [key]} for key in "xy"]
     engine._grammars.start(Grammar.json_schema({"allOf": parts}))  # closed, nothing would meet both
     assert answers({"type": "string", "format": "password", "maxLength": 3})
+    assert all(isinstance(answer, dict) for answer in answers({"properties": {"x": {"type": "boolean"}}}))
 
 
 @pytest.mark.parametrize(
