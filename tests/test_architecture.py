@@ -53,8 +53,8 @@ MAY_IMPORT = {
     "reuse profile engine",
     "server": "lazy errors text extras report generation store prompt tools",
     "integrations.shared": "",
-    "integrations.llama_index": "errors extras forks config report generation defaults store prompt engine chroma "
-    "integrations.shared",
+    "integrations.llama_index": "errors extras forks config report generation defaults store prompt tools engine "
+    "chroma integrations.shared",
     "integrations.langchain": "errors text extras config report generation defaults store prompt tools engine chroma "
     "integrations.shared",
     "integrations.vllm": "errors text extras kernels config report model generation store store.disk prompt chunks "

@@ -57,6 +57,8 @@ def _response_format(schema: Any, method: str) -> dict[str, Any]:
         return {"type": "json_object"}
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         plain = schema.model_json_schema()
+    elif isinstance(schema, dict) and not {"function", "parameters"} & schema.keys():
+        plain = schema  # a JSON schema already; a tool's description is not
     else:
         plain = convert_to_json_schema(schema)
     return {"type": "json_schema", "json_schema": {"name": str(plain.get("title", "answer")), "schema": plain}}

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prophetkv_rag.generation import StreamChunk
+from prophetkv_rag.generation import GenerationResult, StreamChunk
 from prophetkv_rag.prompt import ChunkIndex, Tokens, plain_messages, question_of
 from prophetkv_rag.tools.checks import check_choice, check_tools
 from prophetkv_rag.tools.formats import find_tool_format
@@ -75,8 +75,8 @@ class ToolRun:
             for identifier, call in zip(self._ids, self._calls, strict=True)
         ]
 
-    def add(self, chunk: StreamChunk) -> ToolPiece:
-        """Take in the next piece of the answer; returns what is new."""
+    def add(self, chunk: StreamChunk | GenerationResult) -> ToolPiece:
+        """Take in the next piece of the answer, or all of it; returns what is new."""
         is_last = chunk.finish_reason is not None
         words, calls = self._read(chunk, is_last=is_last)
         text = words[len(self.text) :]
@@ -85,11 +85,11 @@ class ToolRun:
         self._calls = calls
         return ToolPiece(text, deltas)
 
-    def finish_reason(self, chunk: StreamChunk) -> str | None:
+    def finish_reason(self, chunk: StreamChunk | GenerationResult) -> str | None:
         """Return why the answer ended: `"tool_calls"` if that was its aim."""
         return "tool_calls" if chunk.finish_reason == "stop" and self._calls else chunk.finish_reason
 
-    def _read(self, chunk: StreamChunk, *, is_last: bool) -> tuple[str, list[WrittenCall]]:
+    def _read(self, chunk: StreamChunk | GenerationResult, *, is_last: bool) -> tuple[str, list[WrittenCall]]:
         form = self._form
         if form.marker_id in chunk.token_ids:
             at = chunk.token_ids.index(form.marker_id)
