@@ -257,13 +257,13 @@ class ChatProphetKV(EngineModel, BaseChatModel):
                         yield ChatGenerationChunk(message=AIMessageChunk(content=text))
                     continue
                 self._warn_of_reprs(prompt)
-                calls, invalid = split_calls(run.calls)
+                calls, invalid, more = split_calls(run.calls)
                 last = AIMessageChunk(
                     content=text,
                     tool_calls=calls,
                     invalid_tool_calls=invalid,
                     usage_metadata=usage(chunk),
-                    response_metadata=metadata(chunk, self.model_name, run.finish_reason(chunk)),
+                    response_metadata=metadata(chunk, self.model_name, run.finish_reason(chunk)) | more,
                     chunk_position="last",
                 )
                 yield ChatGenerationChunk(message=last)

@@ -65,7 +65,7 @@ class PlainModel:
 class ToolModel(PlainModel):
     """A model that was taught to call tools."""
 
-    max_tokens = 80
+    max_tokens = 120
 
     @property
     def chat_model_params(self) -> dict[str, Any]:

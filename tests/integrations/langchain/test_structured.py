@@ -68,11 +68,17 @@ def test_half_an_answer_is_an_error(schema: Any, method: str) -> None:
 
 def test_half_a_call_is_no_call() -> None:
     model = ChatProphetKV(engine=taught_engine(), max_tokens=46)
-    message = model.bind_tools(as_tools(WEATHER), tool_choice="any").invoke("What is the weather in San Francisco, CA?")
-    assert message.response_metadata["finish_reason"] == "length"
-    assert message.tool_calls == []
-    assert message.invalid_tool_calls[0]["name"] == "get_weather"
-    assert message.invalid_tool_calls[0]["error"] == "the call was cut off"
+    bound = model.bind_tools(as_tools(WEATHER), tool_choice="any")
+    question = "What is the weather in San Francisco, CA?"
+    streamed: Any = None
+    for chunk in bound.stream(question):
+        streamed = chunk if streamed is None else streamed + chunk
+    for message in (bound.invoke(question), streamed):
+        assert message.response_metadata["finish_reason"] == "length"
+        assert message.tool_calls == message.invalid_tool_calls == []
+        cut = message.response_metadata["cut_off_tool_call"]
+        assert cut["name"] == "get_weather"
+        assert cut["args"].startswith('{"loc')
     with pytest.raises(OutputParserException, match="cut off"):
         model.with_structured_output(as_tools({"Joke": ("setup",)})[0]).invoke(CATS)
 
