@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -103,6 +104,26 @@ def test_how_calls_are_written_is_found_by_rendering(family: str, expected: tupl
     found = find_tool_format(family_tokenizer(family))
     between = found.between if expected[4] is not None or family == "llama" else None
     assert (found.opening, found.marker, found.lead, found.before_arguments, between) == expected
+
+
+ROWS = {
+    "Hermes, Qwen 2.5 and 3": "hermes",
+    "Llama 3.x": "llama",
+    "Mistral": "mistral",
+    "Mistral since 2025": "mistral names",
+    "functions in tags": "function tags",
+}
+
+
+def test_the_table_of_families_is_what_is_found() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "server.md").read_text("utf-8")
+    table = page.partition("| family |")[2].partition("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
+    assert [row[0] for row in cells] == list(ROWS)
+    for name, begins, several in cells:
+        found = find_tool_format(family_tokenizer(ROWS[name]))
+        assert begins == f"`{found.marker}{found.lead}`".replace("\n", "\\n")
+        assert several == ("no" if found.between is None else "yes")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

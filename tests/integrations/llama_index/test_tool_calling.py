@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.integrations.llama_index import CallRefusedError, ProphetKVLLM
 from tests.integrations.langchain.rag import TOWN
-from tests.integrations.rag import CallLog
+from tests.integrations.rag import CallLog, build_index
 from tests.integrations.taught import CATS, TOWN_QUESTION, taught_engine
 
 WEATHER_QUESTION = "What is the weather in San Francisco, CA?"
@@ -145,6 +145,16 @@ def test_structured_answers_follow_the_schema(
         Mood.model_validate(answer.model_dump())
     with pytest.raises(ValueError, match="json"):
         llm.structured_predict(Mood, PROMPT, topic="a", llm_kwargs={"max_new_tokens": 4})
+
+
+def test_a_query_engine_follows_the_schema(
+    fresh_engine: ProphetKVEngine, new_vector_store: Any, call_log: CallLog
+) -> None:
+    index = build_index(new_vector_store(fresh_engine))
+    llm = ProphetKVLLM(engine=fresh_engine, max_new_tokens=60, temperature=1.0)
+    answer = index.as_query_engine(llm=llm, output_cls=Mood, similarity_top_k=2).query("How is it?").response
+    assert isinstance(answer, Mood)
+    assert [chunk["status"] for chunk in call_log.chunks] == ["hit", "hit"]
 
 
 def test_a_schema_that_cannot_be_kept_is_refused(llm: ProphetKVLLM) -> None:
