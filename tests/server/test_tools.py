@@ -63,6 +63,7 @@ def test_words_and_a_call_in_a_stream(client: OpenAI) -> None:
     assert [(call.index, call.type, call.function.name) for call in calls[:1]] == [(0, "function", "search_town")]
     assert calls[0].id
     assert all((call.index, call.id, call.function.name) == (0, None, None) for call in calls[1:])
+    assert not any({"name", "id"} & (call.model_fields_set | call.function.model_fields_set) for call in calls[1:])
     assert len(calls) > 3
     assert json.loads("".join(call.function.arguments for call in calls)) == {"query": "museum"}
     assert [piece.choices[0].finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["tool_calls"]
