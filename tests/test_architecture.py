@@ -55,8 +55,8 @@ MAY_IMPORT = {
     "integrations.shared": "",
     "integrations.llama_index": "errors extras forks config report generation defaults store prompt tools engine "
     "chroma integrations.shared",
-    "integrations.langchain": "errors text extras config report generation defaults store prompt tools engine chroma "
-    "integrations.shared",
+    "integrations.langchain": "lazy errors text extras config report generation defaults store prompt tools engine "
+    "chroma integrations.shared",
     "integrations.vllm": "errors text extras kernels config report model generation store store.disk prompt chunks "
     "reuse",
     "cli": "errors text extras home kernels config profile report model defaults store store.encryption store.blobs "

@@ -44,7 +44,13 @@ PUBLIC = {
         "read_speeches",
         "speeches_directory",
     ],
-    "prophetkv_rag.integrations.langchain": ["ChatProphetKV", "MiniLMEmbeddings", "ProphetKVChroma", "ProphetKVLLM"],
+    "prophetkv_rag.integrations.langchain": [
+        "ChatProphetKV",
+        "MiniLMEmbeddings",
+        "ProphetKVChroma",
+        "ProphetKVLLM",
+        "RetrievalMiddleware",
+    ],
     "prophetkv_rag.integrations.llama_index": [
         "AlteredTextCache",
         "CallRefusedError",

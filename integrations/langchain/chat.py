@@ -115,7 +115,8 @@ class ChatProphetKV(EngineModel, BaseChatModel):
         Raises:
             InputError: If the model's chat template shows no tools or writes no JSON calls, or for an unknown choice.
         """
-        find_tool_format(self._ready_engine().tokenizer)
+        if tools:  # agents bind none, too
+            find_tool_format(self._ready_engine().tokenizer)
         shown = check_tools([convert_to_openai_tool(tool, strict=strict) for tool in tools])
         check_choice(tool_choice, [tool["function"]["name"] for tool in shown])
         return self.bind(tools=shown, tool_choice=tool_choice, **kwargs)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import pytest
+from langchain.agents import create_agent
+from langchain.agents.structured_output import ProviderStrategy
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, HumanMessage
 from pydantic import BaseModel
@@ -12,7 +15,7 @@ from typing_extensions import TypedDict
 
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.integrations.langchain import ChatProphetKV
+from prophetkv_rag.integrations.langchain import ChatProphetKV, RetrievalMiddleware
 from tests.integrations.langchain.rag import TOWN, town_store
 from tests.integrations.taught import CATS, TOWN_QUESTION, WEATHER, as_tools, taught_engine
 
@@ -99,6 +102,36 @@ def test_a_bound_response_format(model: ChatProphetKV) -> None:
     assert Mood.model_validate_json(model.bind(response_format=schema).invoke("Hi").text)
     with pytest.raises(InputError, match="response_format is"):
         model.bind(response_format={"type": "xml"}).invoke("Hi")
+
+
+def test_an_agent_with_a_response_format(model: ChatProphetKV) -> None:
+    """As LangChain's agents ask providers for it, retrieval in front."""
+    store = town_store(model.engine)
+    middleware = [RetrievalMiddleware(store.as_retriever())]
+    for response_format in (Mood, ProviderStrategy(Mood)):
+        agent = create_agent(model, middleware=middleware, response_format=response_format)
+        state = agent.invoke({"messages": [HumanMessage(TOWN_QUESTION)]})
+        assert isinstance(state["structured_response"], Mood)
+    report = state["messages"][-1].response_metadata["prophetkv"]
+    assert [chunk["status"] for chunk in report["chunks"]] == ["hit"] * len(TOWN)
+    assert [message.type for message in state["messages"]] == ["human", "ai"], "nothing retrieved stays"
+
+
+def test_the_middleware_keeps_the_agents_own_prompt(model: ChatProphetKV) -> None:
+    store = town_store(model.engine)
+    with pytest.raises(InputError, match="give a LangChain retriever"):
+        RetrievalMiddleware(store)
+    prompts: list[str] = []
+
+    class Log(BaseCallbackHandler):
+        def on_chat_model_start(self, serialized: Any, messages: Any, **kwargs: Any) -> None:
+            prompts.extend(message.text for batch in messages for message in batch)
+
+    middleware = RetrievalMiddleware(store.as_retriever(search_kwargs={"k": 1}), instruction="Read:")
+    agent = create_agent(model.model_copy(update={"max_tokens": 2}), system_prompt="Be brief.", middleware=[middleware])
+    agent.invoke({"messages": [HumanMessage("When does the museum open?")]}, {"callbacks": [Log()]})
+    found = store.as_retriever(search_kwargs={"k": 1}).invoke("When does the museum open?")[0].page_content
+    assert prompts == [f"Be brief.\n\nRead:\n\n{found}", "When does the museum open?"]
 
 
 def test_bad_requests(model: ChatProphetKV) -> None:
