@@ -119,7 +119,7 @@ class GrammarCompiler:
                     )
                     raise InputError(msg)
                 ends = self._end_tokens or [self._tokenizer.eos_token_id or 0]
-                self._view = LLTokenizer(backend.to_str(), n_vocab=len(self._tokenizer), eos_token=ends)
+                self._view = LLTokenizer(backend.to_str(), eos_token=ends)
             return self._view
 
 

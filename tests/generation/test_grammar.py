@@ -54,6 +54,15 @@ def test_sampled_answers_are_what_the_schema_says(engine: ProphetKVEngine) -> No
     assert len(texts) > 6
 
 
+def test_a_model_may_have_more_tokens_than_its_tokenizer() -> None:
+    wide = ProphetKVEngine(tiny_llama(initializer_range=0.3, vocab_size=509), tiny_tokenizer())
+    for seed in range(4):
+        answer = wide.generate(PROMPT, grammar=Grammar.json_schema(SCHEMA), temperature=3.0, seed=seed)
+        assert answer.finish_reason == "stop"
+        assert is_whole(answer.text)
+        assert max(answer.token_ids) < 480
+
+
 def test_an_answer_that_is_cut_off_says_so(engine: ProphetKVEngine) -> None:
     grammar = Grammar.json_schema(SCHEMA)
     whole = engine.generate(PROMPT, grammar=grammar, max_new_tokens=200)
