@@ -73,6 +73,7 @@ def find_tool_format(tokenizer: Any) -> ToolFormat:
     try:
         prompt = _render(tokenizer, [_ASKED], add_generation_prompt=True)
         called = _render(tokenizer, [_ASKED, _assistant(1)])
+        added = tokenizer.added_tokens_decoder
     except Exception as error:  # a template's own, transformers', or those of code in a template's place
         msg = f"the model's chat template cannot show tools ({error}); use a model with a tool template"
         raise InputError(msg) from error
@@ -85,7 +86,7 @@ def find_tool_format(tokenizer: Any) -> ToolFormat:
     said = _said(tokenizer)
     answer = called[_turn_start(prompt, said, called) :]
     head, before_arguments, tail = _split(answer, 1)
-    specials = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if _is_special(token)}
+    specials = {token.content: number for number, token in added.items() if _is_special(token)}
     thought, mark, rest = head.rpartition("</think>")  # templates of reasoning models put an empty thought first
     behind = rest.lstrip()
     opening = thought + mark + rest[: len(rest) - len(behind)]
