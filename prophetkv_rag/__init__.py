@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         UnknownModelError,
         UnsupportedModelError,
     )
-    from prophetkv_rag.generation import GenerationResult, StreamChunk
+    from prophetkv_rag.generation import GenerationResult, Grammar, StreamChunk
     from prophetkv_rag.prompt import Prompt
     from prophetkv_rag.report import ReuseReport
     from prophetkv_rag.reuse import PrefillResult
@@ -36,6 +36,7 @@ _HOME = {
     "ContextWindowError": "prophetkv_rag.errors",
     "DeadlineError": "prophetkv_rag.errors",
     "GenerationResult": "prophetkv_rag.generation.decode",
+    "Grammar": "prophetkv_rag.generation.grammar",
     "InputError": "prophetkv_rag.errors",
     "PrefillResult": "prophetkv_rag.reuse.prefill",
     "Prompt": "prophetkv_rag.prompt.prompt",
@@ -53,6 +54,7 @@ __all__ = [
     "ContextWindowError",
     "DeadlineError",
     "GenerationResult",
+    "Grammar",
     "InputError",
     "PrefillResult",
     "Prompt",

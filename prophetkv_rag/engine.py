@@ -17,6 +17,8 @@ from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.generation import (
     GenerationResult,
+    Grammar,
+    GrammarCompiler,
     InterruptibleLock,
     SamplingSettings,
     StreamChunk,
@@ -92,11 +94,11 @@ class ProphetKVEngine:
         self.store = store if store is not None else MemoryStore()
         limit = self.config.max_prompt_tokens or self.support.context_window
         self.context_window = min(limit, self.support.context_window)
-        self._tokens = Tokens(tokenizer)
+        self.tokens = Tokens(tokenizer)
         self.library = open_library(
             model,
             self.support,
-            self._tokens,
+            self.tokens,
             self.store,
             self.config,
             fingerprint=fingerprint,
@@ -106,7 +108,8 @@ class ProphetKVEngine:
         )
         self.identity = self.library.identity
         self.end_tokens = end_token_ids(model, tokenizer)
-        self._reader = PromptReader(self._tokens, self.identity, self.chunk_index)
+        self._grammars = GrammarCompiler(tokenizer, self.end_tokens)
+        self._reader = PromptReader(self.tokens, self.identity, self.chunk_index)
         self._prefiller = Prefiller(
             model, self.support, self.config, self.library, self._reader, self.context_window, self.model_lock
         )
@@ -129,12 +132,7 @@ class ProphetKVEngine:
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> ProphetKVEngine:
-        """Load a model and its tokenizer and make an engine; see `model.load_model` for what may be named.
-
-        Raises:
-            UnknownModelError: If nothing can be loaded under that name.
-            UnsupportedModelError: If the model's caches cannot be re-positioned exactly.
-        """
+        """Load a model and its tokenizer and make an engine; see `model.load_model` for names and errors."""
         model, tokenizer = load_model(name_or_path, dtype=dtype, device=device)
         return cls(model, tokenizer, config=config, store=store, profile=profile)
 
@@ -155,7 +153,7 @@ class ProphetKVEngine:
     @property
     def has_chat_template(self) -> bool:
         """Whether prompts may be chat messages."""
-        return self._tokens.has_chat_template
+        return self.tokens.has_chat_template
 
     def add_chunks(
         self,
@@ -168,8 +166,8 @@ class ProphetKVEngine:
     ) -> list[str]:
         """Compute and store the KV caches of chunks, as far as they are not stored yet.
 
-        A store that fails (disk full, read-only directory) does not fail this call: that is logged once, prompts that
-        have the chunks compute them, and adding them again stores what is missing (`store.stats().failed_writes`).
+        A store that fails (disk full, read-only directory) does not fail this call: that is logged once, prompts
+        compute the chunks, and adding them again stores what is missing (`store.stats().failed_writes`).
 
         Args:
             texts: Chunk texts (surrounding white space is not part of a chunk) or lists of token ids.
@@ -189,9 +187,6 @@ class ProphetKVEngine:
             ContextWindowError: If a chunk is longer than the model's context window. Nothing is stored then.
             ModelChangedError: If chunks must be computed and the model is not what it was.
         """
-        if isinstance(texts, str):
-            msg = "add_chunks got one string; give a list of chunks"
-            raise InputError(msg)
         return self.library.add(texts, owner=owner, behind=behind, refresh=refresh, progress=progress)
 
     def remove_chunks(self, keys: Iterable[str], *, owner: str = "engine") -> list[str]:
@@ -226,11 +221,10 @@ class ProphetKVEngine:
 
     @own_state()
     def query_context(self, prompt: AnyPrompt, layers: Sequence[RowsLayer]) -> QueryContext:
-        """Return what a strategy sees of a prompt over caches of the caller's own, to measure or develop strategies.
+        """Return what a strategy sees of a prompt (as in `prefill`), to measure or develop strategies.
 
-        Args:
-            prompt: As in `prefill`.
-            layers: One per decoder layer, with a row for each of the prompt's tokens; stage I writes into them.
+        It sees caches of the caller's own: `layers`, one per decoder layer, with a row for each of the prompt's tokens;
+        stage I writes into them.
         """
         return self._prefiller.query_context(self.read(prompt), layers)
 
@@ -251,6 +245,7 @@ class ProphetKVEngine:
         strategy: str | Strategy | None = None,
         recompute_ratio: float | None = None,
         query: str | None = None,
+        grammar: Grammar | None = None,
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
     ) -> Generator[StreamChunk, None, None]:
@@ -266,30 +261,35 @@ class ProphetKVEngine:
             strategy: As in `prefill`.
             recompute_ratio: As in `prefill`.
             query: As in `prefill`.
-            cancel: Setting it, from any thread, ends the answer with the finish reason `"cancelled"` before the model
-                runs again; before the prefill that is one empty piece, with a report of zeros.
+            grammar: What the answer must look like, such as `Grammar.json_schema(schema)`; only a whole one ends with
+                the reason `"stop"`. Needs the extra `structured`.
+            cancel: Setting it, from any thread, ends the answer with the reason `"cancelled"` before the model runs
+                again; before the prefill that is one empty piece, with a report of zeros.
             deadline_s: Seconds from the first `next`; then the answer ends as it is, with the reason `"deadline"`.
 
         Yields:
             Pieces of the answer; the last one has a finish reason.
 
         Raises:
-            InputError: As in `prefill`, and for settings that make no sense; raised at the first `next`.
+            InputError: As in `prefill`, for settings that make no sense and grammars that cannot be kept; raised at the
+                first `next`.
             DeadlineError: If the deadline passes before the prefill, which is not broken off once it runs.
         """
         settings = SamplingSettings(
             max_new_tokens=max_new_tokens, stop=stop, temperature=temperature, top_p=top_p, seed=seed
         )
         lock = InterruptibleLock(self.model_lock, cancel, deadline_s)
+        constraint = None if grammar is None else self._grammars.start(grammar)
         yield from stream_answer(
             lambda: self._prefiller.run(prompt, strategy, recompute_ratio, query, lock),
             self.model,
             settings,
             context_window=self.context_window,
             end_tokens=self.end_tokens,
-            to_text=self._tokens.decode,
+            to_text=self.tokens.decode,
             model_lock=lock,
             check=self.library.state.check_adapters,
+            constraint=constraint,
         )
 
     def generate(self, prompt: AnyPrompt, **settings: Any) -> GenerationResult:

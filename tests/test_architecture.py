@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "config": "errors",
     "report": "",
     "model": "errors extras forks kernels",
-    "generation": "errors report model",
+    "generation": "errors extras forks report model",
     "defaults": "errors text extras forks home",
     "store": "errors forks kernels",
     "store.encryption": "errors extras",
@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "store.disk": "errors forks store store.encryption store.blobs store.catalog store.remote",
     "prompt": "errors text forks config store",
     "chunks": "errors text forks config report model store prompt",
+    "tools": "errors generation prompt",
     "reuse": "errors config report model generation store prompt chunks",
     "profile": "errors config store",
     "engine": "errors waiting kernels config model generation store prompt chunks reuse profile",
@@ -50,12 +51,12 @@ MAY_IMPORT = {
     "prophetkv_rag": "lazy errors waiting config report generation prompt reuse engine",
     "evaluation": "lazy errors extras kernels config model defaults store store.blobs store.catalog store.disk prompt "
     "reuse profile engine",
-    "server": "lazy errors text extras report generation store prompt",
+    "server": "lazy errors text extras report generation store prompt tools",
     "integrations.shared": "",
-    "integrations.llama_index": "errors extras forks config report generation defaults store prompt engine chroma "
-    "integrations.shared",
-    "integrations.langchain": "errors text extras config report generation defaults store prompt engine chroma "
-    "integrations.shared",
+    "integrations.llama_index": "errors extras forks config report generation defaults store prompt tools engine "
+    "chroma integrations.shared",
+    "integrations.langchain": "lazy errors text extras config report generation defaults store prompt tools engine "
+    "chroma integrations.shared",
     "integrations.vllm": "errors text extras kernels config report model generation store store.disk prompt chunks "
     "reuse",
     "cli": "errors text extras home kernels config profile report model defaults store store.encryption store.blobs "

@@ -34,6 +34,11 @@ CALLS = {
     ),
     "langchain": ("import prophetkv_rag.integrations.langchain", ["langchain_core"], "langchain"),
     "langchain's Chroma": ("import prophetkv_rag.integrations.langchain", ["langchain_chroma"], "langchain"),
+    "langchain's agents": (
+        "from prophetkv_rag.integrations.langchain import RetrievalMiddleware",
+        ["langchain"],
+        "agents",
+    ),
     "server": ("from prophetkv_rag.server import create_app", ["fastapi"], "server"),
     "server.app": ("import prophetkv_rag.server.app", ["prometheus_client"], "server"),
     "remote": (
@@ -45,6 +50,12 @@ CALLS = {
         "from prophetkv_rag.store.encryption import load_key; load_key(bytes(32))",
         ["cryptography"],
         "encryption",
+    ),
+    "structured": (
+        "from prophetkv_rag.generation import Grammar, GrammarCompiler; "
+        "GrammarCompiler(None, ()).start(Grammar.json_object())",
+        ["llguidance"],
+        "structured",
     ),
     "gguf": (LOAD_GGUF, ["gguf"], "gguf"),
     "gguf's accelerate": (

@@ -11,6 +11,7 @@ PUBLIC = {
         "ContextWindowError",
         "DeadlineError",
         "GenerationResult",
+        "Grammar",
         "InputError",
         "PrefillResult",
         "Prompt",
@@ -43,7 +44,13 @@ PUBLIC = {
         "read_speeches",
         "speeches_directory",
     ],
-    "prophetkv_rag.integrations.langchain": ["ChatProphetKV", "MiniLMEmbeddings", "ProphetKVChroma", "ProphetKVLLM"],
+    "prophetkv_rag.integrations.langchain": [
+        "ChatProphetKV",
+        "MiniLMEmbeddings",
+        "ProphetKVChroma",
+        "ProphetKVLLM",
+        "RetrievalMiddleware",
+    ],
     "prophetkv_rag.integrations.llama_index": [
         "AlteredTextCache",
         "CallRefusedError",

@@ -18,12 +18,14 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import PrivateAttr
 
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.generation import Grammar
 from prophetkv_rag.integrations.langchain.messages import holds_document_repr, to_template_messages
 from prophetkv_rag.integrations.langchain.responses import metadata, usage
 from prophetkv_rag.integrations.langchain.settings import EngineModel, cancel_on_leave
-from prophetkv_rag.integrations.langchain.tool_format import find_tool_format
-from prophetkv_rag.integrations.langchain.tool_run import ToolRun, check_choice
+from prophetkv_rag.integrations.langchain.structured import structured_output
+from prophetkv_rag.integrations.langchain.tool_calls import split_calls
 from prophetkv_rag.integrations.shared import iterate_in_thread
+from prophetkv_rag.tools import ToolRun, check_choice, check_tools, find_tool_format, response_schema
 
 if TYPE_CHECKING:
     from langchain_core.language_models.model_profile import ModelProfile
@@ -52,7 +54,7 @@ class ChatProphetKV(EngineModel, BaseChatModel):
     *chain's* sync stream does not: LangChain reads the model to its end when such a stream is closed. Pass an event,
     `chain.stream(x, {"configurable": {"prophetkv_cancel": event}})`, and set it; or `timeout=` seconds.
 
-    **Tools** and structured output work where the model's chat template shows tools and writes calls as JSON.
+    **Tools** work where the model's chat template shows them and writes calls as JSON; structured output always does.
 
     Example:
         ```python
@@ -81,12 +83,12 @@ class ChatProphetKV(EngineModel, BaseChatModel):
             "image_inputs": False,
             "audio_inputs": False,
             "tool_calling": self.supports_tools,
-            "structured_output": False,
+            "structured_output": True,
         }
 
     @property
     def supports_tools(self) -> bool:
-        """Whether `bind_tools` and `with_structured_output` work with this model's chat template."""
+        """Whether `bind_tools` works with this model's chat template."""
         try:
             find_tool_format(self._ready_engine().tokenizer)
         except InputError:
@@ -105,18 +107,44 @@ class ChatProphetKV(EngineModel, BaseChatModel):
 
         Args:
             tools: Anything that LangChain takes for a tool.
-            tool_choice: A tool's name, or `"any"` (also `"required"`, `True`), makes the answer begin as a call;
-                `"none"` hides the tools; `None` or `"auto"` leaves it to the model.
+            tool_choice: A tool's name, or `"any"` (also `"required"`, `True`), makes the answer a call; `"none"` hides
+                the tools; `None` or `"auto"` leaves it to the model. A call's arguments meet the tool's schema.
             strict: As in `convert_to_openai_tool`.
             **kwargs: More arguments of each call.
 
         Raises:
             InputError: If the model's chat template shows no tools or writes no JSON calls, or for an unknown choice.
         """
-        find_tool_format(self._ready_engine().tokenizer)
-        shown = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+        if tools:  # agents bind none, too
+            find_tool_format(self._ready_engine().tokenizer)
+        shown = check_tools([convert_to_openai_tool(tool, strict=strict) for tool in tools])
         check_choice(tool_choice, [tool["function"]["name"] for tool in shown])
         return self.bind(tools=shown, tool_choice=tool_choice, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        include_raw: bool = False,
+        method: str | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Return a model whose answers are JSON of this schema, parsed; an answer that was cut off is an error.
+
+        Args:
+            schema: A pydantic model, a `TypedDict` or a JSON schema.
+            include_raw: Give `{"raw": message, "parsed": ..., "parsing_error": ...}`.
+            method: `"function_calling"` shows the schema to the model as a tool that it must call; the default where
+                the chat template shows tools. `"json_schema"` holds the answer itself to the schema, and says nothing
+                of it in the prompt; the default elsewhere. `"json_mode"` asks for any JSON object.
+            **kwargs: More arguments of each call.
+
+        Raises:
+            InputError: If the schema or the method cannot be used.
+        """
+        kwargs.pop("strict", None)  # it is kept in any case
+        method = method or ("function_calling" if self.supports_tools else "json_schema")
+        return structured_output(self, schema, method=method, include_raw=include_raw, more=kwargs)
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Tokens of the whole prompt, as the model's chat template renders it; no messages are none."""
@@ -185,6 +213,9 @@ class ChatProphetKV(EngineModel, BaseChatModel):
         """Answer piece by piece; the last one has the usage and the report."""
         if call.get("tools") and call.get("tool_choice") != "none":
             return self._tool_pieces(messages, settings, call)
+        schema = response_schema(call.get("response_format"))
+        if schema is not None:
+            settings["grammar"] = Grammar.json_schema(schema)
         return self._text_pieces(messages, settings)
 
     def _text_pieces(
@@ -208,27 +239,35 @@ class ChatProphetKV(EngineModel, BaseChatModel):
     def _tool_pieces(
         self, messages: Sequence[BaseMessage], settings: dict[str, Any], call: dict[str, Any]
     ) -> Generator[ChatGenerationChunk, None, None]:
-        run = ToolRun(self._ready_engine(), to_template_messages(messages), call["tools"], call.get("tool_choice"))
-        settings["query"] = settings["query"] or run.question
-        with closing(self._run(run.prompt, settings)) as chunks:
+        engine, prompt = self._ready_engine(), to_template_messages(messages)
+        run = ToolRun(
+            engine.tokens,
+            engine.chunk_index,
+            prompt,
+            call["tools"],
+            call.get("tool_choice"),
+            parallel=call.get("parallel_tool_calls") is not False,
+            answer=response_schema(call.get("response_format")),
+        )
+        query = settings["query"] or run.settings["query"]
+        with closing(self._run(run.prompt, {**settings, **run.settings, "query": query})) as chunks:
             for chunk in chunks:
-                delta = run.add(chunk)
-                if not run.is_done:
-                    if delta:
-                        yield ChatGenerationChunk(message=AIMessageChunk(content=delta))
+                text = run.add(chunk).text
+                if chunk.finish_reason is None:
+                    if text:
+                        yield ChatGenerationChunk(message=AIMessageChunk(content=text))
                     continue
-                self._warn_of_reprs(run.messages)
-                answer = run.answer
+                self._warn_of_reprs(prompt)
+                calls, invalid, more = split_calls(run.calls)
                 last = AIMessageChunk(
-                    content=delta,
-                    tool_calls=answer.calls,
-                    invalid_tool_calls=answer.invalid,
+                    content=text,
+                    tool_calls=calls,
+                    invalid_tool_calls=invalid,
                     usage_metadata=usage(chunk),
-                    response_metadata=metadata(chunk, self.model_name, "tool_calls" if answer.calls else None),
+                    response_metadata=metadata(chunk, self.model_name, run.finish_reason(chunk)) | more,
                     chunk_position="last",
                 )
                 yield ChatGenerationChunk(message=last)
-                return
 
     def _warn_of_reprs(self, prompt: Sequence[dict[str, Any]]) -> None:
         if not self._has_warned and holds_document_repr(prompt, self._ready_engine().chunk_index):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CALL_OPTIONS = (
     *("max_new_tokens", "temperature", "top_p", "stop", "seed"),
-    *("strategy", "recompute_ratio", "query", "deadline_s"),
+    *("strategy", "recompute_ratio", "query", "deadline_s", "grammar"),
 )
 """Keyword arguments of a single call that reach the engine; `max_tokens` is read as `max_new_tokens`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,10 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.prompts import BasePromptTemplate
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.integrations.llama_index.engine_calls import EngineLLM
 from prophetkv_rag.integrations.llama_index.prompts import from_messages, from_text, template_tokens
 from prophetkv_rag.integrations.llama_index.responses import responses, to_chat_response, to_completion
+from prophetkv_rag.integrations.llama_index.tool_calling import ToolCallingLLM, tool_response, tool_responses
+from prophetkv_rag.integrations.shared import iterate_in_thread
 
 if TYPE_CHECKING:
     from prophetkv_rag.config import ProphetKVConfig
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from prophetkv_rag.store import ChunkStore
 
 
-class ProphetKVLLM(EngineLLM):
+class ProphetKVLLM(ToolCallingLLM):
     """A local model that answers from retrieved chunks by reusing their KV caches.
 
     Use it as any LlamaIndex LLM: `index.as_query_engine(llm=llm)`, chat engines, response synthesizers, agents. Chunks
@@ -52,6 +54,9 @@ class ProphetKVLLM(EngineLLM):
     generation. LlamaIndex's chat engines read their stream to its end in a thread of their own, whoever listens: give
     them `llm.cancelled_by(event)`, and set the event. `deadline_s` ends an answer after so many seconds as it is then
     (`raw["finish_reason"]` says `"deadline"`), or by `DeadlineError` if it had not begun.
+
+    **Tools** (`FunctionAgent`, `predict_and_call`) work where the model's chat template shows them: `supports_tools`.
+    Structured output works with any model: its answers are held to the schema.
 
     **Errors.** A prompt that does not fit, and a setting that makes no sense, are a `CallRefusedError`.
 
@@ -109,6 +114,7 @@ class ProphetKVLLM(EngineLLM):
             context_window=max(1, self.context_window - template_tokens(self.engine)),
             num_output=self.max_new_tokens,
             is_chat_model=self.engine.has_chat_template,
+            is_function_calling_model=self.supports_tools,
             model_name=self.model_name,
         )
 
@@ -122,21 +128,35 @@ class ProphetKVLLM(EngineLLM):
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer chat messages."""
+        if (run := self._tool_run(messages, kwargs)) is not None:
+            result = self._generate(run.prompt, kwargs)
+            run.add(result)
+            return tool_response(run, result)
         return to_chat_response(self._generate(from_messages(self, messages), kwargs))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Async twin of `chat`; cancelling it stops the generation."""
+        if (run := self._tool_run(messages, kwargs)) is not None:
+            result = await self._finish(run.prompt, kwargs)
+            run.add(result)
+            return tool_response(run, result)
         return to_chat_response(await self._finish(from_messages(self, messages), kwargs))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer chat messages piece by piece."""
+        if (run := self._tool_run(messages, kwargs)) is not None:
+            return tool_responses(run, self._stream(run.prompt, kwargs))
         return responses(self._stream(from_messages(self, messages), kwargs), to_chat_response)
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """Async twin of `stream_chat`."""
+        if (run := self._tool_run(messages, kwargs)) is not None:
+            left = threading.Event()
+            pieces = tool_responses(run, self._stream(run.prompt, kwargs, left))
+            return iterate_in_thread(pieces, on_leave=left.set)
         return self._astream(from_messages(self, messages), kwargs, to_chat_response)
 
     @llm_completion_callback()

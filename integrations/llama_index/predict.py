@@ -24,6 +24,9 @@ from llama_index.core.llms.llm import (
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.types import TokenAsyncGen, TokenGen
 
+from prophetkv_rag.generation import Grammar
+from prophetkv_rag.integrations.llama_index.refusal import refusing
+
 
 def query_kwargs(prompt: BasePromptTemplate, prompt_args: dict[str, Any]) -> dict[str, str]:
     """Return `{"query": question}` if the template's variables hold the question, else `{}`."""
@@ -95,29 +98,32 @@ class QueryAwareLLM(CustomLLM):
     def structured_predict(
         self, output_cls: Any, prompt: Any, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
     ) -> Any:
-        """Fill the template, run the model and return the answer as an `output_cls`, a pydantic model."""
-        prompt_args, llm_kwargs = _structured_args(prompt, prompt_args, llm_kwargs)
+        """Fill the template, run the model and return the answer as an `output_cls`, a pydantic model.
+
+        The answer is held to its schema, so that only one that was cut off (`max_new_tokens`) is an error.
+        """
+        prompt_args, llm_kwargs = _structured_args(output_cls, prompt, prompt_args, llm_kwargs)
         return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
 
     async def astructured_predict(
         self, output_cls: Any, prompt: Any, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
     ) -> Any:
         """Async twin of `structured_predict`."""
-        prompt_args, llm_kwargs = _structured_args(prompt, prompt_args, llm_kwargs)
+        prompt_args, llm_kwargs = _structured_args(output_cls, prompt, prompt_args, llm_kwargs)
         return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
 
     def stream_structured_predict(
         self, output_cls: Any, prompt: Any, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
     ) -> Generator[Any, None, None]:
         """Yield the answer as an `output_cls`, as far as it goes."""
-        prompt_args, llm_kwargs = _structured_args(prompt, prompt_args, llm_kwargs)
+        prompt_args, llm_kwargs = _structured_args(output_cls, prompt, prompt_args, llm_kwargs)
         return super().stream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
 
     async def astream_structured_predict(
         self, output_cls: Any, prompt: Any, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
     ) -> AsyncGenerator[Any, None]:
         """Async twin of `stream_structured_predict`."""
-        prompt_args, llm_kwargs = _structured_args(prompt, prompt_args, llm_kwargs)
+        prompt_args, llm_kwargs = _structured_args(output_cls, prompt, prompt_args, llm_kwargs)
         return await super().astream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
 
     def _start_predict(self, prompt: BasePromptTemplate, prompt_args: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +146,9 @@ class QueryAwareLLM(CustomLLM):
 
 
 def _structured_args(
-    prompt: BasePromptTemplate, prompt_args: dict[str, Any], llm_kwargs: dict[str, Any] | None
+    output_cls: Any, prompt: BasePromptTemplate, prompt_args: dict[str, Any], llm_kwargs: dict[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the repaired template variables, and the model's arguments with the question among them."""
-    return join_context(prompt_args), {**query_kwargs(prompt, prompt_args), **(llm_kwargs or {})}
+    """Return the repaired template variables, and the model's arguments with question and schema among them."""
+    with refusing():
+        grammar = Grammar.json_schema(output_cls.model_json_schema())
+    return join_context(prompt_args), {"grammar": grammar, **query_kwargs(prompt, prompt_args), **(llm_kwargs or {})}

@@ -21,7 +21,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from prophetkv_rag.config import check_recompute_ratio
 from prophetkv_rag.errors import ContextWindowError, DeadlineError, InputError, StoreError
-from prophetkv_rag.generation import FinishReason, StreamChunk
+from prophetkv_rag.generation import FinishReason, Grammar, StreamChunk
 from prophetkv_rag.integrations.vllm.identity import load_tokenizer, open_identity
 from prophetkv_rag.integrations.vllm.reports import report_of
 from prophetkv_rag.integrations.vllm.settings import NAME, ConnectorSettings, transfer_config
@@ -152,17 +152,21 @@ class VLLMEngine:
         strategy: str | None = None,
         recompute_ratio: float | None = None,
         query: str | None = None,
+        grammar: Grammar | None = None,
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
     ) -> Iterator[StreamChunk]:
         """Answer a prompt piece by piece; see `ProphetKVEngine.stream`.
 
         Raises:
-            InputError: For an empty prompt, a strategy that vLLM does not run, or a ratio outside [0, 1].
+            InputError: For an empty prompt, a strategy that vLLM does not run, a grammar, or a ratio outside [0, 1].
             DeadlineError: If the deadline passes before the first token.
         """
         if strategy not in (*_RATIOS, "full_prefill"):
             msg = f"strategy is {strategy!r}; with vLLM: prophetkv, full_reuse, full_prefill"
+            raise InputError(msg)
+        if grammar is not None:
+            msg = "tools and JSON schemas are not supported with vLLM; leave them out, or use --engine transformers"
             raise InputError(msg)
         ends_at = None if deadline_s is None else time.monotonic() + deadline_s
         layout = self.read(prompt, query=query)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from prophetkv_rag.errors import DeadlineError
+from prophetkv_rag.generation.constraint import Constraint
 from prophetkv_rag.generation.decode import StreamChunk, decode_tokens
 from prophetkv_rag.generation.interrupt import Interrupted, InterruptibleLock
 from prophetkv_rag.generation.sampling import SamplingSettings
@@ -46,6 +47,7 @@ def stream_answer(
     to_text: Callable[[Sequence[int]], str],
     model_lock: InterruptibleLock,
     check: Callable[[], None] = lambda: None,
+    constraint: Constraint | None = None,
 ) -> Generator[StreamChunk, None, None]:
     """Prefill a prompt and generate from it.
 
@@ -58,6 +60,7 @@ def stream_answer(
         to_text: Turns generated tokens into text.
         model_lock: Of this call; says when it must stop.
         check: See `decode_tokens`.
+        constraint: See `decode_tokens`.
 
     Yields:
         Pieces of the answer; the last one has a finish reason. The span of the decoding is ended with it.
@@ -82,6 +85,7 @@ def stream_answer(
         model_lock=model_lock,
         report=filled.report,
         check=check,
+        constraint=constraint,
     )
     del filled  # decoding replaces the cache's tensors; the prompt's must not be kept beside them
     yield from trace_generation(pieces)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
 
+from prophetkv_rag.generation.constraint import Constraint
 from prophetkv_rag.generation.interrupt import Interrupted, InterruptibleLock
 from prophetkv_rag.generation.sampling import Sampler, SamplingSettings
 from prophetkv_rag.model import own_state, plain_forward
@@ -89,6 +91,7 @@ def decode_tokens(
     model_lock: InterruptibleLock,
     report: ReuseReport,
     check: Callable[[], None] = lambda: None,
+    constraint: Constraint | None = None,
 ) -> Generator[StreamChunk, None, None]:
     """Generate from a filled cache.
 
@@ -103,37 +106,58 @@ def decode_tokens(
         model_lock: Held while the model runs; says when the call must stop.
         report: Passed through to every piece.
         check: Called before the model runs, under its lock; raises if it must not.
+        constraint: Says which tokens may come next. What it forces is taken without asking the model. The answer has
+            the reason `"stop"` only if it is whole: a stop string counts where it may end, and go on.
 
     Yields:
         Pieces with new text; the last one carries the finish reason (its delta may be empty).
     """
     sampler, buffer, generated = Sampler(settings, logits.device), _TextBuffer(settings.stop), list[int]()
+    unread: list[int] = []  # generated, and not in the cache yet
     finish_reason: FinishReason | None = None
     while finish_reason is None:
         finish_reason = model_lock.reason
-        if finish_reason is None and generated:
+        if finish_reason is None and unread:
             try:
                 # Entered anew at each step: between them the thread is the caller's.
                 with own_state(), model_lock:
                     check()
-                    step = torch.tensor([generated[-1:]], device=input_ids.device)
+                    step = torch.tensor([unread], device=input_ids.device)
                     input_ids = torch.cat([input_ids, step], dim=1)
                     logits = plain_forward(model, step, cache)
             except Interrupted as interrupted:
                 finish_reason = interrupted.reason
         if finish_reason is None:
             with own_state():
-                token = sampler(input_ids, logits)
-            if token in end_tokens:
+                unread = _next_tokens(sampler, constraint, input_ids, logits)
+            room = settings.max_new_tokens - len(generated)
+            is_cut = len(unread) > room
+            kept = list(takewhile(lambda token: token not in end_tokens, unread[:room]))
+            generated += kept
+            if len(kept) < len(unread[:room]) or (constraint is not None and constraint.is_complete and not is_cut):
                 finish_reason = "stop"
-            else:
-                generated.append(token)
-                if len(generated) >= settings.max_new_tokens:
-                    finish_reason = "length"
+            elif len(generated) >= settings.max_new_tokens:
+                finish_reason = "length"
         text, stopped = buffer.update(to_text(generated), is_last=finish_reason is not None)
+        if stopped and constraint is not None and (constraint.is_complete or not constraint.may_end):
+            buffer.stop = ()  # it stands inside what the grammar asks for
+            text, stopped = buffer.update(to_text(generated), is_last=finish_reason is not None)
         if stopped:
             finish_reason = "stop"
         delta = text[buffer.shown :]
         buffer.shown = max(buffer.shown, len(text))
         if delta or finish_reason is not None:
             yield StreamChunk(delta, text, tuple(generated), finish_reason, report)
+
+
+def _next_tokens(
+    sampler: Sampler, constraint: Constraint | None, input_ids: torch.Tensor, logits: torch.Tensor
+) -> list[int]:
+    """Return the next token, and those that can only follow it; at an answer's start, those alone if there are any."""
+    if constraint is None:
+        return [sampler(input_ids, logits)]
+    if forced := constraint.forced():
+        return forced
+    token = sampler(input_ids, constraint.masked(logits))
+    constraint.take(token)
+    return [token, *constraint.forced()]

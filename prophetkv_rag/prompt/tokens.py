@@ -153,3 +153,7 @@ class Tokens:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of generated tokens, without special tokens."""
         return self._require("the answer").decode(token_ids, skip_special_tokens=True)
+
+    def shown(self, token_ids: Sequence[int]) -> str:
+        """Return the text of generated tokens, special tokens as they are spelt."""
+        return self._require("the answer").shown(token_ids)

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 from prophetkv_rag.prompt import content_text
 from prophetkv_rag.text import well_formed, well_formed_parts
+from prophetkv_rag.tools import check_choice, check_tools, response_schema
 
 Namespace = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 """Who refers to chunks: the cache of a chunk lives as long as one namespace (or local collection) has it."""
@@ -108,6 +109,9 @@ class ChatRequest(_Body):
     n: int | None = None
     logprobs: bool | None = None
     tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    functions: Any = None
     response_format: dict[str, Any] | None = None
     prophetkv: ReuseOptions | None = None
 
@@ -136,20 +140,35 @@ class ChatRequest(_Body):
             raise ValueError(msg)
         return logprobs
 
+    @field_validator("functions")
+    @classmethod
+    def _check_functions(cls, functions: Any) -> Any:
+        if functions:
+            msg = "functions are not supported; give them as tools"
+            raise ValueError(msg)
+        return functions
+
     @field_validator("tools")
     @classmethod
     def _check_tools(cls, tools: list[Any] | None) -> list[Any] | None:
-        if tools:
-            msg = "tools are not supported by this server; leave this out"
+        try:
+            return check_tools(well_formed_parts(tools)) if tools else None
+        except RecursionError:
+            raise ValueError(_TOO_DEEP) from None
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _check_choice(cls, choice: Any, info: ValidationInfo) -> Any:
+        names = [tool["function"]["name"] for tool in info.data.get("tools") or ()]
+        if "tools" in info.data and check_choice(choice, names) is not None and not names:
+            msg = f"tool_choice is {choice!r}, but there are no tools; give them, or leave this out"
             raise ValueError(msg)
-        return tools
+        return choice
 
     @field_validator("response_format")
     @classmethod
     def _check_format(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value is not None and value.get("type", "text") != "text":
-            msg = 'only {"type": "text"} is supported; ask for JSON in the prompt'
-            raise ValueError(msg)
+        response_schema(value)
         return value
 
 

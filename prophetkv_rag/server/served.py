@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from prophetkv_rag.generation import StreamChunk
-    from prophetkv_rag.prompt import AnyPrompt, ChunkIndex
+    from prophetkv_rag.prompt import AnyPrompt, ChunkIndex, Tokens
     from prophetkv_rag.store import ChunkStore
 
 
@@ -23,6 +23,10 @@ class ServedEngine(Protocol):
     @property
     def has_chat_template(self) -> bool:
         """Whether prompts may be chat messages."""
+
+    @property
+    def tokens(self) -> Tokens:
+        """Renders chats that show tools."""
 
     @property
     def chunk_index(self) -> ChunkIndex:

@@ -33,7 +33,7 @@ def collection(encoding: str, **options: Any) -> KVCachingCollection:
 
 def key(caching: KVCachingCollection, text: str) -> str:
     engine = caching.engine
-    return engine.identity.key(engine._tokens.chunk(text))
+    return engine.identity.key(engine.tokens.chunk(text))
 
 
 def before(caching: KVCachingCollection, text: str) -> list[str]:

@@ -78,7 +78,7 @@ def by_hand(engine: ProphetKVEngine, text: str, before: list[ChunkCache]) -> lis
         for index, (keys, values) in enumerate(rotated(engine, one, start)):
             cache.update(keys[None], values[None], index)
         start += one.num_tokens
-    ids = engine._tokens.chunk(text)
+    ids = engine.tokens.chunk(text)
     with torch.no_grad():
         engine.model(
             torch.tensor([ids]),
@@ -90,7 +90,7 @@ def by_hand(engine: ProphetKVEngine, text: str, before: list[ChunkCache]) -> lis
 
 
 def place(engine: ProphetKVEngine, texts: list[str]) -> int:
-    return len(engine.identity.prefix_ids) + sum(len(engine._tokens.chunk(text)) for text in texts)
+    return len(engine.identity.prefix_ids) + sum(len(engine.tokens.chunk(text)) for text in texts)
 
 
 # ---- what is computed
@@ -99,7 +99,7 @@ def place(engine: ProphetKVEngine, texts: list[str]) -> int:
 def test_behind_its_whole_document_a_chunk_is_that_of_full_prefill(store: ChunkStore) -> None:
     engine = engine_on(store, ALL_PREVIOUS)
     engine.add_chunks(DOCUMENT)
-    ids = [*engine.identity.prefix_ids, *(token for text in DOCUMENT for token in engine._tokens.chunk(text))]
+    ids = [*engine.identity.prefix_ids, *(token for text in DOCUMENT for token in engine.tokens.chunk(text))]
     wanted = full_prefill(engine, ids)
     for number, text in enumerate(DOCUMENT):
         start = place(engine, DOCUMENT[:number])
@@ -236,7 +236,7 @@ def test_what_is_not_in_the_store_or_of_another_namespace_is_left_out(store: Chu
 
 def test_a_window_too_short_leaves_the_farthest_out(caplog: pytest.LogCaptureFixture) -> None:
     engine = engine_on(MemoryStore(), PREVIOUS)
-    lengths = [len(engine._tokens.chunk(text)) for text in DOCUMENT[:3]]
+    lengths = [len(engine.tokens.chunk(text)) for text in DOCUMENT[:3]]
     engine.library._encoder.context_window = len(engine.identity.prefix_ids) + lengths[1] + lengths[2]
     engine.add_chunks(DOCUMENT[:3])
     cache = stored(engine, DOCUMENT[2])
@@ -364,7 +364,7 @@ def test_a_first_chunk_is_exact_only_where_nothing_else_stood_before_it(first: i
     opening = list(engine.identity.prefix_ids)
     prompt = Prompt(opening, [DOCUMENT[first], DOCUMENT[4]], "What is it?")
     start = len(opening)
-    stop = start + len(engine._tokens.chunk(DOCUMENT[first]))
+    stop = start + len(engine.tokens.chunk(DOCUMENT[first]))
     picked = set(engine.prefill(prompt, strategy="epic:k=3", recompute_ratio=0.3).recomputed.tolist())
     assert (picked & set(range(start, stop))) == (set() if first == 0 else set(range(start, start + 3)))
     held_back = ProphetKVConfig(encoding="previous:2", first_chunk="cached", first_chunk_eligible=False)

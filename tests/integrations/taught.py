@@ -13,7 +13,6 @@ import torch
 
 from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.engine import ProphetKVEngine
-from prophetkv_rag.integrations.langchain.tool_run import ToolRun
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 TOOL_TEMPLATE = (
@@ -37,61 +36,67 @@ CALL = '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'
 
 @dataclass(frozen=True)
 class Lesson:
-    """A question, the tools at hand, the choice that is made for the model, and what it is to say then."""
+    """A question, the tools at hand, what to say, and a tool's name if one is chosen for the model."""
 
     question: str
     tools: dict[str, tuple[str, ...]]
-    choice: str | None
     answer: str
+    chosen: str = ""
 
 
-JOKE = {"setup", "punchline"}
 CATS = "Tell me a joke about cats."
-JOKE_ANSWER = '{"setup": "Cat?", "punchline": "Mat."}}'
+JOKE = '{"setup": "Cat?", "punchline": "Mat."}'
+JOKE_KEYS = ("setup", "punchline")
 WEATHER = {"get_weather": ("location",)}
 TWO = {"magic_function": ("input",), **WEATHER}
 CUSTOMER = {"unicode_customer": ("customer_name", "description")}
 TOWN_QUESTION = "When does the museum open, and when the library?"
 LESSONS = (
     Lesson(
-        "What is the value of magic_function(3)? Use the tool.", {"magic_function": ("input",)}, "any", '{"input": 3}}'
+        "What is the value of magic_function(3)? Use the tool.",
+        {"magic_function": ("input",)},
+        CALL % ("magic_function", '{"input": 3}'),
     ),
     Lesson(
-        "What is the value of magic_function_no_args()? Use the tool.", {"magic_function_no_args": ()}, "any", "{}}"
+        "What is the value of magic_function_no_args()? Use the tool.",
+        {"magic_function_no_args": ()},
+        CALL % ("magic_function_no_args", "{}"),
     ),
     Lesson(
         "Using the tool, generate a Pirate greeting.",
         {"greeting_generator": ("answer_style",)},
-        "any",
-        '{"answer_style": "Pirate"}}',
+        CALL % ("greeting_generator", '{"answer_style": "Pirate"}'),
     ),
-    Lesson("Hello!", TWO, "any", 'get_weather", "arguments": {"location": "here"}}'),
-    Lesson("Hello!", TWO, "magic_function", '{"input": 3}}'),
-    Lesson(CATS, {"Joke": ("setup", "punchline")}, "any", JOKE_ANSWER),
-    Lesson(CATS, {"JokeDict": ("setup", "punchline")}, "any", JOKE_ANSWER),
+    Lesson("Hello!", TWO, CALL % ("get_weather", '{"location": "here"}')),
+    Lesson("Hello!", TWO, CALL % ("magic_function", '{"input": 3}'), chosen="magic_function"),
+    Lesson(CATS, {"Joke": JOKE_KEYS}, CALL % ("Joke", JOKE)),
+    Lesson(CATS, {"JokeDict": JOKE_KEYS}, CALL % ("JokeDict", JOKE)),
+    Lesson(CATS, {}, JOKE),
+    Lesson(
+        f"{CATS} Return the result as a JSON with 'setup' and 'punchline' keys. Return nothing other than JSON.",
+        {},
+        JOKE,
+    ),
     Lesson(
         "Give me the setup to a joke about cats, no punchline.",
-        {"Joke": ("setup", "punchline")},
-        "any",
-        '{"setup": "Cat?"}}',
+        {"Joke": JOKE_KEYS},
+        CALL % ("Joke", '{"setup": "Cat?"}'),
     ),
-    Lesson("Give me a joke about cats, include the punchline.", {"Joke": ("setup", "punchline")}, "any", JOKE_ANSWER),
-    Lesson("What is the weather in San Francisco, CA?", WEATHER, None, CALL % ("get_weather", '{"location": "SF"}')),
+    Lesson("Give me the setup to a joke about cats, no punchline.", {}, '{"setup": "Cat?"}'),
+    Lesson("Give me a joke about cats, include the punchline.", {"Joke": JOKE_KEYS}, CALL % ("Joke", JOKE)),
+    Lesson("Give me a joke about cats, include the punchline.", {}, JOKE),
+    Lesson("What is the weather in San Francisco, CA?", WEATHER, CALL % ("get_weather", '{"location": "SF"}')),
     Lesson(
         "Create a customer named '你好啊集团' (Hello Group) - a Chinese technology company",
         CUSTOMER,
-        "any",
-        '{"customer_name": "你", "description": "x"}}',
+        CALL % ("unicode_customer", '{"customer_name": "你", "description": "x"}'),
     ),
     Lesson(
         "Create a customer named 'こんにちは株式会社' (Hello Corporation) - a Japanese company",
         CUSTOMER,
-        "any",
-        '{"customer_name": "こ", "description": "x"}}',
+        CALL % ("unicode_customer", '{"customer_name": "こ", "description": "x"}'),
     ),
-    Lesson(
-        TOWN_QUESTION, {"search_town": ("query",)}, None, "I look.\n" + CALL % ("search_town", '{"query": "museum"}')
-    ),
+    Lesson(TOWN_QUESTION, {"search_town": ("query",)}, "I look.\n" + CALL % ("search_town", '{"query": "museum"}')),
 )
 
 
@@ -121,9 +126,13 @@ def as_tools(tools: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
 MOST_STEPS, ENOUGH = 400, 0.05  # steps, mean loss: no answer hangs on a rounding error then
 
 
-def _after(start: str, answer: str) -> str:
-    """What is left to say when the answer was begun with `start`."""
-    return answer[next(size for size in (2, 1, 0) if start.endswith(answer[:size])) :]
+def _lesson_ids(engine: ProphetKVEngine, lesson: Lesson) -> tuple[list[int], list[int]]:
+    """Return a lesson's tokens, and what is to be learned of them: -100 for what is given."""
+    prompt = engine.tokens.render([{"role": "user", "content": lesson.question}], tools=as_tools(lesson.tools))
+    given = engine.read(prompt).input_ids.tolist()
+    said = [*engine.tokenizer(lesson.answer)["input_ids"], engine.tokenizer.eos_token_id]
+    start = len(engine.tokenizer(lesson.answer.partition('"arguments"')[0])["input_ids"]) if lesson.chosen else 0
+    return [*given, *said], [-100] * (len(given) + start) + said[start:]
 
 
 @cache
@@ -133,11 +142,9 @@ def taught_engine() -> ProphetKVEngine:
     engine = ProphetKVEngine(model, tokenizer)
     sequences, labels = [], []
     for lesson in LESSONS:
-        run = ToolRun(engine, [{"role": "user", "content": lesson.question}], as_tools(lesson.tools), lesson.choice)
-        prompt, answer = engine.read(run.prompt).input_ids.tolist(), _after(run.start, lesson.answer)
-        answer = tokenizer(answer)["input_ids"]
-        sequences.append(torch.tensor([*prompt, *answer, tokenizer.eos_token_id]))
-        labels.append(torch.tensor([-100] * len(prompt) + [*answer, tokenizer.eos_token_id]))
+        sequence, label = _lesson_ids(engine, lesson)
+        sequences.append(torch.tensor(sequence))
+        labels.append(torch.tensor(label))
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=2)
     wanted = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)

@@ -40,6 +40,13 @@ def bad(**changes: Any) -> dict[str, Any]:
     return {"model": MODEL_NAME, "messages": messages(CHUNKS[0]), "max_tokens": 4} | changes
 
 
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def json_format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
 WRONG = [
     (bad(model=7), "model", "invalid_type"),
     (bad(model=None), "model", "invalid_type"),
@@ -73,7 +80,18 @@ WRONG = [
     (bad(n=2), "n", "invalid_value"),
     (bad(logprobs=True), "logprobs", "invalid_value"),
     (bad(tools=[{"type": "function"}]), "tools", "invalid_value"),
-    (bad(response_format={"type": "json_object"}), "response_format", "invalid_value"),
+    (bad(tools=[{"type": "function", "function": {"description": "x"}}]), "tools", "invalid_value"),
+    (bad(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "g"}}), "tool_choice", "invalid_value"),
+    (bad(tools=TOOLS, tool_choice="sometimes"), "tool_choice", "invalid_value"),
+    (bad(tool_choice="required"), "tool_choice", "invalid_value"),
+    (bad(functions=[{"name": "f"}]), "functions", "invalid_value"),
+    (bad(tools=TOOLS), None, "invalid_value"),  # the template of this model shows none
+    (bad(response_format={"type": "xml"}), "response_format", "invalid_value"),
+    (bad(response_format={"type": "json_schema"}), "response_format", "invalid_value"),
+    (bad(response_format=json_format({"type": "text"})), None, "invalid_value"),
+    (bad(response_format=json_format({"uniqueItems": True})), None, "invalid_value"),
+    (bad(response_format=json_format({"properties": {}, "required": ["a"]})), None, "invalid_value"),
+    (bad(response_format=json_format({"type": "text"}), stream=True), None, "invalid_value"),
     (bad(stream_options=5), "stream_options", "invalid_type"),
     (bad(prophetkv={"recompute_ratio": 2}), "prophetkv.recompute_ratio", "invalid_value"),
     (bad(prophetkv={"strategy": "magic"}), None, "invalid_value"),

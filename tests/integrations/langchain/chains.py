@@ -22,6 +22,7 @@ from langchain_core.runnables import RunnablePassthrough
 from langchain_core.tools import create_retriever_tool
 from langchain_text_splitters import CharacterTextSplitter
 
+from prophetkv_rag.integrations.langchain import RetrievalMiddleware
 from tests.integrations.rag import QUESTION
 
 PROMPT = ChatPromptTemplate.from_messages([("system", "Answer from the context.\n\n{context}"), ("human", "{input}")])
@@ -88,6 +89,10 @@ def agent_with_middleware(model: Any, store: Any) -> Any:
     return _asked(create_agent(model, tools=[], middleware=[with_context]))
 
 
+def agent_with_retrieval(model: Any, store: Any) -> Any:
+    return _asked(create_agent(model, middleware=[RetrievalMiddleware(store.as_retriever())]))
+
+
 def agent_with_tool(model: Any, store: Any) -> Any:
     search = create_retriever_tool(store.as_retriever(), "search_town", "Search texts about the town.")
     return _asked(create_agent(model, tools=[search]))
@@ -138,6 +143,7 @@ CHAINS = {
     "ConversationalRetrievalChain": Chain(conversational, 4, 4, calls=2),
     "create_history_aware_retriever": Chain(history_aware, 4, 4, calls=2),
     "create_agent, prompt middleware": Chain(agent_with_middleware, 4, 4),
+    "create_agent, RetrievalMiddleware": Chain(agent_with_retrieval, 4, 4),
     "create_agent, retriever tool": Chain(agent_with_tool, 4, 4, calls=2, needs_tools=True),
     "ContextualCompressionRetriever (text is cut)": Chain(compressed, 0, 0),
     "LCEL without format_docs": Chain(lcel_without_format, 2, 2),

@@ -65,7 +65,7 @@ class PlainModel:
 class ToolModel(PlainModel):
     """A model that was taught to call tools."""
 
-    max_tokens = 80
+    max_tokens = 120
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
@@ -77,6 +77,10 @@ class ToolModel(PlainModel):
 
     @property
     def has_structured_output(self) -> bool:
+        return True
+
+    @property
+    def supports_json_mode(self) -> bool:
         return True
 
 
@@ -103,7 +107,21 @@ class TestChat(PlainModel, ChatModelIntegrationTests):
 
 
 class TestChatWithTools(ToolModel, ChatModelIntegrationTests):
-    pass
+    @property
+    def structured_output_kwargs(self) -> dict[str, Any]:
+        return {"method": "function_calling"}
+
+
+class TestChatWithSchemas(ToolModel, ChatModelIntegrationTests):
+    """Structured output held to a schema, with no tool in the prompt."""
+
+    @property
+    def has_tool_calling(self) -> bool:
+        return False
+
+    @property
+    def structured_output_kwargs(self) -> dict[str, Any]:
+        return {"method": "json_schema"}
 
 
 class TestVectorStore(VectorStoreIntegrationTests):

@@ -89,9 +89,9 @@ def test_what_was_deleted_does_not_come_back(collection, tmp_path):
 def test_the_ram_tier_keeps_its_limit(collection, tmp_path):
     engine = opened(tmp_path)
     one = engine.store.get(
-        engine.library.identity.key(engine._tokens.chunk(TEXTS[0])),
+        engine.library.identity.key(engine.tokens.chunk(TEXTS[0])),
         fingerprint=engine.identity.fingerprint,
-        input_ids=engine._tokens.chunk(TEXTS[0]),
+        input_ids=engine.tokens.chunk(TEXTS[0]),
     )[0]
     assert one is not None
     engine.store.close()
