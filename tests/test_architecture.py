@@ -46,16 +46,17 @@ MAY_IMPORT = {
     "reuse": "errors config report model generation store prompt chunks",
     "profile": "errors config store",
     "engine": "errors waiting kernels config model generation store prompt chunks reuse profile",
-    "chroma": "errors text forks store store.disk engine",
+    "vector_stores": "errors forks store engine",
+    "chroma": "errors text forks store store.disk engine vector_stores",
     "prophetkv_rag": "lazy errors waiting config report generation prompt reuse engine",
     "evaluation": "lazy errors extras kernels config model defaults store store.blobs store.catalog store.disk prompt "
     "reuse profile engine",
     "server": "lazy errors text extras report generation store prompt",
-    "integrations.shared": "",
-    "integrations.llama_index": "errors extras forks config report generation defaults store prompt engine chroma "
-    "integrations.shared",
-    "integrations.langchain": "errors text extras config report generation defaults store prompt engine chroma "
-    "integrations.shared",
+    "integrations.shared": "errors engine vector_stores",
+    "integrations.llama_index": "errors extras forks config report generation defaults store prompt engine "
+    "vector_stores chroma integrations.shared",
+    "integrations.langchain": "errors text extras config report generation defaults store prompt engine vector_stores "
+    "chroma integrations.shared",
     "integrations.vllm": "errors text extras kernels config report model generation store store.disk prompt chunks "
     "reuse",
     "cli": "errors text extras home kernels config profile report model defaults store store.encryption store.blobs "

@@ -43,7 +43,13 @@ PUBLIC = {
         "read_speeches",
         "speeches_directory",
     ],
-    "prophetkv_rag.integrations.langchain": ["ChatProphetKV", "MiniLMEmbeddings", "ProphetKVChroma", "ProphetKVLLM"],
+    "prophetkv_rag.integrations.langchain": [
+        "ChatProphetKV",
+        "MiniLMEmbeddings",
+        "ProphetKVChroma",
+        "ProphetKVLLM",
+        "with_kv_caches",
+    ],
     "prophetkv_rag.integrations.llama_index": [
         "AlteredTextCache",
         "CallRefusedError",
@@ -54,6 +60,7 @@ PUBLIC = {
         "ReuseReportEvent",
         "configure",
         "prompt_template_of",
+        "with_kv_caches",
     ],
     "prophetkv_rag.integrations.vllm": ["ConnectorSettings", "ProphetKVConnector", "VLLMEngine", "probe_in_vllm"],
     "prophetkv_rag.reuse": [

@@ -1,7 +1,7 @@
 """LangChain: a chat model, a completion model and a Chroma store that reuse the KV caches of retrieved chunks.
 
 Begin reading with `chat.py` and `settings.py`; `messages.py` makes of LangChain's messages what the engine takes,
-`tool_*.py` are calls of tools. `vector_store.py` is index time.
+`tool_*.py` are calls of tools. `vector_store.py` is index time with Chroma, `kv_caches.py` with any vector store.
 """
 
 from prophetkv_rag.extras import needs
@@ -9,7 +9,8 @@ from prophetkv_rag.extras import needs
 with needs("langchain", "langchain_core", "langchain_chroma", what="prophetkv_rag.integrations.langchain"):
     from prophetkv_rag.integrations.langchain.chat import ChatProphetKV
     from prophetkv_rag.integrations.langchain.embedding import MiniLMEmbeddings
+    from prophetkv_rag.integrations.langchain.kv_caches import with_kv_caches
     from prophetkv_rag.integrations.langchain.llm import ProphetKVLLM
     from prophetkv_rag.integrations.langchain.vector_store import ProphetKVChroma
 
-__all__ = ["ChatProphetKV", "MiniLMEmbeddings", "ProphetKVChroma", "ProphetKVLLM"]
+__all__ = ["ChatProphetKV", "MiniLMEmbeddings", "ProphetKVChroma", "ProphetKVLLM", "with_kv_caches"]
