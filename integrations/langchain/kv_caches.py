@@ -72,17 +72,21 @@ def _add_embeddings(link: StoreLink, call: Call) -> Change | None:
 
 
 def _write(link: StoreLink, call: Call, texts: Sequence[Any]) -> Change | None:
+    if not all(isinstance(text, str) for text in texts):
+        return None  # the vector store says best what is wrong
     columns: dict[str, list[Any]] = {}
     for name in ("metadatas", "ids"):
         given = call.get(name)
         if given is not None:
-            call.set(name, list(given))
-        columns[name] = list(call.get(name) or ()) or [None] * len(texts)
-    names, metadatas = columns["ids"], columns["metadatas"]
-    if not len(texts) == len(names) == len(metadatas) or not all(isinstance(text, str) for text in texts):
-        return None  # the vector store says best what is wrong
+            given = list(given)  # it may be read once only
+            call.set(name, given)
+        # Of another length: refused, or cut short; what is there then is read back.
+        columns[name] = given if given and len(given) == len(texts) else [None] * len(texts)
     name_of = link.records.name
-    records = [Record(name_of(one), *parts) for one, *parts in zip(names, texts, metadatas, strict=True)]
+    records = [
+        Record(name_of(name), text, metadata)
+        for name, text, metadata in zip(columns["ids"], texts, columns["metadatas"], strict=True)
+    ]
     return _written(link, records)
 
 
@@ -95,7 +99,7 @@ def _add_documents(link: StoreLink, call: Call) -> Change | None:
 def _documents(link: StoreLink, documents: Sequence[Document], ids: Any) -> Change | None:
     names = [document.id for document in documents] if ids is None else list(ids)
     if len(names) != len(documents):
-        return None
+        names = [None] * len(documents)
     name_of = link.records.name
     records = [
         Record(name_of(name), document.page_content, document.metadata)
