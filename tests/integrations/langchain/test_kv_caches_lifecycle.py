@@ -23,7 +23,7 @@ from prophetkv_rag.store.disk import gc
 from prophetkv_rag.store.disk.store import DiskStore
 from tests.integrations.langchain.minimal import DiskFullError, MinimalStore, ReadableStore, SlowStore
 from tests.integrations.langchain.rag import HashingEmbeddings, new_store
-from tests.integrations.langchain.stores import chroma, faiss, faiss_class, qdrant
+from tests.integrations.langchain.stores import chroma, faiss, faiss_class, in_memory, qdrant
 from tests.integrations.rag import TEXTS, chunk_key
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
@@ -220,6 +220,15 @@ def test_a_known_id_is_looked_up_after_a_write(keeps: str, fresh_engine: Prophet
     check(store, A, B, *([NEW] if keeps == "both" else []))
 
 
+def test_qdrant_gives_ids_back_in_another_spelling(fresh_engine: ProphetKVEngine, tmp_path: Path) -> None:
+    store = with_kv_caches(qdrant(tmp_path, HashingEmbeddings()), fresh_engine)
+    ids = store.add_texts([A, B])
+    assert not any("-" in name for name in ids)
+    store.cache_existing()
+    store.delete(ids)
+    check(store)
+
+
 def test_what_a_crash_left_is_dropped_with_the_next_look_at_all(fresh_engine: ProphetKVEngine) -> None:
     """A cache that was computed for a record, which was then not written, or written and not noted."""
     plain = InMemoryVectorStore(HashingEmbeddings())
@@ -301,6 +310,7 @@ async def test_a_write_cancelled_while_it_is_computed(fresh_engine: ProphetKVEng
             await task
     finally:
         hook.remove()
+    await loop.shutdown_default_executor()  # whatever a thread still does
     assert store.store == {}
     check(store)
 
@@ -440,7 +450,7 @@ def test_another_model_caches_anew_and_drops_the_old(tmp_path: Path) -> None:
 # ---- order ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [faiss, qdrant])
+@pytest.mark.parametrize("kind", [in_memory, faiss, qdrant])
 def test_split_documents_stand_behind_their_own_chunks_only(kind: Any, tmp_path: Path) -> None:
     engine = ProphetKVEngine(tiny_llama(), tiny_tokenizer(), config=ProphetKVConfig(encoding="previous:2"))
     documents = [Document(text_of(60, seed=seed), metadata={"source": f"{seed}.txt"}) for seed in (1, 2)]

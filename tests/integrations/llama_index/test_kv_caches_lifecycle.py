@@ -72,16 +72,25 @@ def test_a_known_id_is_what_the_vector_store_makes_of_it(fresh_engine: ProphetKV
         store.clear()
 
 
-@pytest.mark.parametrize("make", [chroma, qdrant])
-def test_deletes_by_filters(make: Any, fresh_engine: ProphetKVEngine, tmp_path: Path) -> None:
-    store = with_kv_caches(make(tmp_path), fresh_engine)
+def by_number(value: int, operator: FilterOperator = FilterOperator.EQ) -> MetadataFilters:
+    return MetadataFilters(filters=[MetadataFilter(key="n", value=value, operator=operator)])
+
+
+def test_deletes_by_filters(fresh_engine: ProphetKVEngine, tmp_path: Path) -> None:
+    store = with_kv_caches(qdrant(tmp_path), fresh_engine)
     store.add(nodes_of(*TEXTS))
-    above = MetadataFilters(filters=[MetadataFilter(key="n", value=2, operator=FilterOperator.GT)])
-    store.delete_nodes(filters=above)
+    store.delete_nodes(filters=by_number(2, FilterOperator.GT))
     check(store, A, B)
-    first = MetadataFilters(filters=[MetadataFilter(key="n", value=1)])
-    store.delete_nodes([node(1, A).node_id], filters=first)
-    check(store, B)
+
+
+def test_deletes_by_ids_and_filters(fresh_engine: ProphetKVEngine, tmp_path: Path) -> None:
+    store = with_kv_caches(chroma(tmp_path), fresh_engine)
+    store.add(nodes_of(A, B, C))
+    store.delete_nodes([node(1, A).node_id, node(2, B).node_id], filters=by_number(1))
+    check(store, B, C)
+    with pytest.raises(ValueError, match="non-empty"):  # LlamaIndex's own trouble with filters alone
+        store.delete_nodes(filters=by_number(2))
+    check(store, B, C)
 
 
 def test_deletes_of_nothing_and_of_everything_are_the_vector_stores_own(fresh_engine: ProphetKVEngine) -> None:
@@ -202,12 +211,12 @@ def test_altered_texts_go_with_their_documents(fresh_engine: ProphetKVEngine) ->
     index = build_index(store)
     llm = ProphetKVLLM(engine=fresh_engine, max_new_tokens=2)
     with AlteredTextCache(llm) as altered:
-        nodes = index.as_retriever(similarity_top_k=1).retrieve("When does the museum open?")
-        nodes[0].node.set_content(f"{B} And it is free.")
+        nodes = index.as_retriever(similarity_top_k=1).retrieve(A)
+        nodes[0].node.set_content(NEW)
         altered.see(nodes)
-        assert fresh_engine.chunk_index.find(f"{B} And it is free.")
+        assert fresh_engine.chunk_index.find(NEW)
         index.delete_ref_doc(nodes[0].node.ref_doc_id)
-        assert not fresh_engine.chunk_index.find(f"{B} And it is free.")
+        assert not fresh_engine.chunk_index.find(NEW)
 
 
 @pytest.mark.parametrize("make", [lambda _: SimpleVectorStore(), qdrant])
