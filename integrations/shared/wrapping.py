@@ -35,7 +35,7 @@ class KVCaching:
             InputError: If the vector store cannot be read and no `read=` was given.
         """
         link = _link_of(self)
-        with link.lock:
+        with link.lock.held():
             link.cache_existing()
 
     async def acache_existing(self) -> None:

@@ -6,24 +6,22 @@ import asyncio
 import contextvars
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from prophetkv_rag.errors import InputError
+from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.vector_stores.document_order import Record
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from prophetkv_rag.vector_stores.link import StoreLink, Writing
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.005
-"""Between two looks at a lock that another caller holds. Waiting in a thread could take all threads of the pool."""
+THREAD_NAME = "prophetkv-vector-store"
 
 _inside: ContextVar[frozenset[int]] = ContextVar("prophetkv_inside_a_vector_store", default=frozenset())
 
@@ -109,7 +107,10 @@ class Delete:
 
     def begin(self) -> None:
         """See `Change.begin`."""
-        self._found = None if self.names is None else self.names()
+        try:
+            self._found = None if self.names is None else self.names()
+        except StoreError as error:  # no reason not to delete: it is looked at afterwards
+            self.link.engine.store.failures.note(error)
         self._has_begun = True
 
     def done(self, result: Any) -> None:
@@ -154,7 +155,7 @@ def is_inside(link: StoreLink) -> bool:
 
 def run(link: StoreLink, change: Change, call: Callable[[], T]) -> T:
     """Call, with the caches kept in step."""
-    with link.lock:
+    with link.lock.held():
         try:
             change.begin()
             with _marked(link):
@@ -171,7 +172,7 @@ async def arun(link: StoreLink, change: Change, call: Callable[[], Awaitable[T]]
 
     A cancelled caller waits until the part at work is through, so that nothing is left half done.
     """
-    async with _held(link):
+    async with link.lock.aheld():
         try:
             await _in_thread(change.begin)
             with _marked(link):
@@ -185,7 +186,7 @@ async def arun(link: StoreLink, change: Change, call: Callable[[], Awaitable[T]]
 
 async def arun_alone(link: StoreLink, action: Callable[[], T]) -> T:
     """Do something of our own in a thread, while nobody else changes records."""
-    async with _held(link):
+    async with link.lock.aheld():
         return await _in_thread(action)
 
 
@@ -198,20 +199,15 @@ def _marked(link: StoreLink) -> Iterator[None]:
         _inside.reset(token)
 
 
-@asynccontextmanager
-async def _held(link: StoreLink) -> AsyncIterator[None]:
-    while not link.lock.acquire(blocking=False):
-        await asyncio.sleep(POLL_S)
-    try:
-        yield
-    finally:
-        link.lock.release()
-
-
 async def _in_thread(action: Callable[[], T]) -> T:
-    """As `asyncio.to_thread`, but a cancelled caller waits for the thread."""
+    """As `asyncio.to_thread`, but a cancelled caller waits for the thread.
+
+    The thread is one of its own: those of the loop's pool may all be waiting for the lock that is held here.
+    """
     context = contextvars.copy_context()
-    future = asyncio.get_running_loop().run_in_executor(None, lambda: context.run(action))
+    with_one = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREAD_NAME)
+    future = asyncio.get_running_loop().run_in_executor(with_one, lambda: context.run(action))
+    with_one.shutdown(wait=False)
     is_cancelled = False
     while True:
         try:

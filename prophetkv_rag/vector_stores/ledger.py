@@ -49,9 +49,8 @@ class RecordLedger:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self._lock = threading.RLock()
-        self._locks: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
         self._memory = sqlite3.connect(":memory:", check_same_thread=False) if path is None else None
-        around_fork(self, "_lock", in_child=RecordLedger._begin_anew)
+        around_fork(self, "_lock")
         try:
             if path is not None:
                 touch_private(path)
@@ -61,17 +60,6 @@ class RecordLedger:
         except OSError as error:
             msg = f"cannot keep which records have which caches in {path}: {error}"
             raise StoreError(msg) from error
-
-    def _begin_anew(self) -> None:
-        self._locks = weakref.WeakValueDictionary()  # who holds one goes on in the parent alone
-
-    def lock(self, owner: str) -> threading.Lock:
-        """Return the lock held while an owner's records and caches are changed together; processes are not kept out."""
-        with self._lock:
-            lock = self._locks.get(owner)
-            if lock is None:
-                lock = self._locks[owner] = threading.Lock()
-            return lock
 
     def put(self, owner: str, rows: Sequence[Row]) -> dict[str, set[str]]:
         """Note what records carry instead of what they carried; returns that, by id, where it is something else."""

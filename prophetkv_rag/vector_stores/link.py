@@ -16,6 +16,7 @@ from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.vector_stores.caches import QUERY_SIZE, OwnedCaches, batches
 from prophetkv_rag.vector_stores.document_order import Record
 from prophetkv_rag.vector_stores.ledger import RecordLedger, Row, ledger_of, store_directory
+from prophetkv_rag.vector_stores.store_lock import StoreLock, store_lock
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine
@@ -61,7 +62,7 @@ class StoreLink(OwnedCaches):
         self.name = name
         self.records = records
         self.ledger: RecordLedger = ledger_of(engine.store)
-        self.lock = self.ledger.lock(self.owner)
+        self._pending: dict[int, set[str]] = {}  # by the write that is under way
         self.num_writes = 0
         if engine.library.encoding.kind == "neighbours":
             logger.warning(
@@ -69,6 +70,11 @@ class StoreLink(OwnedCaches):
                 self.label,
                 engine.library.encoding,
             )
+
+    @property
+    def lock(self) -> StoreLock:
+        """Held while records and caches are changed together."""
+        return store_lock(self.ledger, self.owner)
 
     def copy(self, records: Records) -> StoreLink:
         """Return the link of a copy of the vector store, which has the same records today and others tomorrow."""
@@ -86,8 +92,8 @@ class StoreLink(OwnedCaches):
             return []
 
     def carried(self, keys: Sequence[str]) -> set[str]:
-        """See `OwnedCaches.carried`."""
-        return self.ledger.carried(self.owner, keys)
+        """See `OwnedCaches.carried`; what is being written counts."""
+        return self.ledger.carried(self.owner, keys) | set().union(*list(self._pending.values())) & set(keys)
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
@@ -100,7 +106,9 @@ class StoreLink(OwnedCaches):
         except BaseException:
             self.release_after_error(keys.values())
             raise
-        return Writing(records, keys)
+        writing = Writing(records, keys)
+        self._pending[id(writing)] = {key for key in keys.values() if key is not None}
+        return writing
 
     def commit(self, writing: Writing, names: Sequence[str] | None) -> None:
         """Note what was written, under these ids; `None` where the vector store did not say."""
@@ -127,6 +135,7 @@ class StoreLink(OwnedCaches):
                 )
             self._note(there, writing)
         except Exception:  # the first error is the one to show
+            self._pending.pop(id(writing), None)
             logger.warning("caches of a failed write to %s may be left over", self.label, exc_info=True)
 
     def _written(self, writing: Writing) -> list[Record]:
@@ -148,6 +157,8 @@ class StoreLink(OwnedCaches):
         except StoreError as error:  # what is written is written; `cache_existing` finds it
             self.engine.store.failures.note(error)
             return
+        finally:
+            self._pending.pop(id(writing), None)
         self.release_if_possible({*writing.keys.values(), *(key for keys in replaced.values() for key in keys)})
 
     def _looked_up(self, replaced: dict[str, set[str]], rows: Sequence[Row]) -> list[Row]:

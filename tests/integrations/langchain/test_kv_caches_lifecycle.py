@@ -7,6 +7,7 @@ import copy
 import logging
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.langchain import ChatProphetKV, with_kv_caches
 from prophetkv_rag.store.disk import gc
 from prophetkv_rag.store.disk.store import DiskStore
+from prophetkv_rag.vector_stores.calls import THREAD_NAME
 from tests.integrations.langchain.minimal import DiskFullError, MinimalStore, ReadableStore, SlowStore
 from tests.integrations.langchain.rag import HashingEmbeddings, new_store
 from tests.integrations.langchain.stores import chroma, faiss, faiss_class, in_memory, qdrant
@@ -276,6 +278,50 @@ async def test_many_async_writers_and_a_blocked_loop(fresh_engine: ProphetKVEngi
     assert turns
 
 
+async def test_plain_calls_in_the_event_loop_of_one_that_awaits(fresh_engine: ProphetKVEngine) -> None:
+    """Waiting for it would be for ever; what it is writing keeps its caches meanwhile."""
+
+    class Waiting(SlowStore):
+        async def aadd_documents(self, documents: list[Document], ids: Any = None, **kwargs: Any) -> list[str]:
+            has_begun.set()
+            await may_end.wait()
+            return self.add_documents(documents)
+
+    has_begun, may_end = asyncio.Event(), asyncio.Event()
+    store = with_kv_caches(Waiting(HashingEmbeddings()), fresh_engine)
+    ids = store.add_texts([A])
+    task = asyncio.create_task(store.aadd_documents([Document(A), Document(B)]))
+    await has_begun.wait()
+    store.delete(ids)
+    store.add_texts([C])
+    assert chunk_key(fresh_engine, A) in fresh_engine.store
+    may_end.set()
+    await task
+    check(store, A, B, C)
+
+
+async def test_threads_of_the_pool_that_wait_for_one_that_awaits(fresh_engine: ProphetKVEngine) -> None:
+    class Waiting(SlowStore):
+        async def aadd_documents(self, documents: list[Document], ids: Any = None, **kwargs: Any) -> list[str]:
+            has_begun.set()
+            await asyncio.to_thread(waiting.wait)
+            return self.add_documents(documents)
+
+    waiting = threading.Barrier(4)
+    has_begun = asyncio.Event()
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max_workers=4))
+    store = with_kv_caches(Waiting(HashingEmbeddings()), fresh_engine)
+    task = asyncio.create_task(store.aadd_documents([Document(A)]))
+    await has_begun.wait()
+
+    def add(text: str) -> None:
+        waiting.wait()
+        store.add_texts([text])
+
+    await asyncio.gather(task, *(asyncio.to_thread(add, text) for text in (B, C, D)))
+    check(store, A, B, C, D)
+
+
 async def test_a_cancelled_write_leaves_nothing_half_done(fresh_engine: ProphetKVEngine) -> None:
     class Waiting(SlowStore):
         async def aadd_documents(self, documents: list[Document], ids: Any = None, **kwargs: Any) -> list[str]:
@@ -310,7 +356,9 @@ async def test_a_write_cancelled_while_it_is_computed(fresh_engine: ProphetKVEng
             await task
     finally:
         hook.remove()
-    await loop.shutdown_default_executor()  # whatever a thread still does
+    for thread in threading.enumerate():  # whatever one still does
+        if thread.name.startswith(THREAD_NAME):
+            await asyncio.to_thread(thread.join)
     assert store.store == {}
     check(store)
 
