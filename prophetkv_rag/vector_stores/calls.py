@@ -125,7 +125,10 @@ class Delete:
     def failed(self) -> None:
         """See `Change.failed`."""
         if self._has_begun:
-            self.link.forget_missing(self._found)
+            try:
+                self.link.forget_missing(self._found)
+            except Exception:  # the first error is the one to show
+                logger.warning("caches of a failed delete from %s may be left over", self.link.label, exc_info=True)
 
 
 class Renewal:

@@ -73,12 +73,16 @@ class RecordLedger:
             old.get(name, set()).discard(key)
         return {name: keys for name, keys in old.items() if keys}
 
-    def remove(self, owner: str, names: Sequence[str]) -> set[str]:
-        """Forget records; returns the keys that they carried."""
+    def remove(self, owner: str, names: Sequence[str]) -> list[Row]:
+        """Forget records; returns what was known of them."""
         with self._transaction() as run:
-            keys = {key for _, key in self._named(run, owner, names) if key}
+            rows: list[Row] = []
+            for part in batches(list(names), QUERY_SIZE):
+                marks = ", ".join("?" * len(part))
+                query = f"SELECT name, document, key FROM records WHERE owner = ? AND name IN ({marks})"
+                rows += run.execute(query, (owner, *part))
             run.executemany("DELETE FROM records WHERE owner = ? AND name = ?", [(owner, name) for name in names])
-        return keys
+        return rows
 
     def rows(self, owner: str) -> list[Row]:
         """Return all that is known of an owner."""

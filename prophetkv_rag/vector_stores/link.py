@@ -174,26 +174,33 @@ class StoreLink(OwnedCaches):
     # ---- deleting ---------------------------------------------------------------------------------------------------
 
     def forget(self, names: Sequence[str]) -> None:
-        """Let go of the caches of records that are deleted."""
+        """Let go of the caches of records that are deleted.
+
+        Raises:
+            StoreError: If they cannot be deleted. They are still known then, so that it can be tried again.
+        """
+        rows = self.ledger.remove(self.owner, names)
         try:
-            self.release(self.ledger.remove(self.owner, names))
-        except (StoreError, OSError) as error:
-            self.engine.store.failures.note(error)
+            self.release(key for _, _, key in rows)
+        except BaseException:
+            self.ledger.put(self.owner, rows)
+            raise
 
     def forget_missing(self, names: Sequence[str] | None = None) -> None:
         """Let go of the caches of those of these records (by default: of all) that the vector store does not have.
 
-        Never raises; where the vector store cannot be read, that is logged and the caches stay.
+        Where the vector store cannot be read, that is logged and the caches stay.
+
+        Raises:
+            StoreError: As `forget`.
         """
+        names = self.ledger.names(self.owner) if names is None else names
         try:
-            names = self.ledger.names(self.owner) if names is None else names
             for part in batches(names, QUERY_SIZE):
                 there = {record.name for record in self._read(part)}
                 self.forget([name for name in part if name not in there])
         except UnreadableError as error:
             logger.warning("caches of what was deleted from %s may be left over: %s", self.label, error)
-        except Exception:
-            logger.warning("caches of what was deleted from %s may be left over", self.label, exc_info=True)
 
     def _read(self, names: Sequence[str]) -> Sequence[Record]:
         try:

@@ -50,7 +50,8 @@ def test_records_of_several_owners(ledger: RecordLedger) -> None:
     assert ledger.of_document("one", "c") == ["c"]
     assert ledger.carried("one", ["k1", "k2", "k3"]) == {"k2", "k3"}
     assert ledger.known("one", ["a", "z"]) == {"a"}
-    assert ledger.remove("one", ["a", "b", "c", "z"]) == {"k2", "k3"}
+    assert ledger.remove("one", ["c", "z"]) == [("c", "", "")]
+    assert sorted(ledger.remove("one", ["a", "b"])) == [("a", "doc", "k3"), ("b", "doc", "k2")]
     assert ledger.names("one") == []
     assert ledger.names("two") == ["a"]
 
@@ -101,7 +102,7 @@ def test_a_file_that_cannot_be_used(tmp_path: Path) -> None:
         RecordLedger(tmp_path / "records.sqlite")
 
 
-def test_a_file_that_fails_later_fails_no_call(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_fails_later_fails_no_write(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The vector store is written already then: the caches stay for `cache_existing` to find."""
     engine = ProphetKVEngine(tiny_llama(), tiny_tokenizer(), store=DiskStore(tmp_path))
     link = StoreLink(engine, "docs", Unreadable())
@@ -110,10 +111,31 @@ def test_a_file_that_fails_later_fails_no_call(tmp_path: Path, caplog: pytest.Lo
         run.execute("DROP TABLE records")
     with caplog.at_level(logging.WARNING):
         link.commit(link.begin([Record("b", B, None)]), None)
+    with pytest.raises(StoreError):
         link.forget(["a"])
     assert "no such table" in engine.store.failures.reason
     assert len(engine.store.references(link.owner)) == 2
     engine.store.close()
+
+
+def test_caches_that_cannot_be_deleted_can_be_deleted_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said to be deleted is deleted; else the delete says so, and may be tried again."""
+    store = MemoryStore()
+    link = StoreLink(ProphetKVEngine(tiny_llama(), tiny_tokenizer(), store=store), "docs", Unreadable())
+    link.commit(link.begin([Record("a", A, None, "doc"), Record("b", B, None)]), None)
+    rows = sorted(link.ledger.rows(link.owner))
+
+    def fail(*_: Any) -> None:
+        msg = "disk full"
+        raise StoreError(msg)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "drop_references", fail)
+        with pytest.raises(StoreError, match="disk full"):
+            link.forget(["a"])
+    assert sorted(link.ledger.rows(link.owner)) == rows
+    link.forget(["a"])
+    assert len(store.references(link.owner)) == store.stats().chunks == 1
 
 
 def test_a_child_does_not_wait_for_its_parents_threads() -> None:

@@ -23,6 +23,7 @@ from prophetkv_rag.integrations.langchain import ChatProphetKV, with_kv_caches
 from prophetkv_rag.store.disk import gc
 from prophetkv_rag.store.disk.store import DiskStore
 from prophetkv_rag.vector_stores.calls import THREAD_NAME
+from tests.integrations.conftest import until
 from tests.integrations.langchain.minimal import DiskFullError, MinimalStore, ReadableStore, SlowStore
 from tests.integrations.langchain.rag import HashingEmbeddings, new_store
 from tests.integrations.langchain.stores import chroma, faiss, faiss_class, in_memory, qdrant
@@ -304,18 +305,18 @@ async def test_threads_of_the_pool_that_wait_for_one_that_awaits(fresh_engine: P
     class Waiting(SlowStore):
         async def aadd_documents(self, documents: list[Document], ids: Any = None, **kwargs: Any) -> list[str]:
             has_begun.set()
-            await asyncio.to_thread(waiting.wait)
+            await until(lambda: len(begun) == 3)
             return self.add_documents(documents)
 
-    waiting = threading.Barrier(4)
+    begun: list[str] = []
     has_begun = asyncio.Event()
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max_workers=4))
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max_workers=3))
     store = with_kv_caches(Waiting(HashingEmbeddings()), fresh_engine)
     task = asyncio.create_task(store.aadd_documents([Document(A)]))
     await has_begun.wait()
 
     def add(text: str) -> None:
-        waiting.wait()
+        begun.append(text)
         store.add_texts([text])
 
     await asyncio.gather(task, *(asyncio.to_thread(add, text) for text in (B, C, D)))
