@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "evaluation": "lazy errors extras kernels config model defaults store store.blobs store.catalog store.disk prompt "
     "reuse profile engine",
     "server": "lazy errors text extras report generation store prompt",
-    "integrations.shared": "errors engine vector_stores",
+    "integrations.shared": "errors forks engine vector_stores",
     "integrations.llama_index": "errors extras forks config report generation defaults store prompt engine "
     "vector_stores chroma integrations.shared",
     "integrations.langchain": "errors text extras config report generation defaults store prompt engine vector_stores "

@@ -11,14 +11,25 @@ import copy
 import functools
 import inspect
 import logging
+import threading
+from contextlib import suppress
 from typing import Any
 
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.forks import around_fork
 from prophetkv_rag.integrations.shared.framework import Builder, Call, Framework, Settings
 from prophetkv_rag.vector_stores import Change, StoreLink, arun, arun_alone, is_inside, run, store_name
 
 logger = logging.getLogger(__name__)
 
+
+class _Guard:
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        around_fork(self, "lock")
+
+
+_making = _Guard()
 _LINK = "_prophetkv_link"
 _SETTINGS = "_prophetkv_settings"
 
@@ -232,7 +243,14 @@ def _link_if_any(wrapper: Any) -> StoreLink | None:
 
 def _link_of(wrapper: Any) -> StoreLink:
     link = _link_if_any(wrapper)
-    if link is None:
+    return _new_link(wrapper) if link is None else link
+
+
+def _new_link(wrapper: Any) -> StoreLink:
+    with _making.lock:  # two threads that begin at once share one
+        link = _link_if_any(wrapper)
+        if link is not None:
+            return link
         settings = _settings(wrapper)
         if settings.engine is None:
             msg = "this vector store was unpickled, and its engine was not: with_kv_caches(store, engine) gives it one"
@@ -250,4 +268,6 @@ def own_name(store: Any) -> str | None:
         value = getattr(store, attribute, None)
         if isinstance(value, str) and value:
             return f"{type(store).__name__} {value}"
+    with suppress(Exception):  # a property may want more than there is
+        return f"{type(store).__name__} {store._collection.name}"
     return None

@@ -419,6 +419,24 @@ def test_a_class_makes_stores_of_their_own(fresh_engine: ProphetKVEngine) -> Non
     check(two, A)
 
 
+def test_threads_that_begin_at_once_share_one_link(fresh_engine: ProphetKVEngine) -> None:
+    for _ in range(20):
+        store = with_kv_caches(InMemoryVectorStore, fresh_engine)(HashingEmbeddings())
+        barrier = threading.Barrier(4)
+
+        def add(text: str, store: Any = store, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            store.add_texts([text])
+
+        threads = [threading.Thread(target=add, args=(text,)) for text in TEXTS]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        check(store, *TEXTS)
+        store.delete(list(store.store))
+
+
 async def test_from_texts_past_our_methods(fresh_engine: ProphetKVEngine, tmp_path: Path) -> None:
     """FAISS writes by a private method there."""
     kind = with_kv_caches(faiss_class(tmp_path)[0], fresh_engine)

@@ -202,7 +202,8 @@ def test_what_is_refused(fresh_engine: ProphetKVEngine, new_vector_store: Any, t
     engine = ProphetKVEngine(tiny_llama(), tiny_tokenizer(), store=DiskStore(tmp_path))
     with pytest.raises(InputError, match="name="):
         with_kv_caches(SimpleVectorStore(), engine)
-    assert link_of(with_kv_caches(qdrant(tmp_path), engine)).name.startswith("QdrantVectorStore t")
+    for make, kind in ((qdrant, "QdrantVectorStore"), (chroma, "ChromaVectorStore")):
+        assert link_of(with_kv_caches(make(tmp_path), engine)).name.startswith(f"{kind} t")
     engine.store.close()
 
 
