@@ -13,6 +13,7 @@ import inspect
 import logging
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from prophetkv_rag.errors import InputError
@@ -92,10 +93,10 @@ def wrap(store_or_class: Any, settings: Settings) -> Any:
     if not hasattr(plain, "__dict__"):
         msg = f"{type(plain).__name__} keeps its state where it cannot be shared, so it cannot be wrapped"
         raise InputError(msg)
-    wrapper = _wrapper(plain, _caching_class(type(plain), settings), None)
-    if settings.engine is not None:
-        _link_of(wrapper)
-    return wrapper
+    if settings.engine is None:
+        return _wrapper(plain, _caching_class(type(plain), settings), None)
+    # The name is this one's: others that the class's own methods make have others.
+    return _wrapper(plain, _caching_class(type(plain), replace(settings, name=None)), _make_link(plain, settings))
 
 
 def _not_one(given: str, framework: Framework) -> str:
@@ -251,15 +252,17 @@ def _new_link(wrapper: Any) -> StoreLink:
         link = _link_if_any(wrapper)
         if link is not None:
             return link
-        settings = _settings(wrapper)
-        if settings.engine is None:
-            msg = "this vector store was unpickled, and its engine was not: with_kv_caches(store, engine) gives it one"
-            raise InputError(msg)
-        plain = _plain(wrapper)
-        name = store_name(settings.name, own_name(plain), settings.engine)
-        link = StoreLink(settings.engine, name, settings.framework.records(plain, settings.read))
+        link = _make_link(_plain(wrapper), _settings(wrapper))
         object.__setattr__(wrapper, _LINK, link)
     return link
+
+
+def _make_link(plain: Any, settings: Settings) -> StoreLink:
+    if settings.engine is None:
+        msg = "this vector store was unpickled, and its engine was not: with_kv_caches(store, engine) gives it one"
+        raise InputError(msg)
+    name = store_name(settings.name, own_name(plain), settings.engine)
+    return StoreLink(settings.engine, name, settings.framework.records(plain, settings.read))
 
 
 def own_name(store: Any) -> str | None:

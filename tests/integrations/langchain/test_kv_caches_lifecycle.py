@@ -26,7 +26,7 @@ from prophetkv_rag.vector_stores.calls import THREAD_NAME
 from tests.integrations.conftest import until
 from tests.integrations.langchain.minimal import DiskFullError, MinimalStore, ReadableStore, SlowStore
 from tests.integrations.langchain.rag import HashingEmbeddings, new_store
-from tests.integrations.langchain.stores import chroma, faiss, faiss_class, in_memory, qdrant
+from tests.integrations.langchain.stores import chroma, faiss, faiss_class, in_memory, milvus, qdrant
 from tests.integrations.rag import TEXTS, chunk_key
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
@@ -419,6 +419,15 @@ def test_a_class_makes_stores_of_their_own(fresh_engine: ProphetKVEngine) -> Non
     check(two, A)
 
 
+def test_what_a_wrapped_one_makes_is_another(fresh_engine: ProphetKVEngine, tmp_path: Path) -> None:
+    """`store.from_texts(...)` is the class's method: a vector store of its own, with caches of its own."""
+    store = with_kv_caches(faiss(tmp_path, HashingEmbeddings()), fresh_engine, name="docs")
+    store.add_texts([A])
+    other = store.from_texts([B], HashingEmbeddings())
+    other.delete(list(other.index_to_docstore_id.values()))
+    check(store, A)
+
+
 def test_threads_that_begin_at_once_share_one_link(fresh_engine: ProphetKVEngine) -> None:
     for _ in range(20):
         store = with_kv_caches(InMemoryVectorStore, fresh_engine)(HashingEmbeddings())
@@ -542,3 +551,29 @@ def test_neighbours_are_chromas_alone(caplog: pytest.LogCaptureFixture) -> None:
     assert "encoded alone: neighbours" in caplog.text
     store.add_texts([A, B])
     check(store, A, B)
+
+
+# ---- vector stores that are tested where they are installed ---------------------------------------------------------
+
+
+def test_lancedb_that_overwrites_its_table(fresh_engine: ProphetKVEngine, tmp_path: Path) -> None:
+    """Its default: each write takes the place of all before."""
+    pytest.importorskip("lancedb")
+    from langchain_community.vectorstores import LanceDB
+
+    store = with_kv_caches(LanceDB(uri=str(tmp_path), embedding=HashingEmbeddings()), fresh_engine)
+    store.add_texts([A, B])
+    store.add_texts([C])
+    assert [one.page_content for one in store.similarity_search("the", k=9)] == [C]
+    check(store, C)
+
+
+def test_milvus_upserts(fresh_engine: ProphetKVEngine, tmp_path: Path) -> None:
+    store = with_kv_caches(milvus(tmp_path, HashingEmbeddings()), fresh_engine)
+    store.add_documents([Document(A), Document(B)], ids=["a", "b"])
+    store.upsert(ids=["a"], documents=[Document(C)])
+    check(store, B, C)
+    store.delete(expr="pk == 'b'")
+    check(store, C)
+    store.drop()
+    check(store)
