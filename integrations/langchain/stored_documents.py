@@ -23,14 +23,14 @@ class StoredDocuments:
 
     Args:
         store: The vector store.
-        read: The caller's way to read all of it; `None` for ours.
+        given: The caller's way to read all of it; `None` for ours.
     """
 
-    def __init__(self, store: VectorStore, read: Read | None) -> None:
+    def __init__(self, store: VectorStore, given: Read | None) -> None:
         self.store = store
-        self._read = read
+        self.given = given
         kinds = [kind.__name__ for kind in type(store).__mro__]
-        self._reader = next((_READERS[kind] for kind in kinds if kind in _READERS), None)
+        self.givener = next((_READERS[kind] for kind in kinds if kind in _READERS), None)
         self._is_qdrant = "QdrantVectorStore" in kinds
 
     def name(self, given: Any) -> str:
@@ -45,7 +45,7 @@ class StoredDocuments:
     @property
     def is_overwritten(self) -> bool:
         """Whether a write takes the place of everything that was written before (`LanceDB(mode="overwrite")`)."""
-        return self._reader is _lancedb and getattr(self.store, "mode", "") == "overwrite"
+        return self.givener is _lancedb and getattr(self.store, "mode", "") == "overwrite"
 
     def read(self, names: Sequence[str]) -> list[Record]:
         """Return the documents with these ids."""
@@ -59,10 +59,10 @@ class StoredDocuments:
 
     def read_all(self) -> Iterator[Record]:
         """Return every document."""
-        if self._read is not None:
-            return (as_record(document) for document in self._read())
-        if self._reader is not None:
-            return self._reader(self.store)
+        if self.given is not None:
+            return (as_record(document) for document in self.given())
+        if self.givener is not None:
+            return self.givener(self.store)
         msg = (
             f"it is not known how to read all of a {type(self.store).__name__}; give with_kv_caches(..., read=...) a "
             "function that returns its documents, each with its id"

@@ -20,15 +20,15 @@ class StoredNodes:
 
     Args:
         store: The vector store.
-        read: The caller's way to read all of it; `None` for ours.
+        given: The caller's way to read all of it; `None` for ours.
     """
 
-    def __init__(self, store: BasePydanticVectorStore, read: Read | None) -> None:
+    def __init__(self, store: BasePydanticVectorStore, given: Read | None) -> None:
         self.store = store
-        self._read = read
+        self.given = given
         kinds = [kind.__name__ for kind in type(store).__mro__]
         self._ids = next((_IDS[kind] for kind in kinds if kind in _IDS), None)
-        self._reader = next((_READERS[kind] for kind in kinds if kind in _READERS), _get_nodes)
+        self.givener = next((_READERS[kind] for kind in kinds if kind in _READERS), _get_nodes)
 
     @property
     def shows_ids(self) -> bool:
@@ -46,7 +46,7 @@ class StoredNodes:
             return [Record(name, None, None) for name in names if name in there]
         if not names:
             return []
-        if self._reader is _lancedb:
+        if self.givener is _lancedb:
             msg = "LanceDBVectorStore.get_nodes may leave some out"
             raise UnreadableError(msg)
         try:
@@ -57,12 +57,12 @@ class StoredNodes:
 
     def read_all(self) -> Iterator[Record]:
         """Return every node; where the vector store does not keep texts, only those of the caller's have one."""
-        if self._read is not None:
+        if self.given is not None:
             return self._readable()
         if self._ids is not None:
             return (Record(name, None, None) for name in list(self._ids(self.store)))
         try:
-            return iter([as_record(node) for node in self._reader(self.store)])
+            return iter([as_record(node) for node in self.givener(self.store)])
         except Exception as error:
             msg = (
                 f"{type(self.store).__name__} does not say what it holds ({str(error) or type(error).__name__}); give "
@@ -73,9 +73,9 @@ class StoredNodes:
 
     def _readable(self) -> Iterator[Record]:
         """What the caller returns, without what the vector store is known not to have (a docstore may have more)."""
-        assert self._read is not None
+        assert self.given is not None
         there = None if self._ids is None else set(self._ids(self.store))
-        for node in self._read():
+        for node in self.given():
             if there is None or node.node_id in there:
                 yield as_record(node)
 

@@ -61,7 +61,7 @@ class KVCaching:
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Any:
         settings, plain = _settings(self), copy.deepcopy(_plain(self), memo)
         link = _link_if_any(self)
-        copied = None if link is None else link.copy(settings.framework.records(plain, settings.read))
+        copied = None if link is None else link.copy(settings.framework.records(plain, link.records.given))
         return _wrapper(plain, type(self), copied)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -81,22 +81,31 @@ def wrap(store_or_class: Any, settings: Settings) -> Any:
     if isinstance(store_or_class, type):
         if not issubclass(store_or_class, framework.base):
             raise InputError(_not_one(store_or_class.__name__, framework))
-        return _caching_class(store_or_class, settings)
+        is_ours = issubclass(store_or_class, KVCaching)
+        return _caching_class(getattr(store_or_class, _SETTINGS).wrapped if is_ours else store_or_class, settings)
     if not isinstance(store_or_class, framework.base):
         raise InputError(_not_one(f"an object of {type(store_or_class).__name__}", framework))
     plain = store_or_class
     if isinstance(plain, KVCaching):
         link = _link_if_any(plain)
         name = settings.name or (_settings(plain).name if link is None else link.name)
-        settings = Settings(framework, settings.wrapped, settings.engine, name, settings.read or _settings(plain).read)
+        settings = Settings(
+            framework,
+            settings.wrapped,
+            settings.engine,
+            name,
+            settings.read or (None if link is None else link.records.given),
+        )
         plain = _plain(plain)
     if not hasattr(plain, "__dict__"):
         msg = f"{type(plain).__name__} keeps its state where it cannot be shared, so it cannot be wrapped"
         raise InputError(msg)
     if settings.engine is None:
         return _wrapper(plain, _caching_class(type(plain), settings), None)
-    # The name is this one's: others that the class's own methods make have others.
-    return _wrapper(plain, _caching_class(type(plain), replace(settings, name=None)), _make_link(plain, settings))
+    # Name and `read` are this one's: others that the class's own methods make have others.
+    return _wrapper(
+        plain, _caching_class(type(plain), replace(settings, name=None, read=None)), _make_link(plain, settings)
+    )
 
 
 def _not_one(given: str, framework: Framework) -> str:

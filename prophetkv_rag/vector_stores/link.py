@@ -31,6 +31,9 @@ class UnreadableError(Exception):
 class Records(Protocol):
     """What a framework's vector store tells of its records. A text is `None` where it is kept somewhere else."""
 
+    given: Any
+    """The caller's own way to read all of them, if there is one."""
+
     def name(self, given: Any) -> str:
         """Return an id as the vector store gives it back; "" for none."""
 

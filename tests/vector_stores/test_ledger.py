@@ -26,6 +26,8 @@ A, B = text_of(8, seed=0), text_of(8, seed=1)
 class Unreadable:
     """A vector store that tells nothing."""
 
+    given = None
+
     def name(self, given: Any) -> str:
         return str(given)
 

@@ -410,7 +410,8 @@ def test_copies_and_pickles(fresh_engine: ProphetKVEngine) -> None:
 
 
 def test_a_class_makes_stores_of_their_own(fresh_engine: ProphetKVEngine) -> None:
-    kind = with_kv_caches(InMemoryVectorStore, fresh_engine)
+    kind = with_kv_caches(with_kv_caches(InMemoryVectorStore, fresh_engine), fresh_engine)
+    assert kind.__mro__[2] is InMemoryVectorStore
     one = kind.from_documents([Document(A), Document(B)], HashingEmbeddings())
     two = kind(HashingEmbeddings())
     two.add_texts([A])
@@ -421,11 +422,17 @@ def test_a_class_makes_stores_of_their_own(fresh_engine: ProphetKVEngine) -> Non
 
 def test_what_a_wrapped_one_makes_is_another(fresh_engine: ProphetKVEngine, tmp_path: Path) -> None:
     """`store.from_texts(...)` is the class's method: a vector store of its own, with caches of its own."""
-    store = with_kv_caches(faiss(tmp_path, HashingEmbeddings()), fresh_engine, name="docs")
-    store.add_texts([A])
+    held = [Document(A, id="a")]
+    store = with_kv_caches(faiss(tmp_path, HashingEmbeddings()), fresh_engine, name="docs", read=lambda: held)
+    store.add_texts([A], ids=["a"])
     other = store.from_texts([B], HashingEmbeddings())
+    assert fresh_engine.store.stats().chunks == 2
     other.delete(list(other.index_to_docstore_id.values()))
     check(store, A)
+    again = with_kv_caches(store, fresh_engine)  # keeps name and `read`
+    held.clear()
+    again.cache_existing()
+    check(again)
 
 
 def test_threads_that_begin_at_once_share_one_link(fresh_engine: ProphetKVEngine) -> None:
