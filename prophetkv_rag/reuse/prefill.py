@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from prophetkv_rag.chunks import ChunkLibrary
-from prophetkv_rag.config import ProphetKVConfig, check_recompute_ratio
+from prophetkv_rag.config import ALONE_RATIO, BEHIND_RATIO, ProphetKVConfig, check_recompute_ratio
 from prophetkv_rag.generation import InterruptibleLock
 from prophetkv_rag.model import (
     CACHE_NAME,
@@ -36,6 +36,7 @@ from prophetkv_rag.reuse.assemble import assemble_caches
 from prophetkv_rag.reuse.recompute import recompute_rows
 from prophetkv_rag.reuse.selection import QueryContext, Selection, Strategy, make_strategy
 from prophetkv_rag.reuse.selection.base import token_budget
+from prophetkv_rag.store import ChunkCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class Prefiller:
         Args:
             prompt: Text as it is, chat messages, or a `Prompt`.
             strategy: `None` for the configured one.
-            recompute_ratio: `None` for the configured one.
+            recompute_ratio: `None` for the configured one, which may be `None` as well: then it is `default_ratio`.
             query: The question, where the caller knows it apart from the prompt.
             answer_lock: Of a call that goes on to answer; there must be room for an answer then.
 
@@ -107,7 +108,7 @@ class Prefiller:
         """
         started = time.perf_counter()
         chosen = strategy if isinstance(strategy, Strategy) else make_strategy(strategy or self.config.strategy)
-        ratio = check_recompute_ratio(self.config.recompute_ratio if recompute_ratio is None else recompute_ratio)
+        ratio = self.config.recompute_ratio if recompute_ratio is None else check_recompute_ratio(recompute_ratio)
         self.library.refresh()
         layout = self.reader.read(prompt, query=query)
         is_reuse = bool(layout.chunks) and chosen.uses_caches
@@ -136,16 +137,19 @@ class Prefiller:
         return PrefillResult(filled, input_ids, logits, report, recomputed.to(logits.device))
 
     def reuse(
-        self, layout: PromptLayout, strategy: Strategy, ratio: float, timings: Timings, started: float
+        self, layout: PromptLayout, strategy: Strategy, ratio: float | None, timings: Timings, started: float
     ) -> PrefillResult:
         """Reuse the chunks' caches and recompute what the strategy chooses."""
         device = self.model.device
         mark = time.perf_counter()
-        caches, origins = self.library.load(layout, model_lock=self.model_lock)
+        first_chunk = "cached" if ratio == 1 else strategy.first_chunk_for(self.config)  # at 1 it is computed anyway
+        caches, origins, is_exact = self.library.load(layout, model_lock=self.model_lock, first_chunk=first_chunk)
         hits = sum(origin.status == "hit" for origin in origins)
         timings.load = end_stage("load", mark, hits=hits, chunks=len(origins))
-        if layout.exact_first_chunk and caches[0].behind.keys:  # it follows the prefix, and was not encoded so
-            layout = replace(layout, exact_first_chunk=False)
+        layout = replace(layout, exact_first_chunk=is_exact)
+        if ratio is None:
+            has_exact = is_exact or first_chunk == "exact"
+            ratio = default_ratio(caches) if has_exact else ALONE_RATIO
 
         with self.model_lock:
             self.library.state.check()
@@ -213,8 +217,12 @@ class Prefiller:
         seen = None if visible is None else visible.nonzero()[:, 0]
         return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed, seen)
 
-    def query_context(self, layout: PromptLayout, layers: Sequence[RowsLayer], ratio: float) -> QueryContext:
-        """Return what a strategy sees of a prompt over the given caches."""
+    def query_context(
+        self, layout: PromptLayout, layers: Sequence[RowsLayer], ratio: float | None = None
+    ) -> QueryContext:
+        """Return what a strategy sees of a prompt over the given caches; by default at the configured ratio."""
+        if ratio is None:
+            ratio = ALONE_RATIO if self.config.recompute_ratio is None else self.config.recompute_ratio
         device = self.model.device
         eligible = layout.is_chunk.clone()
         if layout.exact_first_chunk and not self.config.first_chunk_eligible:
@@ -231,6 +239,13 @@ class Prefiller:
             recompute_ratio=ratio,
             config=self.config,
         )
+
+
+def default_ratio(caches: Sequence[ChunkCache]) -> float:
+    """Return the share that is recomputed where nobody says: of these chunks, by how each was encoded."""
+    tokens = [cache.num_tokens for cache in caches]
+    shares = [BEHIND_RATIO if cache.behind.keys else ALONE_RATIO for cache in caches]
+    return sum(share * count for share, count in zip(shares, tokens, strict=True)) / sum(tokens)
 
 
 def _visible_keys(context: QueryContext, selection: Selection) -> torch.Tensor | None:

@@ -170,7 +170,9 @@ class StoreLink(OwnedCaches):
             found = self._read(list(replaced))
         except UnreadableError:
             return []
-        possible = {name: keys | {key for one, _, key in rows if one == name} for name, keys in replaced.items()}
+        possible = {name: set(keys) for name, keys in replaced.items()}
+        for name, _, key in rows:
+            possible.get(name, set()).add(key)
         keyed = [(one, self.engine.key_of(one.text)) for one in found if one.text is not None and one.text.strip()]
         return [(one.name, one.document, key) for one, key in keyed if key in possible.get(one.name, ())]
 
