@@ -47,15 +47,17 @@ MAY_IMPORT = {
     "reuse": "errors config report model generation store prompt chunks",
     "profile": "errors config store",
     "engine": "errors waiting kernels config model generation store prompt chunks reuse profile",
-    "chroma": "errors text forks store store.disk engine",
+    "vector_stores": "errors forks store engine",
+    "chroma": "errors text forks store store.disk engine vector_stores",
     "prophetkv_rag": "lazy errors waiting config report generation prompt reuse engine",
     "evaluation": "lazy errors extras kernels config model defaults store store.blobs store.catalog store.disk prompt "
     "reuse profile engine",
     "server": "lazy errors text extras report generation store prompt tools",
-    "integrations.shared": "",
+    "integrations.shared": "errors forks engine vector_stores",
     "integrations.llama_index": "errors extras forks config report generation defaults store prompt tools engine "
-    "chroma integrations.shared",
+    "vector_stores chroma integrations.shared",
     "integrations.langchain": "lazy errors text extras config report generation defaults store prompt tools engine "
+    "vector_stores "
     "chroma integrations.shared",
     "integrations.vllm": "errors text extras kernels config report model generation store store.disk prompt chunks "
     "reuse",

@@ -50,6 +50,7 @@ PUBLIC = {
         "ProphetKVChroma",
         "ProphetKVLLM",
         "RetrievalMiddleware",
+        "with_kv_caches",
     ],
     "prophetkv_rag.integrations.llama_index": [
         "AlteredTextCache",
@@ -61,6 +62,7 @@ PUBLIC = {
         "ReuseReportEvent",
         "configure",
         "prompt_template_of",
+        "with_kv_caches",
     ],
     "prophetkv_rag.integrations.vllm": ["ConnectorSettings", "ProphetKVConnector", "VLLMEngine", "probe_in_vllm"],
     "prophetkv_rag.reuse": [

@@ -1,7 +1,8 @@
 """LlamaIndex: a language model and a Chroma vector store that reuse the KV caches of retrieved chunks.
 
 Begin reading with `llm.py`: `predict.py` keeps the question apart, `prompts.py` and `messages.py` make of LlamaIndex's
-prompts what the engine takes, `engine_calls.py` calls it. `vector_store.py` is index time.
+prompts what the engine takes, `engine_calls.py` calls it. `vector_store.py` is index time with Chroma, `kv_caches.py`
+with any vector store.
 """
 
 from prophetkv_rag.extras import needs
@@ -12,6 +13,7 @@ with needs(
     from prophetkv_rag.integrations.llama_index.altered import AlteredTextCache
     from prophetkv_rag.integrations.llama_index.embedding import MiniLMEmbedding
     from prophetkv_rag.integrations.llama_index.events import ReuseReportEvent
+    from prophetkv_rag.integrations.llama_index.kv_caches import with_kv_caches
     from prophetkv_rag.integrations.llama_index.llm import ProphetKVLLM
     from prophetkv_rag.integrations.llama_index.refusal import CallRefusedError
     from prophetkv_rag.integrations.llama_index.settings import configure
@@ -29,4 +31,5 @@ __all__ = [
     "ReuseReportEvent",
     "configure",
     "prompt_template_of",
+    "with_kv_caches",
 ]

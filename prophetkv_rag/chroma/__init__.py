@@ -2,13 +2,13 @@
 
 In come a chromadb collection and an engine; out comes a collection that both frameworks' Chroma classes work on
 unchanged. Begin reading with `collection.py`, the proxy; `caches.py` keeps the caches in step with what it writes and
-deletes, `document_order.py` and `neighbours.py` say which chunks stand before which, `records.py` is Chroma's arguments
-as columns, `locks.py` keeps two writers of one collection apart, `store.py` says where a client's caches lie.
+deletes, `neighbours.py` encodes them again behind their nearest neighbours, `records.py` is Chroma's arguments as
+columns, `locks.py` keeps two writers of one collection apart, `store.py` says where a client's caches lie.
 """
 
 from prophetkv_rag.chroma.collection import KVCachingCollection
-from prophetkv_rag.chroma.document_order import Record, in_documents
 from prophetkv_rag.chroma.store import default_blob_directory, live_references, open_store
+from prophetkv_rag.vector_stores import Record, in_documents
 
 __all__ = [
     "KVCachingCollection",

@@ -12,15 +12,13 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any, Literal
 
-from prophetkv_rag.chroma.caches import QUERY_SIZE, CollectionCaches, Progress
-from prophetkv_rag.chroma.document_order import Record
+from prophetkv_rag.chroma.caches import CollectionCaches
 from prophetkv_rag.chroma.locks import collection_lock
 from prophetkv_rag.chroma.neighbours import NeighbourPass
 from prophetkv_rag.chroma.records import (
     as_list,
     as_records,
     asked,
-    batches,
     cache_keys,
     column_parts,
     stripped,
@@ -28,6 +26,7 @@ from prophetkv_rag.chroma.records import (
 )
 from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.store.disk import writing
+from prophetkv_rag.vector_stores import QUERY_SIZE, Progress, Record, batches
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine

@@ -13,12 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from prophetkv_rag.chroma.locks import collection_lock
-from prophetkv_rag.chroma.records import batches
 from prophetkv_rag.errors import InputError, StoreError
+from prophetkv_rag.vector_stores import batches
 
 if TYPE_CHECKING:
-    from prophetkv_rag.chroma.caches import Progress
     from prophetkv_rag.engine import ProphetKVEngine
+    from prophetkv_rag.vector_stores import Progress
 
 logger = logging.getLogger(__name__)
 

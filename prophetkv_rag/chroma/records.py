@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.text import well_formed, well_formed_parts
 
 PROPHETKV_ID = "prophetkv_id"
 """Metadata key under which Chroma holds a record's cache key."""
-
-S = TypeVar("S", bound=Sequence[Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +99,6 @@ def stripped(result: Any) -> Any:
     if result.get("metadatas") is not None:
         result["metadatas"] = _without_key(result["metadatas"])
     return result
-
-
-def batches(items: S, size: int) -> Iterator[S]:
-    """Cut a sequence into parts of at most `size`."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]  # type: ignore[misc]  # a slice is of the sequence's own type
 
 
 def _without_key(metadata: Any) -> Any:

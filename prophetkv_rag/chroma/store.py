@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prophetkv_rag.chroma.records import batches, cache_keys
+from prophetkv_rag.chroma.records import cache_keys
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.vector_stores import batches
 
 if TYPE_CHECKING:
     from prophetkv_rag.store import ChunkStore

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-_NODE = "_node_content"
+_NODE = "_node_content"  # as LlamaIndex writes nodes into metadata
 _PREVIOUS = "2"  # llama_index.core.schema.NodeRelationship.PREVIOUS
 _DOCUMENT = ("ref_doc_id", "document_id", "doc_id", "source", "file_path", "file")
 _PAGE = ("page", "page_label", "page_number")
@@ -19,11 +19,12 @@ _START = ("start_index", "start_char_idx", "chunk_index")
 
 
 class Record(NamedTuple):
-    """A record of a collection: its id, text and metadata."""
+    """A record of a collection: its id, text and metadata, and the document that it is deleted with, if any."""
 
     name: str
     text: str | None
     metadata: Mapping[str, Any] | None
+    document: str = ""
 
 
 Fetch = Callable[[Sequence[str]], Sequence[Record]]
@@ -80,6 +81,12 @@ def in_documents(records: Sequence[Record]) -> list[list[str]]:
         if kept := [text for text in document if text.strip()]:
             found.append(kept)
     return found
+
+
+def behind_node(previous_id: str | None) -> dict[str, str]:
+    """Return what a record's metadata says where a LlamaIndex node names the one before it, or none."""
+    relationships = {} if previous_id is None else {_PREVIOUS: {"node_id": previous_id}}
+    return {_NODE: json.dumps({"relationships": relationships})}
 
 
 def tells_order(records: Sequence[Record]) -> bool:

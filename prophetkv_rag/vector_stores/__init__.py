@@ -1,0 +1,33 @@
+"""Caches that follow the records of a vector store, whichever it is: written with them, deleted with them.
+
+In come records (id, text, metadata) and what is done to them; out come caches in the engine's store, owned by the
+vector store. Begin reading with `link.py`: before and after a write, a delete, and all that is there; `calls.py` runs
+a call between the two, plain or awaited. `caches.py` is what Chroma's own link has in common with it, `ledger.py` knows
+which record carries which cache, `document_order.py` which chunks stand before which.
+"""
+
+from prophetkv_rag.vector_stores.caches import QUERY_SIZE, OwnedCaches, Progress, batches
+from prophetkv_rag.vector_stores.calls import Change, Delete, Renewal, Write, arun, arun_alone, is_inside, run
+from prophetkv_rag.vector_stores.document_order import Record, behind_node, in_documents
+from prophetkv_rag.vector_stores.link import StoreLink, UnreadableError, store_name
+
+__all__ = [
+    "QUERY_SIZE",
+    "Change",
+    "Delete",
+    "OwnedCaches",
+    "Progress",
+    "Record",
+    "Renewal",
+    "StoreLink",
+    "UnreadableError",
+    "Write",
+    "arun",
+    "arun_alone",
+    "batches",
+    "behind_node",
+    "in_documents",
+    "is_inside",
+    "run",
+    "store_name",
+]
