@@ -84,7 +84,7 @@ def test_another_model_on_ask_computes_the_caches_again(run: Run, docs: Path, tm
     index_tiny(run, docs)
     other = save_tiny(tmp_path / "other", seed=5)
     for options in (["--model", other], []):
-        answer = run("ask", "Who?", "--max-new-tokens", 1, "--json", *options)
+        answer = run("ask", "Who?", "--max-new-tokens", 1, "--strategy", "epic", "--json", *options)
         assert {chunk["status"] for chunk in answer["report"]["chunks"]} == {"hit"}
     assert run("cache", "verify", "--json")["orphans"] == []
 
