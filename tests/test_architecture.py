@@ -43,9 +43,10 @@ MAY_IMPORT = {
     "store.disk": "errors forks store store.encryption store.blobs store.catalog store.remote",
     "prompt": "errors text forks config store",
     "chunks": "errors text forks config report model store prompt",
-    "reuse": "errors config report model generation store prompt chunks",
+    "conversations": "errors forks model",
+    "reuse": "errors config report model generation store prompt chunks conversations",
     "profile": "errors config store",
-    "engine": "errors waiting kernels config model generation store prompt chunks reuse profile",
+    "engine": "waiting config model generation store prompt chunks conversations reuse profile",
     "chroma": "errors text forks store store.disk engine",
     "prophetkv_rag": "lazy errors waiting config report generation prompt reuse engine",
     "evaluation": "lazy errors extras kernels config model defaults store store.blobs store.catalog store.disk prompt "

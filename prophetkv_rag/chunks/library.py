@@ -128,6 +128,9 @@ class ChunkLibrary:
 
         Where the store fails that is noted (`ChunkStore.failures`), and this process alone knows the chunks.
         """
+        if isinstance(texts, str):
+            msg = "add_chunks got one string; give a list of chunks"
+            raise InputError(msg)
         if behind is not None and len(behind) != len(texts):
             msg = (
                 f"behind has {len(behind)} entries for {len(texts)} chunks; give one for each, empty where none stands"

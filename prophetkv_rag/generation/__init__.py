@@ -6,7 +6,7 @@ chosen, `interrupt.py` how a call is stopped from outside.
 """
 
 from prophetkv_rag.generation.answer import stream_answer
-from prophetkv_rag.generation.decode import FinishReason, GenerationResult, StreamChunk, end_token_ids
+from prophetkv_rag.generation.decode import FinishReason, GenerationResult, StreamChunk, end_token_ids, whole_answer
 from prophetkv_rag.generation.interrupt import InterruptibleLock
 from prophetkv_rag.generation.sampling import SamplingSettings
 
@@ -18,4 +18,5 @@ __all__ = [
     "StreamChunk",
     "end_token_ids",
     "stream_answer",
+    "whole_answer",
 ]
