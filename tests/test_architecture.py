@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "prophetkv_rag": "lazy errors waiting config report generation prompt reuse engine",
     "evaluation": "lazy errors extras kernels config model defaults store store.blobs store.catalog store.disk prompt "
     "reuse profile engine",
-    "server": "lazy errors text extras report generation store prompt",
+    "server": "lazy errors text extras report generation store prompt conversations",
     "integrations.shared": "",
     "integrations.llama_index": "errors extras forks config report generation defaults store prompt engine chroma "
     "integrations.shared",

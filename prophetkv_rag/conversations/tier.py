@@ -225,6 +225,11 @@ class ConversationTier:
             else:
                 self._roots.pop(tenant, None)
 
+    def tenants(self) -> list[str]:
+        """Return those of whom anything is remembered."""
+        with self._lock:
+            return list(self._roots)
+
     def stats(self, tenant: str | None = None) -> ConversationStats:
         """Return what is remembered, of all tenants or of one."""
         with self._lock:

@@ -14,6 +14,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from prophetkv_rag.errors import DeadlineError
+from prophetkv_rag.server.conversations import ConversationService
 from prophetkv_rag.server.disconnect import EventStream, unless_disconnected
 from prophetkv_rag.server.errors import as_api_error, model_not_found, shutting_down
 from prophetkv_rag.server.metrics import ServerMetrics
@@ -50,6 +51,7 @@ class ChatService:
     settings: ServerSettings
     queue: WorkQueue
     metrics: ServerMetrics
+    conversations: ConversationService
 
     async def answer(self, request: Request, body: ChatRequest) -> Response:
         """Answer a request; what goes wrong before an answer begins is raised."""
@@ -57,7 +59,7 @@ class ChatService:
         try:
             if body.model != self.settings.model_name:
                 raise model_not_found(body.model, self.settings.model_name)
-            ticket = self._submit(body)
+            ticket = self._submit(body, self._options(request, body))
         except Exception as error:
             outcome = as_api_error(error).code or outcome
             self.metrics.requests.labels(outcome).inc()
@@ -76,16 +78,16 @@ class ChatService:
         events = envelope.events(first, ticket, self.settings.ping_s)
         return EventStream(events, on_close=lambda: self.queue.give_up(ticket))
 
-    def _submit(self, body: ChatRequest) -> Ticket[Piece]:
+    def _submit(self, body: ChatRequest, options: dict[str, Any]) -> Ticket[Piece]:
         asked = body.prophetkv.deadline_s if body.prophetkv else None
         limits = [seconds for seconds in (asked, self.settings.deadline_s) if seconds is not None]
         return self.queue.submit(
-            lambda ticket: self._run(ticket, body),
+            lambda ticket: self._run(ticket, body, options),
             deadline_s=min(limits, default=None),
             on_dropped=lambda reason: self.metrics.requests.labels(reason).inc(),
         )
 
-    def _run(self, ticket: Ticket[Piece], body: ChatRequest) -> Iterator[Piece]:
+    def _run(self, ticket: Ticket[Piece], body: ChatRequest, options: dict[str, Any]) -> Iterator[Piece]:
         """Generate, in the queue's thread."""
         outcome = "internal_error"
         try:
@@ -93,7 +95,7 @@ class ChatService:
                 [message.for_template() for message in body.messages],
                 cancel=ticket.cancel,
                 deadline_s=ticket.seconds_left,
-                **self._options(body),
+                **options,
             )
             is_first = True
             for piece in pieces:
@@ -114,7 +116,7 @@ class ChatService:
         finally:
             self.metrics.requests.labels(outcome).inc()
 
-    def _options(self, body: ChatRequest) -> dict[str, Any]:
+    def _options(self, request: Request, body: ChatRequest) -> dict[str, Any]:
         ours = body.prophetkv or ReuseOptions()
         temperature = body.temperature or 0.0
         return {
@@ -126,6 +128,7 @@ class ChatService:
             "strategy": ours.strategy,
             "recompute_ratio": ours.recompute_ratio,
             "query": ours.query,
+            **self.conversations.options(request, ours),
         }
 
 
@@ -217,7 +220,7 @@ def _usage(last: StreamChunk) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": answer,
         "total_tokens": prompt + answer,
-        "prompt_tokens_details": {"cached_tokens": last.report.reused_tokens},
+        "prompt_tokens_details": {"cached_tokens": last.report.remembered_tokens + last.report.reused_tokens},
     }
 
 

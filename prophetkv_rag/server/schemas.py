@@ -11,7 +11,10 @@ from prophetkv_rag.prompt import content_text
 from prophetkv_rag.text import well_formed, well_formed_parts
 
 Namespace = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
-"""Who refers to chunks: the cache of a chunk lives as long as one namespace (or local collection) has it."""
+"""Who refers to chunks: the cache of a chunk lives as long as one namespace (or local collection) has it.
+
+Of a chat: whose conversations go on from each other.
+"""
 
 _MAX_STOPS = 16
 _TOO_DEEP = "is nested too deeply"
@@ -90,6 +93,8 @@ class ReuseOptions(_Body):
     recompute_ratio: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     query: Text | None = None
     deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    remember: bool | None = None
+    namespace: Namespace | None = None
 
 
 class ChatRequest(_Body):

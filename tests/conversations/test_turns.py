@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache
 
 from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.conversations import RowState
+from prophetkv_rag.model import cache_argument
+from prophetkv_rag.reuse.selection.prophetkv import ProphetKV
 from tests import families
 from tests.conversations.chats import (
     CHUNKS,
@@ -131,6 +134,62 @@ def test_a_question_asks_among_all_chunks_and_only_stale_rows_run(engine: Prophe
     assert len(fresh_before) > 0
     assert result.recomputed.tolist() == [row for row in wanted.tolist() if row not in fresh_before.tolist()]
     assert result.report.recomputed_tokens == len(wanted) - len(fresh_before)
+    rows = result.report.fresh_tokens + result.report.recomputed_tokens
+    assert result.report.row_layers == LAYERS * (result.report.fresh_tokens + rows)  # stage I, and stage II
+
+
+class Watching(ProphetKV):
+    """ProphetKV that keeps what stage I saw."""
+
+    name = "watching"
+
+    def __init__(self) -> None:
+        super().__init__()
+        object.__setattr__(self, "seen", {})
+
+    __slots__ = ("seen",)
+
+    def scores(self, context: Any) -> torch.Tensor:
+        held = context.held_rows
+        self.seen["held"] = held
+        self.seen["layers"] = [
+            (layer.keys[:, :, :held].clone(), layer.values[:, :, :held].clone()) for layer in context.layers
+        ]
+        self.seen["scores"] = super().scores(context)
+        return self.seen["scores"]
+
+
+def test_the_new_question_sees_all_that_was_taken_over() -> None:
+    """Stage I's scores, against the weights of transformers' own eager attention over the same rows."""
+    model = tiny_llama(attn_implementation="eager")
+    engine = ProphetKVEngine(model, tiny_tokenizer(), config=ProphetKVConfig(score_softmax="full_row"))
+    engine.add_chunks(CHUNKS)
+    chat, strategy = Chat(engine), Watching()
+    chat.ask(with_context(QUESTIONS[0]))
+    result = engine.prefill([*chat.messages, user(QUESTIONS[1])], strategy=strategy, remember=True)
+    held = strategy.seen["held"]
+    assert held == result.report.remembered_tokens + result.report.recomputed_tokens
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(strategy.seen["layers"]):
+        cache.update(keys, values, index)
+    ids = result.input_ids[:, held:]
+    with torch.no_grad():
+        found = model(ids, **cache_argument(model, cache), use_cache=True, output_attentions=True)
+    expected = sum(weights[0].mean(dim=(0, 1)) for weights in found.attentions)
+    is_chunk = engine.read([*chat.messages, user(QUESTIONS[1])]).is_chunk
+    torch.testing.assert_close(strategy.seen["scores"][is_chunk], expected[is_chunk], atol=1e-5, rtol=1e-4)
+
+
+def test_a_chunk_that_a_former_prompt_held_in_part_is_loaded_whole(engine: ProphetKVEngine) -> None:
+    """A text cut off in the middle of a chunk: its rows there are of the very tokens, and still not the chunk's."""
+    whole = engine.read([user(with_context(QUESTIONS[0]))])
+    chunk = whole.chunks[1]
+    engine.prefill(Prompt(whole.input_ids[: chunk.start + 5].tolist(), [], []), remember=True)
+    report = engine.prefill([user(with_context(QUESTIONS[0]))], remember=True).report
+    assert report.remembered_tokens <= chunk.start
+    assert report.chunks[1].status == "hit"
+    parts = (report.remembered_tokens, report.reused_tokens, report.recomputed_tokens, report.fresh_tokens)
+    assert report.prompt_tokens == sum(parts)
 
 
 def test_rows_that_are_taken_over_are_left_as_they_are(engine: ProphetKVEngine) -> None:
