@@ -44,7 +44,6 @@ class AnsweredRows:
     Attributes:
         token_ids: The prompt.
         states: `[N]`, uint8: each row's `RowState`.
-        is_answer: `[N]`, bool: tokens that were generated in former turns.
         traces: In order of position.
         tenant: Whose they are.
         settings: How tokens were chosen for recomputation, in any words that differ where that does.
@@ -52,7 +51,6 @@ class AnsweredRows:
 
     token_ids: Sequence[int]
     states: torch.Tensor
-    is_answer: torch.Tensor
     traces: tuple[Trace, ...]
     tenant: str
     settings: str = ""

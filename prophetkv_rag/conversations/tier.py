@@ -64,7 +64,6 @@ class ConversationTier:
             length = path[-1][0].start + path[-1][1]
             found = HeldRows(
                 torch.cat([node.states for node, _ in path]),
-                torch.cat([node.is_answer for node, _ in path]),
                 tuple(trace for node, _ in path for trace in node.traces),
                 frozenset(prompt for node, _ in path for prompt in node.prompts),
                 [(node.start, list(node.rows)) for node, _ in path],
@@ -117,11 +116,10 @@ class ConversationTier:
 
     def _insert(self, answered: AnsweredRows, layers: Sequence[Any], token_ids: torch.Tensor, copies: bool) -> None:
         length = int(token_ids.shape[0])
-        is_new = torch.ones(max(0, length - answered.states.shape[0]), dtype=torch.bool)
+        num_new = max(0, length - answered.states.shape[0])
         is_exact = bool((answered.states == int(RowState.EXACT)).all())
         state = RowState.EXACT if is_exact else RowState.COMPUTED
-        states = torch.cat([answered.states, is_new.to(torch.uint8) * int(state)])[:length]
-        is_answer = torch.cat([answered.is_answer, is_new])[:length]
+        states = torch.cat([answered.states, torch.full((num_new,), int(state), dtype=torch.uint8)])[:length]
         prompt = (answered.states.shape[0], answered.settings)
         root = self._roots.setdefault(answered.tenant, Node.root())
         self._clock += 1
@@ -131,7 +129,7 @@ class ConversationTier:
             if node.start + shared < min(node.stop, length):
                 node.split(shared)
             node.used = self._clock
-            self._improve(node, layers, states, is_answer)
+            self._improve(node, layers, states)
             if node.start < prompt[0] <= min(node.stop, length):
                 node.prompts.add(prompt)
             there = set(node.traces)
@@ -145,7 +143,6 @@ class ConversationTier:
             start,
             token_ids[start:].clone(),
             states[start:].clone(),
-            is_answer[start:].clone(),
             [_owned(layer, start, length, copies) for layer in layers],
             [trace for trace in answered.traces if start <= trace.start < length],
             node,
@@ -154,7 +151,7 @@ class ConversationTier:
         )
         node.children[int(leaf.token_ids[0])] = leaf
 
-    def _improve(self, node: Node, layers: Sequence[Any], states: torch.Tensor, is_answer: torch.Tensor) -> None:
+    def _improve(self, node: Node, layers: Sequence[Any], states: torch.Tensor) -> None:
         """Take over the rows that are closer to full prefill than those held, such as stale ones recomputed since."""
         count = min(node.stop, int(states.shape[0])) - node.start
         theirs = states[node.start : node.start + count]
@@ -164,7 +161,6 @@ class ConversationTier:
                 keys[:, better] = layer.keys[0, :, node.start + better.to(layer.keys.device)].to("cpu")
                 values[:, better] = layer.values[0, :, node.start + better.to(layer.values.device)].to("cpu")
             node.states[better] = theirs[better]
-        node.is_answer[:count] |= is_answer[node.start : node.start + count]
 
     def _make_room(self) -> None:
         sizes = {tenant: sum(node.nbytes for node in root.below()) for tenant, root in self._roots.items()}

@@ -27,7 +27,6 @@ class Node:
         start: Position of the first.
         token_ids: `[n]`, int64.
         states: `[n]`, uint8.
-        is_answer: `[n]`, bool.
         rows: Their keys and values.
         traces: Of the chunks that begin here.
         parent: `None` for a root, which has no tokens.
@@ -39,7 +38,6 @@ class Node:
     start: int
     token_ids: torch.Tensor
     states: torch.Tensor
-    is_answer: torch.Tensor
     rows: Rows
     traces: list[Trace]
     parent: Node | None
@@ -51,7 +49,7 @@ class Node:
     def root(cls) -> Node:
         """Return the beginning of all prompts of a tenant."""
         nothing = torch.empty(0, dtype=torch.int64)
-        return cls(0, nothing, nothing.to(torch.uint8), nothing.bool(), [], [], None)
+        return cls(0, nothing, nothing.to(torch.uint8), [], [], None)
 
     @property
     def stop(self) -> int:
@@ -80,9 +78,7 @@ class Node:
     def cut(self, length: int) -> None:
         """Keep the first rows alone; what stood behind them is gone, and so is its memory."""
         assert length > 0
-        self.token_ids, self.states, self.is_answer = (
-            part[:length].clone() for part in (self.token_ids, self.states, self.is_answer)
-        )
+        self.token_ids, self.states = self.token_ids[:length].clone(), self.states[:length].clone()
         self.rows = [(keys[:, :length].clone(), values[:, :length].clone()) for keys, values in self.rows]
         self._end()
         self.children = {}
@@ -93,7 +89,6 @@ class Node:
             self.start + length,
             self.token_ids[length:].clone(),
             self.states[length:].clone(),
-            self.is_answer[length:].clone(),
             [],
             [trace for trace in self.traces if trace.start >= self.start + length],
             self,
@@ -106,9 +101,7 @@ class Node:
         for layer, (keys, values) in enumerate(self.rows):  # one layer at a time is there twice
             rest.rows.append((keys[:, length:].clone(), values[:, length:].clone()))
             self.rows[layer] = (keys[:, :length].clone(), values[:, :length].clone())
-        self.token_ids, self.states, self.is_answer = (
-            part[:length].clone() for part in (self.token_ids, self.states, self.is_answer)
-        )
+        self.token_ids, self.states = self.token_ids[:length].clone(), self.states[:length].clone()
         self._end()
         self.children = {int(rest.token_ids[0]): rest}
 
@@ -145,14 +138,12 @@ class HeldRows:
 
     Attributes:
         states: `[R]`, uint8.
-        is_answer: `[R]`, bool.
         traces: In order of position, all before R.
         prompts: (Length, settings) of the prompts that ended among them.
         parts: (First position, rows) of each run; the last may be longer than is wanted.
     """
 
     states: torch.Tensor
-    is_answer: torch.Tensor
     traces: tuple[Trace, ...] = ()
     prompts: frozenset[tuple[int, str]] = frozenset()
     parts: Sequence[tuple[int, Rows]] = ()
@@ -160,7 +151,7 @@ class HeldRows:
     @classmethod
     def none(cls) -> HeldRows:
         """Return what a prompt has that begins like no other."""
-        return cls(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.bool))
+        return cls(torch.empty(0, dtype=torch.uint8))
 
     @property
     def length(self) -> int:
@@ -175,7 +166,6 @@ class HeldRows:
             return HeldRows.none()
         return HeldRows(
             self.states[:length],
-            self.is_answer[:length],
             tuple(trace for trace in self.traces if trace.start < length),
             frozenset(prompt for prompt in self.prompts if prompt[0] <= length),
             [(start, rows) for start, rows in self.parts if start < length],

@@ -129,8 +129,6 @@ class Continuation:
         is_blind = None if visible is None or ran is None else has_run & is_chunk
         has_run[self.length :] |= ~is_chunk[self.length :]
         states = states_after(self.held.states, is_chunk, has_run, is_blind=is_blind)
-        is_answer = torch.zeros_like(is_chunk)
-        is_answer[: self.length] = self.held.is_answer
         # What nobody can delete (a chunk of this prompt alone) leaves no trace to look after.
         here = [
             Trace(chunk.start, frozenset({chunk.key, *(behind or {}).get(chunk.key, ())}))
@@ -138,7 +136,7 @@ class Continuation:
             if chunk.key in self.deletable
         ]
         traces = tuple(sorted({*self.held.traces, *here}, key=lambda trace: trace.start))
-        return AnsweredRows(layout.input_ids.tolist(), states, is_answer, traces, self.tenant, self.settings)
+        return AnsweredRows(layout.input_ids.tolist(), states, traces, self.tenant, self.settings)
 
 
 def _length_of(layout: PromptLayout, held: HeldRows, *, is_asked: bool) -> int:
@@ -146,7 +144,7 @@ def _length_of(layout: PromptLayout, held: HeldRows, *, is_asked: bool) -> int:
 
     Its last token is computed, for the logits. A chunk is taken over whole or not at all. A row that a chunk's cache
     gave, of a chunk that is not seen in this prompt, cannot be chosen any more, so rows end before it. And where there
-    is something to choose, the tokens that ask, behind the last chunk and the last answer, are computed.
+    is something to choose, the tokens that ask are computed.
     """
     length = min(held.length, layout.num_tokens - 1)
     stray = ((held.states[:length] == int(RowState.STALE)) & ~layout.is_chunk[:length]).nonzero()
@@ -157,10 +155,20 @@ def _length_of(layout: PromptLayout, held: HeldRows, *, is_asked: bool) -> int:
             length = chunk.start
     is_open = bool((held.states[:length] == int(RowState.STALE)).any())
     if is_asked and not layout.probe_ids and layout.chunks and (is_open or layout.chunks[-1].start >= length):
-        answers = held.is_answer[:length].nonzero()
-        answered = int(answers[-1]) + 1 if answers.shape[0] else 0
-        length = min(length, max(layout.suffix_start, answered))
+        length = min(length, _first_asking(layout, held, length))
     return length if length > layout.known_prefix else 0
+
+
+def _first_asking(layout: PromptLayout, held: HeldRows, length: int) -> int:
+    """Return the first token that asks.
+
+    It is the question's, where that is known; else what stands behind the last chunk and behind the last prompt that
+    was answered, whose question is not this one's.
+    """
+    if layout.question_rows:
+        return layout.question_rows[0]
+    ends = [end for end, _ in held.prompts if end <= length and end < layout.num_tokens]
+    return max(layout.suffix_start, *ends, 0)
 
 
 def choose(strategy: Strategy, context: QueryContext, is_settled: torch.Tensor) -> Selection:
