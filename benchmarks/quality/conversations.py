@@ -121,8 +121,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         differences = [by_arm[remembered, *key] - by_arm[again, *key] for key in pairs]
         change = bootstrap_mean(differences)
         lower = sum(value < 0 for value in differences)
+        interval = f"{change.mean:+.4f} ({change.low:+.4f} to {change.high:+.4f})"
         lines.append(
-            f"\n{remembered} minus {again}, turns 2 and later: KL {change}, lower in {lower} of {len(differences)}."
+            f"\n{remembered} minus {again}, turns 2 and later: KL {interval}, lower in {lower} of {len(differences)}."
         )
     return "\n".join(lines)
 

@@ -109,6 +109,7 @@ def attach_view(
     scores: torch.Tensor | None = None,
     *,
     tokenizer: Any,
+    num_held: int = 0,
 ) -> None:
     """Keep copies of the few numbers that a view is made of; text is made of them when somebody looks.
 
@@ -118,6 +119,7 @@ def attach_view(
         recomputed: `[k]` ascending positions of chunk tokens that were computed.
         scores: `[N]` of stage I, or `None`.
         tokenizer: Makes the text.
+        num_held: The prompt's first rows that were taken over from a former prompt.
     """
     rows = recomputed.cpu()
     if ends_with_chunk(layout):
@@ -127,4 +129,5 @@ def attach_view(
         for chunk, found in zip(layout.chunks, report.chunks, strict=True)
     ]
     kept = None if scores is None else scores.cpu().numpy().copy()
-    report.attach_view(PromptView(layout.input_ids.numpy().copy(), chunks, kept, rows.numpy().copy(), tokenizer))
+    ids = layout.input_ids.numpy().copy()
+    report.attach_view(PromptView(ids, chunks, kept, rows.numpy().copy(), tokenizer, num_held))

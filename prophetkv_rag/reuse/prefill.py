@@ -247,7 +247,8 @@ class Prefiller:
             num_layers=len(self.support.layers),
             attended_share=1.0 if visible is None else attended_share(done.rows, context.is_chunk, visible),
         )
-        attach_view(report, layout, recomputed, context.scores, tokenizer=self.reader.tokens.codec)
+        codec = self.reader.tokens.codec
+        attach_view(report, layout, recomputed, context.scores, tokenizer=codec, num_held=continued.length)
         cache = resumable_cache([layer.keys for layer in layers], [layer.values for layer in layers])
         seen = None if visible is None else visible.nonzero()[:, 0]
         answered = continued.answered(layout, done.rows, visible=visible, behind=behind)

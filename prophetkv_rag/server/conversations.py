@@ -54,9 +54,10 @@ class ConversationService:
 
     def forget_namespace(self, namespace: str) -> None:
         """Forget the conversations of a namespace, whoever's they are."""
-        for tenant in self.tier.tenants() if self.tier is not None else ():
-            if tenant.partition("/")[0] == namespace:
-                self.tier.forget(tenant)
+        tier = self.tier
+        for tenant in tier.tenants() if tier is not None else ():
+            if tier is not None and tenant.partition("/")[0] == namespace:
+                tier.forget(tenant)
 
     def _tenant(self, request: Request, namespace: str) -> str:
         given = request.headers.get("authorization", "") if self.has_keys else ""
