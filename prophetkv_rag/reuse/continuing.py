@@ -55,9 +55,8 @@ class Continuation:
         if tier is None:
             return cls.none()
         held = tier.match(layout.input_ids, tenant) if strategy.uses_caches and ratio < 1 else HeldRows.none()
-        settings = (
-            f"{strategy if is_dataclass(strategy) else strategy.name} {ratio} {layout.question_rows} {layout.probe_ids}"
-        )
+        asking = (layout.question_rows[:1], layout.question_rows[-1:], layout.probe_ids)
+        settings = f"{strategy if is_dataclass(strategy) else strategy.name} {ratio} {asking}"
         is_repeated = (layout.num_tokens, settings) in held.prompts
         held = held.first(_length_of(layout, held, is_asked=ratio > 0 and not is_repeated))
         is_repeated &= held.length == layout.num_tokens - 1

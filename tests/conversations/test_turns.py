@@ -224,6 +224,24 @@ def test_only_rows_over_exact_rows_are_exact(engine: ProphetKVEngine) -> None:
         torch.testing.assert_close(values[:, is_exact], layer.values[0][:, is_exact], atol=TOLERANCE, rtol=TOLERANCE)
 
 
+def test_going_on_is_no_farther_from_full_prefill_than_beginning_anew() -> None:
+    """Ten turns on three models: the history is the same for both, and so is the truth."""
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for seed in range(3):
+        engine = ProphetKVEngine(tiny_llama(seed=seed, initializer_range=0.2), tiny_tokenizer())
+        engine.add_chunks(CHUNKS)
+        chat = Chat(engine)
+        for number, question in enumerate(QUESTIONS):
+            chat.ask(question if number else with_context(question))
+            truth, _ = full_prefill(engine.model, prompt_ids(engine, chat.messages[:-1]))
+            for remembers in (True, False):
+                result = engine.prefill(chat.messages[:-1], remember=remembers, tenant="measured")
+                if number:
+                    found[remembers].append(divergence(result.logits, truth))
+    assert len(found[True]) == 27
+    assert 0 < sum(found[True]) < sum(found[False])
+
+
 def test_the_first_turn_is_as_without() -> None:
     answers = [make_engine(remember=on).generate([user(with_context(QUESTIONS[0]))]) for on in (True, False)]
     assert answers[0].token_ids == answers[1].token_ids
