@@ -22,6 +22,11 @@ EncodingKind = Literal["plain", "previous", "neighbours"]
 _DEFAULT_COUNTS: dict[EncodingKind, int] = {"plain": 0, "previous": 2, "neighbours": 3}
 _MOST_CHUNKS = 16
 
+ALONE_RATIO = 0.2
+"""Share that is recomputed by default of chunks that were encoded alone; the paper's p (arXiv 2602.02579)."""
+BEHIND_RATIO = 0.05
+"""Share that is recomputed by default of chunks that were encoded behind others; docs/encodings.md says why so few."""
+
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
@@ -29,6 +34,8 @@ class Encoding:
 
     kind: EncodingKind
     count: int
+    is_order_guessed: bool = True
+    """Whether texts that are added in one call, of no known document, follow each other; see `ProphetKVConfig`."""
 
     def __str__(self) -> str:
         return self.kind if self.kind == "plain" else f"{self.kind}:{self.count}"
@@ -40,19 +47,21 @@ def parse_encoding(text: str) -> Encoding:
     Raises:
         InputError: If it is none.
     """
+    if text == "auto":
+        return Encoding("previous", _DEFAULT_COUNTS["previous"], is_order_guessed=False)
     kind, colon, number = text.partition(":") if isinstance(text, str) else ("", "", "")
     known = get_args(EncodingKind)
     is_counted = number.isdecimal() and 1 <= int(number) <= _MOST_CHUNKS and kind != "plain"
     if kind not in known or (colon and not is_counted):
         msg = (
-            f"encoding is {text!r}; allowed: plain, previous, neighbours, or with a number of chunks from 1 to "
+            f"encoding is {text!r}; allowed: auto, plain, previous, neighbours, or with a number of chunks from 1 to "
             f"{_MOST_CHUNKS}, such as previous:2"
         )
         raise InputError(msg)
     return Encoding(kind, int(number) if colon else _DEFAULT_COUNTS[kind])  # type: ignore[arg-type,index]
 
 
-FirstChunk = Literal["cached", "exact"]
+FirstChunk = Literal["cached", "opening", "exact"]
 ScoreSoftmax = Literal["context", "full_row"]
 QueryScope = Literal["suffix", "question"]
 
@@ -67,15 +76,19 @@ class ProphetKVConfig:
     Attributes:
         strategy: Name of the selection strategy (`prophetkv_rag.reuse.available_strategies()`).
         recompute_ratio: Fraction of the chunk tokens that is recomputed at query time, in [0, 1]; the paper's p.
-            0.0 is plain reuse, 1.0 is full prefill.
+            0.0 is plain reuse, 1.0 is full prefill. `None` is a twentieth of the chunks that were encoded behind others
+            (see `encoding`) and a fifth, as in the paper, of those that were encoded alone; a fifth of all where the
+            first chunk is not exact (see `first_chunk`).
         context_share: What recomputed tokens attend to, beside each other and all tokens outside the chunks: this share
             of the other chunk tokens, those just before each and then those of the highest stage-I scores, in [0, 1];
             1.0, the paper's, is all of them. Tokens outside the chunks always see everything. Read by the strategies
             that have the option `context_share`; docs/quality.md and docs/performance.md say what less costs and saves.
         first_chunk: What becomes of a prompt's first chunk, usually the nearest passage, where it was encoded behind
-            more than stands before it now (a lead-in, other chunks): `"cached"` is chosen from as any other, `"exact"`
-            is recomputed whole, beyond the ratio, and charged. Read by `prophetkv` and `prophetkv_late`;
-            docs/encodings.md says what it gains.
+            more than stands before it now (a lead-in, other chunks). `"opening"`: it has a second cache, encoded behind
+            the prompt's opening alone, which is computed when a prompt first has the chunk first, and exact where
+            nothing else stands before it. `"exact"`: where something does, it is recomputed whole, beyond the ratio,
+            and charged. `"cached"`: it is as any other. For `prophetkv` and `prophetkv_late`; docs/encodings.md says
+            what it gains.
         score_softmax: *Open (a).* Softmax of stage I over the `"context"` keys only (Algorithm 1, the paper's reading),
             or over the `"full_row"`, the attention the model really pays, of which the context part is kept.
         query_scope: *Open (b).* Which tokens ask in stage I: the whole `"suffix"` after the last chunk (the paper's
@@ -96,8 +109,10 @@ class ProphetKVConfig:
         lead_in_tokens: Longest lead-in; best as long as the chunks are (Star Attention, arXiv 2411.17116, Table 4).
         encoding: Which other chunks a chunk is encoded behind, after the prefix: none (`"plain"`, as in the paper), the
             chunks before it in its document (`"previous:2"`: two of them), or its nearest neighbours in the collection
-            (`"neighbours:3"`, as in FusionRAG, arXiv 2601.12904). They leave their trace in its cache, so a deleted
-            document takes along the caches that bear its trace; they are computed again. See docs/quality.md.
+            (`"neighbours:3"`, as in FusionRAG, arXiv 2601.12904). `"auto"` is `"previous:2"` where a framework's
+            metadata or the caller says what the document's order is; `"previous:2"` itself takes texts that are added
+            in one call for a document, too. They leave their trace in its cache, so a deleted document takes along the
+            caches that bear its trace; they are computed again. See docs/encodings.md.
         index_batch_tokens: Upper bound of tokens in one index-time forward pass; bounds memory while indexing.
         namespace: Whose caches these are. Engines of different namespaces share nothing: neither hits, nor what is
             found in prompts, nor deletes, though they may share a directory (and its byte limit).
@@ -112,9 +127,9 @@ class ProphetKVConfig:
     """
 
     strategy: str = "prophetkv"
-    recompute_ratio: float = 0.2
+    recompute_ratio: float | None = None
     context_share: float = 1.0
-    first_chunk: FirstChunk = "cached"
+    first_chunk: FirstChunk = "opening"
     score_softmax: ScoreSoftmax = "context"
     query_scope: QueryScope = "suffix"
     first_chunk_eligible: bool = True
@@ -122,7 +137,7 @@ class ProphetKVConfig:
     prompt_template: str | Sequence[Mapping[str, str]] | None = None
     lead_in: str | None = None
     lead_in_tokens: int = LEAD_IN_TOKENS
-    encoding: str = "plain"
+    encoding: str = "auto"
     index_batch_tokens: int = 2048
     max_prompt_tokens: int | None = None
     remember: bool = True
@@ -130,7 +145,8 @@ class ProphetKVConfig:
     namespace: str = ""
 
     def __post_init__(self) -> None:
-        check_recompute_ratio(self.recompute_ratio)
+        if self.recompute_ratio is not None:
+            check_recompute_ratio(self.recompute_ratio)
         check_context_share(self.context_share)
         check_first_chunk(self.first_chunk)
         if self.score_softmax not in get_args(ScoreSoftmax):

@@ -228,7 +228,7 @@ class ProphetKVEngine:
             prompt: As in `prefill`.
             layers: One per decoder layer, with a row for each of the prompt's tokens; stage I writes into them.
         """
-        return self._prefiller.query_context(self.read(prompt), layers, self.config.recompute_ratio)
+        return self._prefiller.query_context(self.read(prompt), layers)
 
     @own_state()
     def read(self, prompt: AnyPrompt, *, query: str | None = None) -> PromptLayout:

@@ -30,7 +30,7 @@ def parse_behind(text: str) -> tuple[bool, bool, Encoding]:
     try:
         if (
             len(others) > 1
-            or "plain" in others
+            or {"plain", "auto"}.intersection(others)
             or [part for part in (PROMPT, CORPUS, *others) if part in parts] != parts
         ):
             raise InputError
@@ -125,13 +125,22 @@ class Profile:
             )
             raise InputError(msg)
         encoding = encoding_of(config)
-        measured = [one for one in self.strategies if one.encoding == encoding]
+        allowed = {encoding: config.encoding}
+        if config.encoding == "auto":  # what was measured decides
+            allowed[encoding_of(replace(config, encoding="plain"))] = "plain"
+        measured = [one for one in self.strategies if one.encoding in allowed]
         if self.strategies and not measured:
             raise InputError(self._not_measured(encoding))
         best = next((one for one in measured if one.recompute_ratio is not None), None)
         if best is None or best.recompute_ratio is None:
             return replace(config, strategy="full_prefill")
-        return replace(config, strategy=best.spec, recompute_ratio=best.recompute_ratio)
+        return replace(
+            config,
+            strategy=best.spec,
+            recompute_ratio=best.recompute_ratio,
+            encoding=allowed[best.encoding],
+            first_chunk="cached",  # as it was measured, where its options do not say more
+        )
 
     def _not_measured(self, encoding: str) -> str:
         wanted = f"prophetkv@{encoding}" if encoding else "prophetkv"

@@ -30,8 +30,9 @@ from typing import Any
 import torch
 from llama_index.core.node_parser import SentenceSplitter
 
-from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
+from prophetkv_rag import Prompt, ProphetKVEngine
 from prophetkv_rag.defaults import MiniLMEmbedder, fetch_default_model
+from prophetkv_rag.evaluation.quality import PAPER as PAPER_CONFIG
 from prophetkv_rag.evaluation.quality import bootstrap_mean, full_prefill
 from prophetkv_rag.evaluation.quality.fidelity import compare
 from prophetkv_rag.evaluation.quality.metrics import METRICS
@@ -176,7 +177,7 @@ def main() -> None:
     encodings, ratios = options.encoding or list(ENCODINGS), options.ratio or [0.0, 0.05, 0.1, 0.2]
 
     model, tokenizer = load_model(str(options.model or fetch_default_model()))
-    default = ProphetKVEngine(model, tokenizer, config=ProphetKVConfig(strategy=options.strategy))
+    default = ProphetKVEngine(model, tokenizer, config=replace(PAPER_CONFIG, strategy=options.strategy))
     texts, questions = documents_and_questions(options)
     embedder = MiniLMEmbedder()
     collection = collect(texts, embedder, tokenizer, options.chunk_tokens)

@@ -39,7 +39,7 @@ from trial_tables import BASE, RATIOS, adaptive, compared, read_lines
 
 from prophetkv_rag import ProphetKVEngine
 from prophetkv_rag.defaults import fetch_default_model
-from prophetkv_rag.evaluation.quality import Arm, Engines, forced_logits, full_prefill
+from prophetkv_rag.evaluation.quality import PAPER, Arm, Engines, forced_logits, full_prefill
 from prophetkv_rag.evaluation.tasks import TaskExample, load_examples, task_prompt
 from prophetkv_rag.model import RowsLayer
 from prophetkv_rag.prompt import Prompt
@@ -233,7 +233,7 @@ def main() -> None:
 
     model = given.model or str(fetch_default_model())
     work = given.work / f"{Path(model).name}-{given.encoding or 'plain'}"
-    default = ProphetKVEngine.from_pretrained(model)
+    default = ProphetKVEngine.from_pretrained(model, config=PAPER)
     examples, surroundings = load_examples(
         given.task or (ALL_TASKS if given.known else TASKS),
         given.data,

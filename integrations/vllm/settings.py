@@ -94,6 +94,8 @@ class ConnectorSettings:
             return ProphetKVConfig(
                 recompute_ratio=self.recompute_ratio,
                 context_share=self.context_share,
+                first_chunk="cached",  # recomputed whole it would be more rows than a step has
+                encoding="plain",
                 encoding_prefix=self.encoding_prefix,
                 namespace=self.namespace,
             )

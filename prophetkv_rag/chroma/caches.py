@@ -59,8 +59,13 @@ class CollectionCaches:
         encoding = self.engine.library.encoding
         if encoding.kind != "previous":
             return {}
+        is_one_call = is_one_call and encoding.is_order_guessed
         found = previous_texts(records, encoding.count, self._fetch, is_one_call=is_one_call)
-        if len(records) > 1 and not (is_one_call or tells_order(records) or self._has_told):
+        if (
+            len(records) > 1
+            and encoding.is_order_guessed
+            and not (is_one_call or tells_order(records) or self._has_told)
+        ):
             self._has_told = True
             logger.warning(
                 "the records of collection %r do not say in which order they stand in their documents: chunks are "

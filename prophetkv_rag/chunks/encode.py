@@ -35,6 +35,11 @@ class EncodingPrefix:
     input_ids: tuple[int, ...]
     layers: Layers
 
+    def first(self, length: int) -> EncodingPrefix | None:
+        """Return its first tokens as a prefix of their own (what follows leaves no trace in them); `None` for none."""
+        layers = tuple((keys[:, :length], values[:, :length]) for keys, values in self.layers)
+        return EncodingPrefix(self.input_ids[:length], layers) if length else None
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

@@ -8,6 +8,7 @@ neighbours only, and not of theirs.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -63,6 +64,12 @@ class ChunkEncoder:
         self.context_window = context_window
         self.batch_tokens = batch_tokens
         self._has_told = False
+
+    def behind_prefix(self, prefix: EncodingPrefix | None, identity: CacheIdentity, encoding: Encoding) -> ChunkEncoder:
+        """Return an encoder of another identity on the same model and store."""
+        other = copy.copy(self)
+        other.prefix, other.identity, other.encoding = prefix, identity, encoding
+        return other
 
     @property
     def is_chained(self) -> bool:

@@ -12,9 +12,10 @@ from typing import Any
 
 from prophetkv_rag.chunks.encode import EncodingPrefix, check_length
 from prophetkv_rag.chunks.encoder import ChunkEncoder
-from prophetkv_rag.chunks.loader import ChunkLoader, Origin
+from prophetkv_rag.chunks.loader import LoadedChunks
+from prophetkv_rag.chunks.prompt_loader import PromptLoader
 from prophetkv_rag.chunks.writer import ChunkWriter, Wanted
-from prophetkv_rag.config import Encoding
+from prophetkv_rag.config import Encoding, FirstChunk
 from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.forks import around_fork
 from prophetkv_rag.model import ModelState, ModelSupport, TransformersRunner, own_state
@@ -37,6 +38,7 @@ class ChunkLibrary:
         identity: CacheIdentity,
         prefix: EncodingPrefix | None,
         *,
+        opening_length: int,
         encoding: Encoding,
         state: ModelState,
         context_window: int,
@@ -73,8 +75,8 @@ class ChunkLibrary:
             batch_tokens=batch_tokens,
         )
         self._writer = ChunkWriter(store, identity.fingerprint, model_lock)
-        self._loader = ChunkLoader(store, identity, self._encoder, context_window=support.context_window)
-        self._describe(None)
+        self._loader = PromptLoader(store, self._encoder, opening_length, self._describe)
+        self._describe(identity)
         self.chunk_index.load(store.entry_columns(identity.fingerprint))
 
     def _begin_anew(self) -> None:
@@ -82,13 +84,13 @@ class ChunkLibrary:
         # processes; what was being added in the parent, a child learns as it learns what any process adds.
         self._owners_lock = threading.Lock()
 
-    def _describe(self, seconds_per_token: float | None) -> None:
+    def _describe(self, identity: CacheIdentity, seconds_per_token: float | None = None) -> None:
         name = well_formed(str(getattr(self.model.config, "_name_or_path", "") or self.model.config.model_type))
         try:
             self.store.describe(
-                self.identity.fingerprint,
-                model=f"{Path(name).name} {self.identity.model[:8]}",
-                namespace=self.identity.namespace,
+                identity.fingerprint,
+                model=f"{Path(name).name} {identity.model[:8]}",
+                namespace=identity.namespace,
                 seconds_per_token=seconds_per_token,
             )
         except StoreError as error:
@@ -234,7 +236,7 @@ class ChunkLibrary:
         if behind is not None:
             known = {text: key for text, key in zip(texts, keys, strict=True) if isinstance(text, str)}
             found = [[known.get(text) or self.key_of(text) for text in before] for before in behind]
-        elif self.encoding.kind == "previous":
+        elif self.encoding.kind == "previous" and self.encoding.is_order_guessed:
             found = [list(keys[max(0, number - count) : number]) for number in range(len(keys))]
         else:
             return {}
@@ -273,7 +275,7 @@ class ChunkLibrary:
                 self._writer.note(key, *chunk)
         failed, seconds_per_token = self._writer.write(missing, encode, progress)
         if seconds_per_token is not None:
-            self._describe(seconds_per_token)
+            self._describe(self.identity, seconds_per_token)
         return failed
 
     def _encode_alone(self, chunks: Mapping[str, Sequence[int]]) -> Iterator[tuple[int, ChunkCache]]:
@@ -281,7 +283,11 @@ class ChunkLibrary:
 
     @own_state()
     def load(
-        self, layout: PromptLayout, *, model_lock: AbstractContextManager[Any] | None = None
-    ) -> tuple[list[ChunkCache], list[Origin]]:
-        """Load the chunks' caches, see `ChunkLoader.load`; under `model_lock`, by default the library's own."""
-        return self._loader.load(layout, model_lock or self.model_lock)
+        self,
+        layout: PromptLayout,
+        *,
+        model_lock: AbstractContextManager[Any] | None = None,
+        first_chunk: FirstChunk = "cached",
+    ) -> LoadedChunks:
+        """Load the chunks' caches, see `PromptLoader.load`; under `model_lock`, by default the library's own."""
+        return self._loader.load(layout, model_lock or self.model_lock, first_chunk)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from prophetkv_rag.chunks.encode import check_length
 from prophetkv_rag.chunks.encoder import ChunkEncoder
 from prophetkv_rag.errors import StoreError
-from prophetkv_rag.prompt import PromptLayout
+from prophetkv_rag.prompt import ChunkSpan
 from prophetkv_rag.report import ChunkStatus, ChunkTier
-from prophetkv_rag.store import CacheIdentity, ChunkCache, ChunkStore
+from prophetkv_rag.store import ChunkCache, ChunkStore
 
 
 class Origin(NamedTuple):
@@ -22,28 +22,32 @@ class Origin(NamedTuple):
     behind: int = 0
 
 
+class LoadedChunks(NamedTuple):
+    """A prompt's caches and where they came from, in order, and whether the first is exact: as full prefill has it."""
+
+    caches: list[ChunkCache]
+    origins: list[Origin]
+    has_exact_first: bool
+
+
 class ChunkLoader:
     """Loads the chunks of one identity.
 
     Args:
         store: Where from; what had to be computed goes back into it.
-        identity: Whose caches.
-        encoder: Runs the model.
-        context_window: The model's own.
+        encoder: Runs the model for the identity's chunks.
     """
 
-    def __init__(
-        self, store: ChunkStore, identity: CacheIdentity, encoder: ChunkEncoder, *, context_window: int
-    ) -> None:
+    def __init__(self, store: ChunkStore, encoder: ChunkEncoder) -> None:
         self._store = store
-        self._identity = identity
+        self._identity = encoder.identity
         self._encoder = encoder
-        self._context_window = context_window
+        self._context_window = encoder.context_window
 
     def load(
-        self, layout: PromptLayout, model_lock: AbstractContextManager[Any]
+        self, chunks: Sequence[ChunkSpan], model_lock: AbstractContextManager[Any]
     ) -> tuple[list[ChunkCache], list[Origin]]:
-        """Load the chunks' caches; what is missing or bad is encoded again, exactly as at index time.
+        """Load the caches of a prompt's chunks; what is missing or bad is encoded again, exactly as at index time.
 
         So is what bears the trace of a chunk that was deleted since; that is encoded without it.
 
@@ -53,16 +57,16 @@ class ChunkLoader:
         Raises:
             ContextWindowError: If a chunk that was never added does not fit the window behind the encoding prefix.
         """
-        with self._store.lease({chunk.key for chunk in layout.chunks}):
-            return self._load(layout, model_lock)
+        with self._store.lease({chunk.key for chunk in chunks}):
+            return self._load(chunks, model_lock)
 
     def _load(
-        self, layout: PromptLayout, model_lock: AbstractContextManager[Any]
+        self, chunks: Sequence[ChunkSpan], model_lock: AbstractContextManager[Any]
     ) -> tuple[list[ChunkCache], list[Origin]]:
         found: dict[str, ChunkCache] = {}
         origins: dict[str, Origin] = {}
-        self._store.expect({chunk.key: None for chunk in layout.chunks}, fingerprint=self._identity.fingerprint)
-        for chunk in layout.chunks:
+        self._store.expect({chunk.key: None for chunk in chunks}, fingerprint=self._identity.fingerprint)
+        for chunk in chunks:
             if chunk.key in origins:
                 continue
             cache, was_corrupt, tier = self._store.find(
@@ -84,9 +88,9 @@ class ChunkLoader:
         for key in self._stale(found):
             del found[key]
             origins[key] = Origin("miss", "computed")
-        wanted = {chunk.key: chunk.input_ids for chunk in layout.chunks if chunk.key not in found}
+        wanted = {chunk.key: chunk.input_ids for chunk in chunks if chunk.key not in found}
         if wanted:
-            for number, chunk in enumerate(layout.chunks):
+            for number, chunk in enumerate(chunks):
                 if chunk.key in wanted:
                     check_length(
                         f"chunk {number} of the prompt",
@@ -100,7 +104,7 @@ class ChunkLoader:
                 found[key] = cache
                 origins[key] = origins[key]._replace(behind=len(cache.behind.keys))
                 self._store.put_soon(key, cache, fingerprint=self._identity.fingerprint)
-        return [found[chunk.key] for chunk in layout.chunks], [origins[chunk.key] for chunk in layout.chunks]
+        return [found[chunk.key] for chunk in chunks], [origins[chunk.key] for chunk in chunks]
 
     def _stale(self, found: Mapping[str, ChunkCache]) -> list[str]:
         """Drop, and return, the caches that bear the trace of a chunk that is not known any more."""

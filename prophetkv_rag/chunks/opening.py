@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from prophetkv_rag.chunks.encode import encode_prefix
@@ -38,6 +39,7 @@ def open_library(
         context_window: Most positions of a prompt.
         model_lock: Held while the model runs.
     """
+    opening_ids = tokens.encoding_prefix(replace(config, lead_in=None), max_lead_in_tokens=0)
     prefix_ids = tokens.encoding_prefix(
         config,
         # A lead-in must leave most of a short window to the chunk.
@@ -60,6 +62,7 @@ def open_library(
             "" if encoding.kind == "plain" else str(encoding),
         ),
         prefix,
+        opening_length=len(opening_ids),
         encoding=encoding,
         state=state,
         context_window=context_window,

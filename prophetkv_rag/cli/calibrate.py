@@ -80,7 +80,7 @@ def calibrate(
         msg = "--questions and --apply go with --db, which names the database"
         raise InputError(msg)
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.evaluation.quality import FULL, Engines, ResultsFile, arms_of, run_grid
+    from prophetkv_rag.evaluation.quality import FULL, PAPER, Engines, ResultsFile, arms_of, run_grid
     from prophetkv_rag.evaluation.quality import calibrate as profile_of
     from prophetkv_rag.evaluation.tasks import check_names, corpora_of, load_examples
 
@@ -90,7 +90,7 @@ def calibrate(
     check_writable(files=[out, rows_file])
     name = chosen_model(model)
     with status(f"loading {Path(name).name}"):
-        engine = ProphetKVEngine.from_pretrained(name)
+        engine = ProphetKVEngine.from_pretrained(name, config=PAPER)
     check_length(length, engine.context_window)
     with status("making prompts"):
         examples, surroundings = load_examples(

@@ -49,10 +49,9 @@ def measure(
     Raises:
         InputError: For bad questions, an unknown strategy or fewer than two chunks.
     """
-    from prophetkv_rag.config import ProphetKVConfig
     from prophetkv_rag.defaults import MiniLMEmbedder
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.evaluation.quality import QUESTIONS, measure_collection
+    from prophetkv_rag.evaluation.quality import PAPER, QUESTIONS, measure_collection
     from prophetkv_rag.evaluation.tasks import QUESTION_TEMPLATE, read_plain_questions, user_turn
     from prophetkv_rag.model import load_model
 
@@ -61,7 +60,7 @@ def measure(
     rows.parent.mkdir(parents=True, exist_ok=True)
     with status(f"loading {Path(settings.model).name}"):
         model, tokenizer = load_model(settings.model)
-        engine = ProphetKVEngine(model, tokenizer, config=ProphetKVConfig(lead_in_tokens=settings.lead_in_tokens))
+        engine = ProphetKVEngine(model, tokenizer, config=replace(PAPER, lead_in_tokens=settings.lead_in_tokens))
     before, _, after = QUESTION_TEMPLATE.partition("{context}")
     opening, _ = user_turn(tokenizer, before, after)
     with progress_bar(f"measuring for {minutes:g} minutes at most", len(asked) or QUESTIONS) as advance:

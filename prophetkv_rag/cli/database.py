@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prophetkv_rag.cli.console import progress_bar, status
-from prophetkv_rag.cli.database_settings import BLOB_DIRECTORY, DEFAULTS, DatabaseSettings, save_settings
+from prophetkv_rag.cli.database_settings import BLOB_DIRECTORY, DatabaseSettings, save_settings
 from prophetkv_rag.cli.frameworks import import_chromadb, import_frameworks
 from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.errors import InputError
@@ -143,7 +143,7 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
             lead_in_tokens=settings.lead_in_tokens,
             encoding=settings.encoding,
             strategy=settings.strategy,
-            recompute_ratio=DEFAULTS.recompute_ratio if settings.recompute_ratio is None else settings.recompute_ratio,
+            recompute_ratio=settings.recompute_ratio,
         )
         store = open_disk_store(directory / BLOB_DIRECTORY, **options)
         must_be_unlocked(store.files)

@@ -13,13 +13,14 @@ from prophetkv_rag.cli.console import print_json, quiet_libraries, results, stat
 from prophetkv_rag.cli.database import Database, check_packages, open_database
 from prophetkv_rag.cli.database_settings import (
     DEFAULT_CHUNK_SIZE,
+    DEFAULTS,
     DatabaseSettings,
     find_settings,
-    lead_in_of,
     save_settings,
 )
 from prophetkv_rag.cli.documents import read_documents
 from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
+from prophetkv_rag.config import parse_encoding
 
 if TYPE_CHECKING:
     from prophetkv_rag.cli.demo_run import DemoRun
@@ -48,7 +49,7 @@ def demo(
     path = _database_path(name)
     with speeches_directory() as speeches:
         documents = read_documents(speeches, exclude=path)
-        database = _open(path, name, documents.files[0].text)
+        database = _open(path, name)
         try:
             indexing = _index(database, speeches, documents)
             if not as_json:
@@ -77,11 +78,11 @@ def _database_path(model: str) -> Path:
     return cache_directory() / "demo" / Path(model).name
 
 
-def _open(path: Path, model: str, first_document: str) -> Database:
+def _open(path: Path, model: str) -> Database:
     remembered = find_settings(path)
     cached_for = remembered.cached_for if remembered else ""
-    lead_in = lead_in_of(first_document)
-    settings = DatabaseSettings(model, DEFAULT_CHUNK_SIZE, cached_for, lead_in=lead_in, behind_prompt=True)
+    encoding = str(parse_encoding(DEFAULTS.encoding))
+    settings = DatabaseSettings(model, DEFAULT_CHUNK_SIZE, cached_for, encoding=encoding, behind_prompt=True)
     database = open_database(path, settings)
     save_settings(path, database.settings)
     return database

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prophetkv_rag.cli.answering import Answer, answer_question
+from prophetkv_rag.config import ALONE_RATIO, BEHIND_RATIO
 from prophetkv_rag.defaults import DemoQuestion
 
 if TYPE_CHECKING:
@@ -84,11 +85,17 @@ def conditions(database: Database, indexing: dict[str, Any]) -> dict[str, str]:
         "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads{_load()}",
         "model": f"{Path(model).name}, {engine.identity.dtype} on {engine.model.device}",
         "model_source": read_source(Path(model)) or model,
-        "strategy": f"{engine.config.strategy} at {engine.config.recompute_ratio:.0%}; full prefill with "
+        "strategy": f"{engine.config.strategy}, {_ratio(engine.config.recompute_ratio)}; full prefill with "
         f"{engine.model.config._attn_implementation} attention on the same token ids",
         "corpus": f"{indexing['total_chunks']} chunks, {caches['tokens']:,} tokens, of State of the Union addresses",
         "versions": ", ".join(f"{name} {_version(name)}" for name in VERSIONS),
     }
+
+
+def _ratio(ratio: float | None) -> str:
+    if ratio is not None:
+        return f"{ratio:.0%} recomputed"
+    return f"{BEHIND_RATIO:.0%} recomputed of chunks encoded behind others and {ALONE_RATIO:.0%} of those alone"
 
 
 def _version(name: str) -> str:

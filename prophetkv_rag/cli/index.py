@@ -43,16 +43,16 @@ def index(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Text file whose start all chunks are encoded behind, or 'none'; by default the database's, else the "
-            "first document. Another one means that all KV caches are computed again.",
+            help="Text file whose start all chunks are encoded behind, or 'none'; by default the database's, else "
+            "none. Another one means that all KV caches are computed again.",
         ),
     ] = None,
     encoding: Annotated[
         str | None,
         typer.Option(
             help="Which other chunks a chunk is encoded behind: plain (none), previous (of its file) or neighbours "
-            "(nearest in the collection), with a number of them such as previous:2 (docs/quality.md). Another one "
-            "means that all KV caches are computed again.",
+            "(nearest in the collection), with a number of them; by default the database's, else previous:2 "
+            "(docs/encodings.md). Another one means that all KV caches are computed again.",
         ),
     ] = None,
     fidelity: Annotated[
@@ -122,8 +122,8 @@ def index(
     remembered = find_settings(db)
     size = chunk_size or (remembered.chunk_size if remembered else DEFAULT_CHUNK_SIZE)
     lead_in_tokens = remembered.lead_in_tokens if remembered else size
-    chosen = str(parse_encoding(encoding or (remembered.encoding if remembered else "plain")))
-    default_lead_in = remembered.lead_in if remembered else lead_in_of(documents.files[0].text, lead_in_tokens)
+    chosen = str(parse_encoding(encoding or (remembered.encoding if remembered else DEFAULTS.encoding)))
+    default_lead_in = remembered.lead_in if remembered else ""
     if chosen != "plain" and (remembered is None or remembered.encoding != chosen):
         default_lead_in = ""  # the other chunks do what a lead-in is for
     settings = DatabaseSettings(

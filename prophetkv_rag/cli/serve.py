@@ -73,13 +73,16 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer where a request does not say.")] = 512,
     strategy: Annotated[str, typer.Option(help="Which chunk tokens are recomputed.")] = "prophetkv",
     recompute_ratio: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of chunk tokens recomputed: 0 plain reuse, 1 full prefill.")
-    ] = 0.2,
-    remember: Annotated[
-        str | None,
+        float | None,
         typer.Option(
-            metavar="SIZE", help="Most memory for conversations, each going on from its last turn: 1GB; or 0."
+            min=0.0,
+            max=1.0,
+            help="Share of chunk tokens recomputed: 0 plain reuse, 1 full prefill; by default 0.05 of chunks that were "
+            "encoded behind others, 0.2 of those that were encoded alone.",
         ),
+    ] = None,
+    remember: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most memory for conversations, which go on from it: 1GB; or 0.")
     ] = None,
     engine: Annotated[
         str, typer.Option(metavar="ENGINE", help="Who runs the model: transformers, or vllm, with --cache-dir.")
@@ -93,7 +96,7 @@ def serve(
 ) -> None:
     """Serve the model with OpenAI's chat API, reusing the KV caches of chunks found in prompts."""
     create_app = _import_server()
-    from prophetkv_rag.config import ProphetKVConfig
+    from prophetkv_rag.config import ALONE_RATIO, ProphetKVConfig
     from prophetkv_rag.reuse import make_strategy
     from prophetkv_rag.server import ServerSettings
 
@@ -146,7 +149,14 @@ def serve(
     with (
         _bound_socket(host, port) as listening,
         (
-            open_in_vllm(model, cache_dir, max_bytes, recompute_ratio, max_stage_tokens, arguments)
+            open_in_vllm(
+                model,
+                cache_dir,
+                max_bytes,
+                ALONE_RATIO if recompute_ratio is None else recompute_ratio,
+                max_stage_tokens,
+                arguments,
+            )
             if is_vllm and cache_dir is not None
             else _opened(database, cache_dir, remote, max_bytes, model, config)
         ) as (served, name),

@@ -16,7 +16,6 @@ from prophetkv_rag.conversations import AnsweredRows, ConversationTier, HeldRows
 from prophetkv_rag.model import RowsLayer
 from prophetkv_rag.prompt import ChunkSpan, PromptLayout
 from prophetkv_rag.reuse.selection import QueryContext, Selection, Strategy
-from prophetkv_rag.store import ChunkCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class Continuation:
 
     @classmethod
     def of(
-        cls, layout: PromptLayout, tier: ConversationTier | None, tenant: str, strategy: Strategy, ratio: float
+        cls, layout: PromptLayout, tier: ConversationTier | None, tenant: str, strategy: Strategy, ratio: float | None
     ) -> Continuation:
         """Look up what a prompt begins with.
 
@@ -50,15 +49,15 @@ class Continuation:
             tier: Former prompts.
             tenant: Whose prompt it is.
             strategy: Chooses what is recomputed.
-            ratio: Its budget. Full prefill, the control, takes over nothing.
+            ratio: Its budget; `None` for a default, which is some. Full prefill, the control, takes over nothing.
         """
         if tier is None:
             return cls.none()
-        held = tier.match(layout.input_ids, tenant) if strategy.uses_caches and ratio < 1 else HeldRows.none()
+        held = tier.match(layout.input_ids, tenant) if strategy.uses_caches and ratio != 1 else HeldRows.none()
         asking = (layout.question_rows[:1], layout.question_rows[-1:], layout.probe_ids)
         settings = f"{strategy if is_dataclass(strategy) else strategy.name} {ratio} {asking}"
         is_repeated = (layout.num_tokens, settings) in held.prompts
-        held = held.first(_length_of(layout, held, is_asked=ratio > 0 and not is_repeated))
+        held = held.first(_length_of(layout, held, is_asked=ratio != 0 and not is_repeated))
         is_repeated &= held.length == layout.num_tokens - 1
         deletable = tier.deletable(chunk.key for chunk in layout.chunks)
         return cls(tier, tenant, held, deletable, settings, is_repeated)
@@ -72,21 +71,9 @@ class Continuation:
         """Return the chunks that must be loaded."""
         return tuple(chunk for chunk in layout.chunks if chunk.start >= self.length)
 
-    def checked_first_chunk(self, layout: PromptLayout, caches: Sequence[ChunkCache]) -> PromptLayout:
-        """Return the layout, whose first chunk is not exact where its cache was encoded behind other chunks.
-
-        Args:
-            layout: The prompt.
-            caches: Of the new chunks.
-        """
-        if not layout.exact_first_chunk:
-            return layout
-        first = layout.chunks[0]
-        if first.start >= self.length:
-            is_alone = not caches[0].behind.keys
-        else:
-            is_alone = all(len(trace.keys) == 1 for trace in self.held.traces if trace.start == first.start)
-        return layout if is_alone else replace(layout, exact_first_chunk=False)
+    def was_alone(self, chunk: ChunkSpan) -> bool:
+        """Whether the rows of a chunk that is taken over came from a cache that was encoded behind no other chunk."""
+        return all(len(trace.keys) == 1 for trace in self.held.traces if trace.start == chunk.start)
 
     def put_into(self, layers: Sequence[RowsLayer]) -> None:
         """Copy the rows that are taken over to their positions."""

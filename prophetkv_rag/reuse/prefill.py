@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from prophetkv_rag.chunks import ChunkLibrary
-from prophetkv_rag.config import ProphetKVConfig, check_recompute_ratio
+from prophetkv_rag.config import ALONE_RATIO, ProphetKVConfig, check_recompute_ratio
 from prophetkv_rag.conversations import AnsweredRows, ConversationTier
 from prophetkv_rag.generation import InterruptibleLock
 from prophetkv_rag.model import (
@@ -35,6 +35,7 @@ from prophetkv_rag.reuse.accounting import (
 )
 from prophetkv_rag.reuse.assemble import assemble_caches
 from prophetkv_rag.reuse.continuing import Continuation, choose
+from prophetkv_rag.reuse.loading import default_ratio, load_new
 from prophetkv_rag.reuse.recompute import recompute_rows
 from prophetkv_rag.reuse.selection import QueryContext, Selection, Strategy, make_strategy
 from prophetkv_rag.reuse.selection.base import token_budget
@@ -113,7 +114,7 @@ class Prefiller:
         Args:
             prompt: Text as it is, chat messages, or a `Prompt`.
             strategy: `None` for the configured one.
-            recompute_ratio: `None` for the configured one.
+            recompute_ratio: `None` for the configured one, which may be `None` as well: then it is `default_ratio`.
             query: The question, where the caller knows it apart from the prompt.
             answer_lock: Of a call that goes on to answer; there must be room for an answer then.
             remember: Whether to take over the rows of former prompts, and to say what is to be kept of this one.
@@ -125,7 +126,7 @@ class Prefiller:
         """
         started = time.perf_counter()
         chosen = strategy if isinstance(strategy, Strategy) else make_strategy(strategy or self.config.strategy)
-        ratio = check_recompute_ratio(self.config.recompute_ratio if recompute_ratio is None else recompute_ratio)
+        ratio = self.config.recompute_ratio if recompute_ratio is None else check_recompute_ratio(recompute_ratio)
         self.library.refresh()
         layout = self.reader.read(prompt, query=query)
         tier = self.conversations if remember else None
@@ -166,7 +167,7 @@ class Prefiller:
         self,
         layout: PromptLayout,
         strategy: Strategy,
-        ratio: float,
+        ratio: float | None,
         timings: Timings,
         started: float,
         continued: Continuation,
@@ -175,10 +176,13 @@ class Prefiller:
         device = self.model.device
         mark = time.perf_counter()
         new_chunks = continued.new_chunks(layout)
-        caches, origins = self.library.load(replace(layout, chunks=new_chunks), model_lock=self.model_lock)
+        first_chunk = "cached" if ratio == 1 else strategy.first_chunk_for(self.config)  # at 1 it is computed anyway
+        caches, origins, is_exact = load_new(continued, layout, self.library, self.model_lock, first_chunk)
         hits = sum(origin.status == "hit" for origin in origins)
         timings.load = end_stage("load", mark, hits=hits, chunks=len(origins))
-        layout = continued.checked_first_chunk(layout, caches)
+        layout = replace(layout, exact_first_chunk=is_exact)
+        if ratio is None:
+            ratio = default_ratio(continued, layout, caches) if is_exact or first_chunk == "exact" else ALONE_RATIO
         behind = {chunk.key: cache.behind.traces for chunk, cache in zip(new_chunks, caches, strict=True)}
 
         with self.model_lock:
@@ -254,8 +258,12 @@ class Prefiller:
         answered = continued.answered(layout, done.rows, visible=visible, behind=behind)
         return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed, seen, answered)
 
-    def query_context(self, layout: PromptLayout, layers: Sequence[RowsLayer], ratio: float) -> QueryContext:
-        """Return what a strategy sees of a prompt over the given caches."""
+    def query_context(
+        self, layout: PromptLayout, layers: Sequence[RowsLayer], ratio: float | None = None
+    ) -> QueryContext:
+        """Return what a strategy sees of a prompt over the given caches; by default at the configured ratio."""
+        if ratio is None:
+            ratio = ALONE_RATIO if self.config.recompute_ratio is None else self.config.recompute_ratio
         device = self.model.device
         eligible = layout.is_chunk.clone()
         if layout.exact_first_chunk and not self.config.first_chunk_eligible:

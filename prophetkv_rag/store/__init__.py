@@ -21,7 +21,7 @@ from prophetkv_rag.store.files import (
     touch_private,
     write_file,
 )
-from prophetkv_rag.store.keys import check_key, is_key
+from prophetkv_rag.store.keys import check_key, chunk_owner, is_key
 from prophetkv_rag.store.memory import MemoryStore
 from prophetkv_rag.store.packed_cache import PackedCache, PackedRows
 from prophetkv_rag.store.reports import RemoteStats, StoreStats, VerifyReport
@@ -50,6 +50,7 @@ __all__ = [
     "VerifyReport",
     "can_write",
     "check_key",
+    "chunk_owner",
     "has_locks",
     "is_key",
     "make_private_directory",

@@ -105,6 +105,16 @@ class ChunkStore(ABC):
     def drop_references(self, owner: str, keys: Iterable[str]) -> list[str]:
         """Drop `owner`'s references and delete the caches that no owner refers to any more; returns those keys."""
 
+    def keep_with(self, key: str, chunk: str) -> bool:
+        """Keep what is stored under `key` for as long as a chunk is known: it is another cache of the same text.
+
+        A chunk that is deleted takes it along, in the same step, unless somebody else refers to it.
+
+        Returns:
+            Whether it will be kept; never with a chunk that the store does not know.
+        """
+        return False
+
     @abstractmethod
     def references(self, owner: str) -> list[str]:
         """Return the keys that `owner` refers to."""

@@ -20,3 +20,8 @@ def check_key(key: str) -> str:
         msg = f"{key!r} is not a cache key: 64 lower-case hex digits, as CacheIdentity.key() makes them"
         raise InputError(msg)
     return key
+
+
+def chunk_owner(chunk: str) -> str:
+    """Return the owner as which a chunk refers to other caches of its text; see `ChunkStore.keep_with`."""
+    return f"chunk:{chunk}"

@@ -12,7 +12,7 @@ from prophetkv_rag.errors import InputError
 from prophetkv_rag.forks import around_fork
 from prophetkv_rag.store.base import ChunkStore, Lookup
 from prophetkv_rag.store.chunk_cache import ALONE, Behind, ChunkCache
-from prophetkv_rag.store.keys import check_key
+from prophetkv_rag.store.keys import check_key, chunk_owner
 from prophetkv_rag.store.reports import StoreStats, VerifyReport
 from prophetkv_rag.store.text_entry import TextEntry
 
@@ -149,10 +149,23 @@ class MemoryStore(ChunkStore):
         self._nbytes -= self._recent.pop(key, 0)
         self._chunks[key].cache = None
 
+    def keep_with(self, key: str, chunk: str) -> bool:
+        """See `ChunkStore.keep_with`."""
+        with self._lock:
+            if chunk in self._chunks:
+                self.add_references(chunk_owner(chunk), [key])
+            return chunk in self._chunks
+
     def delete(self, keys: Iterable[str]) -> None:
         """See `ChunkStore.delete`."""
         keys = list(keys)
         with self._lock:
+            owners = {chunk_owner(key) for key in keys}
+            for key, referring in self._owners.items():
+                if not owners.isdisjoint(referring):
+                    referring -= owners
+                    if not referring and key not in keys:
+                        keys.append(key)
             for key in keys:
                 if key in self._chunks:
                     self._drop(key)

@@ -17,9 +17,9 @@ from prophetkv_rag.store.disk.store import DiskStore
 from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
 
 DOCUMENT = list(CORPUS[:5])
-PREVIOUS = ProphetKVConfig(encoding="previous:2")
-ALL_PREVIOUS = ProphetKVConfig(encoding="previous:16")
-NEIGHBOURS = ProphetKVConfig(encoding="neighbours:2")
+PREVIOUS = ProphetKVConfig(encoding="previous:2", first_chunk="cached")
+ALL_PREVIOUS = ProphetKVConfig(encoding="previous:16", first_chunk="cached")
+NEIGHBOURS = ProphetKVConfig(encoding="neighbours:2", first_chunk="cached")
 NEAREST = [[DOCUMENT[2], DOCUMENT[1]], [DOCUMENT[4], DOCUMENT[0]], [DOCUMENT[1]], [], [DOCUMENT[0], DOCUMENT[2]]]
 
 
@@ -208,14 +208,14 @@ def test_engines_of_different_encodings_share_nothing() -> None:
     configs = [ProphetKVConfig(encoding=name) for name in ("plain", "previous:1", "previous:2", "neighbours:2")]
     fingerprints = {engine_on(MemoryStore(), config).identity.fingerprint for config in configs}
     assert len(fingerprints) == 4
-    assert engine_on(MemoryStore(), configs[0]).identity == engine_on(MemoryStore(), ProphetKVConfig()).identity
+    assert engine_on(MemoryStore(), configs[2]).identity == engine_on(MemoryStore(), ProphetKVConfig()).identity
 
 
 @pytest.mark.parametrize(
     "name", ["", "nearest", "previous:", "previous:0", "previous:17", "plain:1", "neighbours:x", "previous:-1"]
 )
 def test_an_encoding_that_is_none(name: str) -> None:
-    with pytest.raises(InputError, match="allowed: plain, previous, neighbours"):
+    with pytest.raises(InputError, match="allowed: auto, plain, previous, neighbours"):
         ProphetKVConfig(encoding=name)
 
 
@@ -367,7 +367,7 @@ def test_a_first_chunk_is_exact_only_where_nothing_else_stood_before_it(first: i
     stop = start + len(engine._tokens.chunk(DOCUMENT[first]))
     picked = set(engine.prefill(prompt, strategy="epic:k=3", recompute_ratio=0.3).recomputed.tolist())
     assert (picked & set(range(start, stop))) == (set() if first == 0 else set(range(start, start + 3)))
-    held_back = ProphetKVConfig(encoding="previous:2", first_chunk_eligible=False)
+    held_back = ProphetKVConfig(encoding="previous:2", first_chunk="cached", first_chunk_eligible=False)
     other = ProphetKVEngine(engine.model, engine.tokenizer, config=held_back, store=engine.store)
     picked = set(other.prefill(prompt, recompute_ratio=0.99).recomputed.tolist())
     assert bool(picked & set(range(start, stop))) == (first != 0)

@@ -72,7 +72,7 @@ def test_calibrate_on_a_database(run: Run, texts: Path, questions: Path, tmp_pat
     assert (settings()["encoding"], settings()["recompute_ratio"]) == ("previous:1", 0.1)
     assert settings()["cached_for"] != before["cached_for"]
     found = run("ask", "What is it?", "--json")["report"]["chunks"]
-    assert all(chunk["status"] == "hit" for chunk in found)
+    assert all(chunk["status"] == "hit" for chunk in found[1:])
     assert any(chunk["behind"] for chunk in found)
 
 

@@ -16,11 +16,13 @@ from tests.tiny import save_tiny, text_of
 pytestmark = pytest.mark.usefixtures("offline")
 
 
-def test_chunks_are_encoded_behind_the_first_document(run: Run, fails: Run, docs: Path, tmp_path: Path) -> None:
-    index_tiny(run, docs)
+def test_chunks_are_encoded_behind_a_lead_in(run: Run, fails: Run, docs: Path, tmp_path: Path) -> None:
     settings = Path(".prophetkv") / "prophetkv-rag.json"
+    index_tiny(run, docs)
+    default = json.loads(settings.read_text())
+    assert (default["lead_in"], default["encoding"], default["recompute_ratio"]) == ("", "previous:2", None)
+    index_tiny(run, docs, "--lead-in", docs / "deep" / "two.md")
     first = json.loads(settings.read_text())
-    assert first["lead_in"]
     assert (docs / "deep" / "two.md").read_bytes().decode().startswith(first["lead_in"])
     assert first["behind_prompt"]
 
@@ -35,8 +37,10 @@ def test_chunks_are_encoded_behind_the_first_document(run: Run, fails: Run, docs
     other.write_text("Some other text of the collection.")
     index_tiny(run, docs, "--lead-in", other)
     assert json.loads(settings.read_text())["lead_in"] == other.read_text()
-    answer = run("ask", "What did people watch?", "--max-new-tokens", 4, "--json")
-    assert {chunk["status"] for chunk in answer["report"]["chunks"]} == {"hit"}
+    found = [run("ask", "What did people watch?", "--max-new-tokens", 4, "--json") for _ in range(2)]
+    statuses = [[chunk["status"] for chunk in answer["report"]["chunks"]] for answer in found]
+    assert statuses[0][0] == "miss"  # what stands first has a second cache from now on
+    assert {*statuses[0][1:], *statuses[1]} == {"hit"}
     assert "none.txt cannot be read" in fails("index", docs, "--lead-in", "none.txt")
 
 
@@ -50,7 +54,7 @@ def test_chunks_are_encoded_behind_others_and_what_loses_one_is_encoded_anew(
     assert (settings["encoding"], settings["lead_in"], settings["lead_in_tokens"]) == (encoding, "", 64)
 
     def behind(question: str) -> list[int]:
-        answer = run("ask", question, "--top-k", 50, "--max-new-tokens", 1, "--json")
+        answer = run("ask", question, "--top-k", 50, "--max-new-tokens", 1, "--strategy", "epic", "--json")
         assert {chunk["status"] for chunk in answer["report"]["chunks"]} == {"hit"}
         return sorted(chunk["behind"] for chunk in answer["report"]["chunks"])
 
@@ -70,7 +74,7 @@ def test_chunks_are_encoded_behind_others_and_what_loses_one_is_encoded_anew(
 
 
 def test_an_encoding_that_is_none(fails: Run, docs: Path) -> None:
-    assert "allowed: plain, previous, neighbours" in fails("index", docs, "--encoding", "nearest")
+    assert "allowed: auto, plain, previous, neighbours" in fails("index", docs, "--encoding", "nearest")
 
 
 def test_only_what_changed_is_indexed_again(run: Run, docs: Path) -> None:
@@ -166,7 +170,7 @@ def test_an_interrupted_change_of_models_is_noticed(
     assert renewed == [2, 2]
     assert proxies[0].progress is None
     # The first two chunks' caches are the other model's by now; the settings must not say that all are the first's.
-    answer = run("ask", "Who?", "--model", tiny_model, "--top-k", 50, "--max-new-tokens", 1, "--json")
+    answer = run("ask", "Who?", "--model", tiny_model, "--top-k", 50, "--strategy", "epic", "--json")
     assert [chunk["status"] for chunk in answer["report"]["chunks"]] == ["hit"] * count
     assert run("cache", "stats", "--json")["chunks"] == count
 

@@ -97,7 +97,7 @@ def test_encoding_and_the_full_row_softmax(launched):
         with ops.force(choice):
             engine = engine_of("gemma2", score_softmax="full_row")
             engine.add_chunks(CHUNKS)
-            layouts.append(engine.library.load(engine.read(PROMPT))[0])
+            layouts.append(engine.library.load(engine.read(PROMPT)).caches)
             results.append(engine.prefill(PROMPT, recompute_ratio=0.3))
     assert launched["rotate"] > 0
     for own, other in zip(*layouts, strict=True):

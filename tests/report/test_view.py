@@ -132,7 +132,7 @@ def test_scores_are_those_of_stage_one(engine: ProphetKVEngine) -> None:
     """Against a pass of its own over the same caches, and against what was selected by them."""
     result = engine.prefill(PROMPT, recompute_ratio=0.2)
     layout = engine.read(PROMPT)
-    caches, _ = engine.library.load(layout)
+    caches = engine.library.load(layout).caches
     layers = assemble_caches(
         engine.support,
         caches,

@@ -16,7 +16,7 @@ CHUNKS = [[20 + (start + i) % 400 for i in range(30)] for start in (0, 100, 200)
 def contexts_of(engine, prompts):
     for prompt in prompts:
         layout = engine.read(prompt)
-        caches, _ = engine.library.load(layout)
+        caches = engine.library.load(layout).caches
         starts = [chunk.start for chunk in layout.chunks]
         given = {"dtype": torch.float32, "device": torch.device("cpu")}
         layers = assemble_caches(engine.support, caches, starts, layout.num_tokens, **given)

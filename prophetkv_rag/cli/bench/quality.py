@@ -61,7 +61,7 @@ def quality(
     import tempfile
 
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.evaluation.quality import Engines, ResultsFile, arms_of, run_grid, summarise, try_metrics
+    from prophetkv_rag.evaluation.quality import PAPER, Engines, ResultsFile, arms_of, run_grid, summarise, try_metrics
     from prophetkv_rag.evaluation.quality import markdown as markdown_of
     from prophetkv_rag.evaluation.tasks import (
         Sources,
@@ -93,7 +93,7 @@ def quality(
     check_writable(files=[markdown], folders=[plots])
     name = chosen_model(model)
     with status(f"loading {Path(name).name}"):
-        engine = ProphetKVEngine.from_pretrained(name)
+        engine = ProphetKVEngine.from_pretrained(name, config=PAPER)
     check_length(length, engine.context_window)
     with status("making prompts"):
         examples, surroundings = load_examples(

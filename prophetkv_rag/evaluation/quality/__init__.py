@@ -7,7 +7,7 @@ show them, `calibration.py` makes a profile of them, and `choice.py` does all of
 
 from prophetkv_rag.evaluation.quality.calibration import calibrate
 from prophetkv_rag.evaluation.quality.choice import QUESTIONS, Choice, choose, measure_collection
-from prophetkv_rag.evaluation.quality.engines import Engines
+from prophetkv_rag.evaluation.quality.engines import PAPER, Engines
 from prophetkv_rag.evaluation.quality.fidelity import Arm, arms_of, forced_logits, full_prefill
 from prophetkv_rag.evaluation.quality.grid import run_grid
 from prophetkv_rag.evaluation.quality.intervals import bootstrap_mean
@@ -20,6 +20,7 @@ from prophetkv_rag.evaluation.quality.tables import HEADER, POOLED, markdown, su
 __all__ = [
     "FULL",
     "HEADER",
+    "PAPER",
     "POOLED",
     "QUESTIONS",
     "Arm",

@@ -28,8 +28,8 @@ from prophetkv_rag.evaluation.tasks.surroundings import Surroundings
 from prophetkv_rag.profile import CORPUS, PROMPT, CalibratedStrategy, Profile, parse_behind
 
 RATIOS = (0.05, 0.1, 0.2, 0.3)
-OTHERS = ("", "previous:2", "neighbours:3")
-"""Encodings that are tried: none but the prefix, and these."""
+OTHERS = ("", "+previous:2", "+neighbours:3")
+"""Encodings that are tried: none but the opening, and these."""
 
 LONG_PROMPT = 3000
 """Context tokens from which on `context_share` below 1 makes the first token sooner (docs/performance.md)."""
@@ -183,12 +183,11 @@ def _affordable_chunks(engine: ProphetKVEngine, documents: Sequence[Sequence[str
 def default_strategies(*, has_lead_in: bool, is_long: bool) -> list[str]:
     """Return ProphetKV with every encoding that is tried.
 
-    Behind other chunks also with the first chunk recomputed whole, and where prompts are long with half of the context.
+    Also behind a lead-in, if there is one, and where prompts are long with half of the context.
     """
-    prefix = f"{PROMPT}+{CORPUS}" if has_lead_in else PROMPT
-    behind = [f"@{prefix}+{other}" if other else f"@{prefix}" for other in OTHERS]
-    found = [f"prophetkv{one}" for one in behind] + [f"prophetkv:first_chunk=exact{one}" for one in behind[1:]]
-    return found + [f"prophetkv:context_share=0.5{one}" for one in behind if is_long]
+    behind = [f"{PROMPT}{other}" for other in OTHERS] + [f"{PROMPT}+{CORPUS}+previous:2"] * has_lead_in
+    options = ["first_chunk=exact"] + ["first_chunk=exact,context_share=0.5"] * is_long
+    return [f"prophetkv:{option}@{one}" for option in options for one in behind]
 
 
 def choose(profile: Profile) -> Choice:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.evaluation.quality.fidelity import Arm
@@ -17,6 +18,10 @@ from prophetkv_rag.profile import parse_behind
 from prophetkv_rag.prompt import Prompt
 
 _KEPT = "quality corpus"
+
+
+PAPER = ProphetKVConfig(encoding="plain", first_chunk="cached", recompute_ratio=0.2)
+"""The paper's recipe (arXiv 2602.02579), which arms depart from by their options and by what stands behind `@`."""
 
 
 class Engines:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from prophetkv_rag.config import FirstChunk, ProphetKVConfig
 from prophetkv_rag.reuse.pruning import Pruner
 from prophetkv_rag.reuse.stage_one import QueryContext
 
@@ -47,6 +48,10 @@ class Strategy(ABC):
     @abstractmethod
     def select(self, context: QueryContext) -> Selection:
         """Choose at most `context.budget` chunk tokens (ProphetKV may add the prompt's first chunk to them)."""
+
+    def first_chunk_for(self, config: ProphetKVConfig) -> FirstChunk:
+        """What becomes of a prompt's first chunk; see `ProphetKVConfig.first_chunk`. As it is, unless overridden."""
+        return "cached"
 
 
 def without_choice(context: QueryContext) -> Selection | None:

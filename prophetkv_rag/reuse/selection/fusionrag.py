@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from prophetkv_rag.config import FirstChunk, ProphetKVConfig
 from prophetkv_rag.reuse.selection.base import QueryContext
 from prophetkv_rag.reuse.selection.prophetkv import ProphetKV
 
@@ -26,5 +27,6 @@ class FusionRAG(ProphetKV):
         """Return the last layer's score of every token, `[N]` in fp32."""
         return context.attention_scores(score_softmax="full_row", first_layer=len(context.layers) - 1)
 
-    def _configured(self, context: QueryContext) -> str:
-        return "cached"  # as its authors have it, unless the option asks for more
+    def first_chunk_for(self, config: ProphetKVConfig) -> FirstChunk:
+        """As its authors have it, unless the option asks for more."""
+        return self.first_chunk or "cached"

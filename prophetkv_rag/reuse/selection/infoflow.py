@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from prophetkv_rag.config import FirstChunk, ProphetKVConfig
 from prophetkv_rag.reuse.selection.base import QueryContext
 from prophetkv_rag.reuse.selection.prophetkv import ProphetKV
 
@@ -30,5 +31,6 @@ class InfoFlow(ProphetKV):
         first_layer = max(0, len(context.layers) - COUNTED_LAYERS)
         return context.attention_scores(score_softmax="full_row", first_layer=first_layer, over_rows="norm")
 
-    def _configured(self, context: QueryContext) -> str:
-        return "cached"  # as its authors have it, unless the option asks for more
+    def first_chunk_for(self, config: ProphetKVConfig) -> FirstChunk:
+        """As its authors have it, unless the option asks for more."""
+        return self.first_chunk or "cached"

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from prophetkv_rag.config import check_context_share, check_first_chunk
+from prophetkv_rag.config import FirstChunk, ProphetKVConfig, check_context_share, check_first_chunk
 from prophetkv_rag.reuse.selection.base import QueryContext, Selection, Strategy, top_positions
 from prophetkv_rag.reuse.selection.context_share import shared_context
 
@@ -26,14 +26,14 @@ class ProphetKV(Strategy):
         context_share: What the selected tokens see, beside what is selected or outside the chunks: a share of all other
             chunk tokens, in [0, 1], as `shared_context` chooses it (the idea of RelaxKV, arXiv 2609.33503, whose rule
             may be another); `None` for `ProphetKVConfig.context_share`.
-        first_chunk: `"exact"` recomputes a first chunk that is not exact whole, beyond the budget, which then is for
-            the other chunks; `None` for `ProphetKVConfig.first_chunk`. Ours.
+        first_chunk: See `ProphetKVConfig.first_chunk`, which `None` is for; where it is exact, the budget is for the
+            other chunks. Ours.
     """
 
     name: ClassVar[str] = "prophetkv"
 
     context_share: float | None = field(default=None, kw_only=True)
-    first_chunk: str | None = field(default=None, kw_only=True)
+    first_chunk: FirstChunk | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.context_share is not None:
@@ -51,21 +51,24 @@ class ProphetKV(Strategy):
             eligible = eligible.clone()
             eligible[first] = False
         scores = self.scores(context)
-        chosen = top_positions(scores, eligible, context.budget)
-        positions = torch.cat([first, chosen])  # it stands before all others
+        positions = top_positions(scores, eligible, context.budget)
+        if not context.layout.exact_first_chunk:
+            positions = torch.cat([first, positions])  # it stands before all others
         share = context.config.context_share if self.context_share is None else self.context_share
         return Selection(positions, visible=shared_context(scores, positions, context.is_chunk, share))
 
     def _first_chunk(self, context: QueryContext) -> torch.Tensor:
-        """Return the positions of a first chunk that is recomputed whole; none of one that is exact."""
-        wanted = (self.first_chunk or self._configured(context)) == "exact" and not context.layout.exact_first_chunk
+        """Return the positions of a first chunk that is exact, or is recomputed whole to be so; none if not so set."""
+        first_chunk = self.first_chunk_for(context.config)
+        wanted = first_chunk == "exact" or (first_chunk == "opening" and context.layout.exact_first_chunk)
         chunks = context.layout.chunks[:1] if wanted else ()
         rows = [row for chunk in chunks for row in range(chunk.start, chunk.stop)]
         positions = torch.tensor(rows, dtype=torch.int64, device=context.is_chunk.device)
         return positions[context.is_chunk[positions]]
 
-    def _configured(self, context: QueryContext) -> str:
-        return context.config.first_chunk
+    def first_chunk_for(self, config: ProphetKVConfig) -> FirstChunk:
+        """See `Strategy`."""
+        return self.first_chunk or config.first_chunk
 
     def scores(self, context: QueryContext) -> torch.Tensor:
         """Return the fused score of every token, `[N]` in fp32."""

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from prophetkv_rag.errors import StoreError
-from prophetkv_rag.store import Behind, EntryColumns, TextEntry
+from prophetkv_rag.store import Behind, EntryColumns, TextEntry, chunk_owner
 from prophetkv_rag.store.catalog.file import CatalogFile
+from prophetkv_rag.store.catalog.kept import no_longer_kept
 from prophetkv_rag.store.catalog.traces import behind_of, doom_remote, drop_traced, note_behind, traced
 
 UNKNOWN_OWNER = ""
@@ -76,18 +77,33 @@ class Catalog(CatalogFile):
     def delete(self, run: sqlite3.Connection, keys: Iterable[str]) -> tuple[int, list[str]]:
         """Drop chunks and all references to them, inside a transaction.
 
+        What was kept with a chunk goes with it (`keep_with`).
+
         Returns:
-            How many chunks there were; and the keys of others whose caches bear their trace, which have none any more.
-            The caller removes the files of both.
+            How many chunks there were; and the keys of others that have no cache any more: of those that bear their
+            trace, and of what was kept with them. The caller removes the files of all.
         """
         keys = list(keys)
-        found = traced(run, keys)
+        kept = no_longer_kept(run, keys)
+        found = [*traced(run, keys), *kept]
+        keys += kept
         count = 0
         for key in keys:
             count += run.execute("DELETE FROM chunks WHERE key = ?", (key,)).rowcount
             run.execute("DELETE FROM refs WHERE key = ?", (key,))
         drop_traced(run, found)
         return count, found
+
+    def keep_with(self, key: str, chunk: str) -> bool:
+        """Keep what is stored under `key` for as long as a chunk is known; returns whether that is."""
+        with self.transaction() as run:
+            values = (chunk_owner(chunk), key, time.time(), chunk)
+            run.execute(
+                "INSERT OR IGNORE INTO refs (owner, key, noted_at) SELECT ?, ?, ? WHERE ? IN (SELECT key FROM chunks)",
+                values,
+            )
+            query = "SELECT 1 FROM refs WHERE owner = ? AND key = ?"
+            return run.execute(query, values[:2]).fetchone() is not None
 
     def drop_traced(self, keys: Iterable[str]) -> None:
         """Note that the caches of these keys are gone, here and (soon) in remote tiers, with what they stood behind."""

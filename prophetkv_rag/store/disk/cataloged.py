@@ -85,6 +85,10 @@ class CatalogedStore(ChunkStore):
         if self.policy != "read_only":
             self.catalog.add_references(owner, keys)
 
+    def keep_with(self, key: str, chunk: str) -> bool:
+        """See `ChunkStore.keep_with`."""
+        return self.policy != "read_only" and self.catalog.keep_with(check_key(key), chunk)
+
     def drop_references(self, owner: str, keys: Iterable[str]) -> list[str]:
         """See `ChunkStore.drop_references`."""
         self._must_be_writable("delete caches")

@@ -71,13 +71,19 @@ def test_plain_reuse_and_full_prefill_are_what_they_are(pair, ratio):
 
 
 def test_an_exact_first_chunk_is_left_alone(pair):
+    """Nothing of it is recomputed, and the budget is for the others."""
     engine, _, _ = pair
     prompt = Prompt(base.ENCODING_PREFIX, base.CHUNKS, base.SUFFIX, glue=base.GLUE)
     assert engine.read(prompt).exact_first_chunk
-    found = [
-        engine.prefill(prompt, strategy=one, recompute_ratio=0.3).recomputed.tolist() for one in ("prophetkv", EXACT)
-    ]
-    assert found[0] == found[1]
+    cached, exact, default = (
+        engine.prefill(prompt, strategy=one, recompute_ratio=0.3)
+        for one in ("prophetkv:first_chunk=cached", EXACT, "prophetkv")
+    )
+    first = range(engine.read(prompt).chunks[0].stop)
+    assert set(cached.recomputed.tolist()).intersection(first)
+    assert not set(exact.recomputed.tolist()).intersection(first)
+    assert exact.recomputed.shape == cached.recomputed.shape
+    assert torch.equal(exact.recomputed, default.recomputed)
 
 
 def test_a_setting_of_the_engine_and_not_of_rivals(pair):
@@ -98,7 +104,7 @@ def test_a_setting_of_the_engine_and_not_of_rivals(pair):
 
 
 def test_bad_values():
-    with pytest.raises(InputError, match="first_chunk is 'whole'; allowed: cached, exact"):
+    with pytest.raises(InputError, match="first_chunk is 'whole'; allowed: cached, opening, exact"):
         make_strategy("prophetkv:first_chunk=whole")
     with pytest.raises(InputError, match="first_chunk is 1"):
         ProphetKVConfig(first_chunk=1)

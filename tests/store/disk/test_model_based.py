@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 MODEL, TOKENIZER = tiny_llama(), tiny_tokenizer()
 TEXTS = [text_of(12, seed=seed) for seed in range(7)]
-CONFIG = ProphetKVConfig(recompute_ratio=0.0, index_batch_tokens=64)
+CONFIG = ProphetKVConfig(
+    recompute_ratio=0.0, index_batch_tokens=64, encoding="plain", prompt_template="Read: {context}"
+)
 CLEAN = ProphetKVEngine(MODEL, TOKENIZER, config=CONFIG)
 CLEAN.add_chunks(TEXTS)
 NAMES = ("machine-first", "machine-second")
@@ -41,6 +44,7 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         identity = ProphetKVEngine(MODEL, TOKENIZER, config=self.config).identity
         self.keys = [identity.key(chunk.input_ids) for chunk in CLEAN.read(" ".join(TEXTS)).chunks]
+        self.seconds = [CLEAN.identity.key(chunk.input_ids) for chunk in CLEAN.read(" ".join(TEXTS)).chunks]
         self.directory = Path(tempfile.mkdtemp())
         self.client = chromadb.EphemeralClient()
         self.held: dict[str, dict[str, int]] = {name: {} for name in NAMES}
@@ -126,10 +130,13 @@ class StoreMachine(RuleBasedStateMachine):
         for name, records in self.held.items():
             wanted = {self.keys[text] for text in records.values()}
             assert set(self.store.references(self.collections[name].owner)) == wanted
-        known = {self.keys[text] for records in self.held.values() for text in records.values()}
+        held = {text for records in self.held.values() for text in records.values()}
+        known = {self.keys[text] for text in held}
         assert {key for key in self.keys if self.store.knows(key)} == known
-        assert {path.stem for path in (self.directory / "blobs").rglob("*.safetensors")} <= known
-        assert set(self.store._ram.keys()) <= known
+        seconds = {self.seconds[text] for text in held}  # of chunks that stood first in a prompt
+        assert {key for key in self.seconds if self.store.knows(key)} <= seconds
+        assert {path.stem for path in (self.directory / "blobs").rglob("*.safetensors")} <= known | seconds
+        assert set(self.store._ram.keys()) <= known | seconds
         assert self.store._ram.nbytes <= self.ram
 
     def on_disk(self) -> int:
@@ -146,7 +153,7 @@ class StoreMachine(RuleBasedStateMachine):
 class EncodedMachine(StoreMachine):
     """The same, where chunks are encoded behind others: no blob bears the trace of what is not held any more."""
 
-    config = ProphetKVConfig(recompute_ratio=0.0, index_batch_tokens=64, encoding="neighbours:2")
+    config = replace(CONFIG, encoding="neighbours:2")
 
     @rule(name=names, refresh=st.booleans())
     def encode(self, name: str, refresh: bool) -> None:
@@ -166,7 +173,7 @@ class EncodedMachine(StoreMachine):
 class ChainedMachine(EncodedMachine):
     """And behind the chunks before them in their document, here what was written in one call."""
 
-    config = ProphetKVConfig(recompute_ratio=0.0, index_batch_tokens=64, encoding="previous:2")
+    config = replace(CONFIG, encoding="previous:2")
 
     @rule(name=names, records=st.lists(ids, min_size=2, max_size=4, unique=True), data=st.data())
     def upsert_document(self, name: str, records: list[str], data: st.DataObject) -> None:

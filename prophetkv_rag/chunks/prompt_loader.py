@@ -1,0 +1,95 @@
+"""A prompt's first chunk by a cache of its own, encoded behind the prompt's opening alone: full prefill's very rows.
+
+Chunks that were encoded behind more than that (a lead-in, other chunks) fit better in the middle of a prompt, and worse
+at its start, where usually the nearest passage stands. So that one chunk gets a second cache, when a prompt first has
+it first. It is found as the cache of an engine would be that encodes chunks behind the opening alone, and is kept for
+as long as its chunk is known.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from prophetkv_rag.chunks.encoder import ChunkEncoder
+from prophetkv_rag.chunks.loader import ChunkLoader, LoadedChunks, Origin
+from prophetkv_rag.config import FirstChunk, parse_encoding
+from prophetkv_rag.errors import StoreError
+from prophetkv_rag.prompt import ChunkSpan, PromptLayout
+from prophetkv_rag.store import CacheIdentity, ChunkCache, ChunkStore
+
+logger = logging.getLogger(__name__)
+
+
+class PromptLoader:
+    """Loads the caches of prompts, the first chunk's from its own cache where that is wanted.
+
+    Args:
+        store: Where from; what had to be computed goes back into it.
+        encoder: Of the chunks as they are encoded otherwise.
+        opening_length: Tokens of that one's prefix that a prompt has, too: all but the lead-in.
+        describe: Tells the store what an identity stands for.
+    """
+
+    def __init__(
+        self,
+        store: ChunkStore,
+        encoder: ChunkEncoder,
+        opening_length: int,
+        describe: Callable[[CacheIdentity], None],
+    ) -> None:
+        self._store = store
+        self._identity = encoder.identity
+        self._describe = describe
+        self._loader = ChunkLoader(store, encoder)
+        self._opening = replace(encoder.identity, prefix_ids=encoder.identity.prefix_ids[:opening_length], encoding="")
+        prefix = encoder.prefix and encoder.prefix.first(opening_length)
+        self._first = ChunkLoader(store, encoder.behind_prefix(prefix, self._opening, parse_encoding("plain")))
+
+    def load(
+        self, layout: PromptLayout, model_lock: AbstractContextManager[Any], first_chunk: FirstChunk
+    ) -> LoadedChunks:
+        """Load a prompt's caches; see `ChunkLoader.load`.
+
+        Args:
+            layout: The prompt.
+            model_lock: Held while the model runs.
+            first_chunk: `"cached"` takes the first one as the others; else it comes from its second cache, unless the
+                one that it has anyway was encoded so.
+        """
+        chunks = layout.chunks
+        is_behind_opening = tuple(layout.input_ids[: layout.context_start].tolist()) == self._opening.prefix_ids
+        if first_chunk != "cached" and not self._is_encoded_so(chunks[0].key):
+            first, origin = self._load_first(chunks[0], model_lock)
+            caches, origins = self._loader.load(chunks[1:], model_lock)
+            return LoadedChunks([first, *caches], [origin, *origins], has_exact_first=is_behind_opening)
+        caches, origins = self._loader.load(chunks, model_lock)
+        is_exact = is_behind_opening and self._identity.prefix_ids == self._opening.prefix_ids
+        return LoadedChunks(caches, origins, has_exact_first=is_exact and not caches[0].behind.keys)
+
+    def _is_encoded_so(self, key: str) -> bool:
+        """Whether the cache that a chunk has anyway was encoded behind the opening alone."""
+        if self._identity.prefix_ids != self._opening.prefix_ids:
+            return False
+        try:
+            return not self._identity.encoding or not self._store.behind(key).keys
+        except StoreError:
+            return False
+
+    def _load_first(self, chunk: ChunkSpan, model_lock: AbstractContextManager[Any]) -> tuple[ChunkCache, Origin]:
+        own = replace(chunk, key=self._opening.key(chunk.input_ids))
+        if own.key not in self._store:
+            self._keep(own.key, chunk.key)
+        (cache,), (origin,) = self._first.load([own], model_lock)
+        return cache, origin
+
+    def _keep(self, key: str, chunk: str) -> None:
+        """Let the store keep a cache for as long as it knows the chunk; of an unknown one nothing is kept."""
+        try:
+            if self._store.keep_with(key, chunk):
+                self._describe(self._opening)
+        except (StoreError, OSError) as error:
+            logger.debug("a first chunk's own cache will not be kept: %s", error)
