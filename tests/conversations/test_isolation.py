@@ -124,7 +124,7 @@ def test_what_another_process_deletes_is_not_used_any_more(tmp_path: Path) -> No
 
 def test_a_chunk_takes_along_what_was_encoded_behind_it() -> None:
     """The rows of the second chunk bear the first one's trace, though its text is nowhere in the prompt."""
-    engine = make_engine(encoding="previous:1")
+    engine = make_engine(encoding="previous:1", first_chunk="cached")
     engine.add_chunks(CHUNKS)
     chat = Chat(engine)
     chat.ask(with_context(QUESTIONS[0], CHUNKS[1:2]))
