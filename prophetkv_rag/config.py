@@ -77,8 +77,8 @@ class ProphetKVConfig:
         strategy: Name of the selection strategy (`prophetkv_rag.reuse.available_strategies()`).
         recompute_ratio: Fraction of the chunk tokens that is recomputed at query time, in [0, 1]; the paper's p.
             0.0 is plain reuse, 1.0 is full prefill. `None` is a twentieth of the chunks that were encoded behind others
-            (see `encoding`) and a fifth, as in the paper, of those that were encoded alone; a fifth of all where the
-            first chunk is not exact (see `first_chunk`).
+            (see `encoding`) and a fifth, as in the paper, of those that were encoded alone, but for an exact first
+            chunk; a fifth of all where that is not exact (see `first_chunk`).
         context_share: What recomputed tokens attend to, beside each other and all tokens outside the chunks: this share
             of the other chunk tokens, those just before each and then those of the highest stage-I scores, in [0, 1];
             1.0, the paper's, is all of them. Tokens outside the chunks always see everything. Read by the strategies

@@ -130,7 +130,7 @@ class Profile:
             allowed[encoding_of(replace(config, encoding="plain"))] = "plain"
         measured = [one for one in self.strategies if one.encoding in allowed]
         if self.strategies and not measured:
-            raise InputError(self._not_measured(encoding))
+            raise InputError(self._not_measured([*allowed][-1]))
         best = next((one for one in measured if one.recompute_ratio is not None), None)
         if best is None or best.recompute_ratio is None:
             return replace(config, strategy="full_prefill")

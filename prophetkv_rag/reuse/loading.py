@@ -40,18 +40,23 @@ def load_new(
     return caches, origins, is_exact
 
 
-def default_ratio(continued: Continuation, layout: PromptLayout, caches: Sequence[ChunkCache]) -> float:
+def default_ratio(
+    continued: Continuation, layout: PromptLayout, caches: Sequence[ChunkCache], *, has_exact_first: bool
+) -> float:
     """Return the share that is recomputed where nobody says: of a prompt's chunks, by how each was encoded.
 
     Args:
         continued: Knows how those were that are taken over.
         layout: The prompt.
         caches: Of the others.
+        has_exact_first: Whether the first chunk is exact, or made so.
     """
-    new = len(layout.chunks) - len(caches)
-    is_alone = [continued.was_alone(chunk) for chunk in layout.chunks[:new]]
+    if not has_exact_first or not layout.chunks:  # then the others' encoding makes up for less (docs/encodings.md)
+        return ALONE_RATIO
+    num_held = len(layout.chunks) - len(caches)
+    is_alone = [continued.was_alone(chunk) for chunk in layout.chunks[:num_held]]
     is_alone += [not cache.behind.keys for cache in caches]
+    is_alone[0] = False
     tokens = [len(chunk.input_ids) for chunk in layout.chunks]
     shares = [ALONE_RATIO if alone else BEHIND_RATIO for alone in is_alone]
-    total = sum(share * count for share, count in zip(shares, tokens, strict=True))
-    return total / sum(tokens) if tokens else ALONE_RATIO
+    return sum(share * count for share, count in zip(shares, tokens, strict=True)) / sum(tokens)

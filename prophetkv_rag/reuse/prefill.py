@@ -182,7 +182,8 @@ class Prefiller:
         timings.load = end_stage("load", mark, hits=hits, chunks=len(origins))
         layout = replace(layout, exact_first_chunk=is_exact)
         if ratio is None:
-            ratio = default_ratio(continued, layout, caches) if is_exact or first_chunk == "exact" else ALONE_RATIO
+            has_exact = is_exact or first_chunk == "exact"
+            ratio = default_ratio(continued, layout, caches, has_exact_first=has_exact)
         behind = {chunk.key: cache.behind.traces for chunk, cache in zip(new_chunks, caches, strict=True)}
 
         with self.model_lock:

@@ -109,10 +109,10 @@ def test_behind_another_opening_it_is_as_any_other_or_recomputed_whole(store):
 
 
 def test_what_is_recomputed_where_nobody_says(store):
-    """A twentieth of what stands behind others, if the first chunk is exact; else a fifth."""
+    """A twentieth of what is exact or encoded behind others, a fifth of what is not; of all, if the first is not."""
     engine = engine_on(store)
     tokens = [len(chunk.input_ids) for chunk in engine.read(prompt(engine)).chunks]
-    shares = [0.2, 0.2, 0.05]  # the first by its second cache, the document's first, the one behind it
+    shares = [0.05, 0.2, 0.05]  # exact, the document's first, the one behind it
     report = engine.prefill(prompt(engine)).report
     wanted = sum(share * count for share, count in zip(shares, tokens, strict=True)) / sum(tokens)
     assert report.recompute_ratio == pytest.approx(wanted)
@@ -122,7 +122,8 @@ def test_what_is_recomputed_where_nobody_says(store):
     assert engine.prefill(prompt(engine), strategy="prophetkv:first_chunk=cached").report.recompute_ratio == 0.2
     assert engine.prefill(prompt(engine), recompute_ratio=0.0).report.recompute_ratio == 0.0
     plain = engine_on(store, encoding="plain")
-    assert plain.prefill(prompt(plain)).report.recompute_ratio == 0.2
+    wanted = (0.05 * tokens[0] + 0.2 * sum(tokens[1:])) / sum(tokens)
+    assert plain.prefill(prompt(plain)).report.recompute_ratio == pytest.approx(wanted)
 
 
 def test_the_chunk_again_in_the_middle_is_the_other_one(store):
@@ -226,3 +227,12 @@ def test_a_namespace_has_its_own(tmp_path):
             fingerprints = {row[0] for row in run.execute("SELECT fingerprint FROM chunks")}
             named = dict(run.execute("SELECT fingerprint, namespace FROM identities"))
         assert {named[one] for one in fingerprints} == {"b"}
+
+
+def test_of_one_exact_chunk_nothing_is_recomputed(store):
+    engine = engine_on(store)
+    for chunk in (DOCUMENT[0], DOCUMENT[2]):
+        found = settled(engine, chunk)
+        assert found.recomputed.shape == (0,)
+        full = engine.prefill(prompt(engine, chunk), strategy="full_prefill")
+        torch.testing.assert_close(found.logits, full.logits, atol=1e-4, rtol=1e-4)

@@ -88,7 +88,7 @@ def test_unselected_rows_are_untouched_and_sets_are_nested(family):
     previous: set[int] = set()
     context = {p for p in range(len(PROMPT.prefix), len(PROMPT.prefix) + 66) if p not in {25, 26, 27, 45, 46, 47}}
     for ratio in (0.1, 0.3, 0.6, 0.9):
-        result = family.prefill(PROMPT, recompute_ratio=ratio)
+        result = family.prefill(PROMPT, strategy="prophetkv:first_chunk=cached", recompute_ratio=ratio)
         layers = result.past_key_values.layers
         changed = set()
         for own, old in zip(layers, stale, strict=True):

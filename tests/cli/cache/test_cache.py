@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,13 @@ from tests.cli.program import Run, index_tiny
 pytestmark = pytest.mark.usefixtures("offline")
 
 
+def index_plain(run: Run, docs: Path, *more: object) -> dict[str, Any]:
+    """Every chunk's one cache then serves wherever it stands in a prompt."""
+    return index_tiny(run, docs, "--encoding", "plain", *more)
+
+
 def test_cache_stats_and_verify(run: Run, docs: Path) -> None:
-    report = index_tiny(run, docs)
+    report = index_plain(run, docs)
     assert run("cache", "stats", "--json").items() >= report["caches"].items()
     assert f"{report['total_chunks']} chunks" in run("cache", "stats")
     assert run("cache", "verify", "--json")["checked"] == report["total_chunks"]
@@ -29,7 +35,7 @@ def test_cache_stats_and_verify(run: Run, docs: Path) -> None:
 
 
 def test_cache_gc_and_clear_and_warm(run: Run, docs: Path) -> None:
-    count = index_tiny(run, docs)["total_chunks"]
+    count = index_plain(run, docs)["total_chunks"]
     (usage,) = run("cache", "stats", "--json")["usage"]
     assert (usage["chunks"], usage["stored"], usage["missing_tokens"], usage["missing_s"]) == (count, count, 0, 0)
     assert "documents" in run("cache", "stats")
@@ -53,7 +59,7 @@ def test_cache_gc_and_clear_and_warm(run: Run, docs: Path) -> None:
 
 
 def test_cache_export_and_import(run: Run, docs: Path, tmp_path: Path) -> None:
-    count = index_tiny(run, docs)["total_chunks"]
+    count = index_plain(run, docs)["total_chunks"]
     exported = tmp_path / "caches.tar"
     assert run("cache", "export", exported, "--json")["exported"] == count
     run("cache", "clear", "--all")
@@ -70,25 +76,25 @@ def test_cache_export_and_import(run: Run, docs: Path, tmp_path: Path) -> None:
 
 
 def test_a_limit_and_a_format_are_remembered(run: Run, docs: Path) -> None:
-    whole = index_tiny(run, docs)
+    whole = index_plain(run, docs)
     limit = whole["caches"]["nbytes"] // 2
     run("cache", "clear", "--all")
-    index_tiny(run, docs, "--cache-limit", limit, "--cache-format", "int8")
+    index_plain(run, docs, "--cache-limit", limit, "--cache-format", "int8")
     run("cache", "warm")
     small = run("cache", "stats", "--json")
     assert small["limit"] == limit
     assert small["chunks"] == whole["caches"]["chunks"]
     assert small["nbytes"] < limit
-    index_tiny(run, docs, "--cache-limit", "1e3", "--cache-policy", "on_first_use")
+    index_plain(run, docs, "--cache-limit", "1e3", "--cache-policy", "on_first_use")
     answer = run("ask", "Who?", "--max-new-tokens", 1, "--json")
     assert len(answer["report"]["chunks"]) == 4
 
 
 def test_a_remote_tier_that_is_gone_for_good_is_given_up(run: Run, fails: Run, docs: Path, tmp_path: Path) -> None:
     url = f"file://{tmp_path}/remote"
-    count = index_tiny(run, docs, "--remote", url)["total_chunks"]
+    count = index_plain(run, docs, "--remote", url)["total_chunks"]
     assert "other_remotes" not in run("cache", "gc", "--json")
-    index_tiny(run, docs, "--remote", "none")
+    index_plain(run, docs, "--remote", "none")
     run("cache", "clear", "--all")
     assert run("cache", "gc", "--json")["other_remotes"] == {url: 1}, "all of the model, at once"
     assert f"--give-up-remote {url} forgets them" in run("cache", "gc")
@@ -106,10 +112,10 @@ def test_a_remote_tier_that_is_gone_for_good_is_given_up(run: Run, fails: Run, d
 
 
 def test_a_limit_of_each_namespace_is_remembered_and_told(run: Run, docs: Path) -> None:
-    whole = index_tiny(run, docs)
+    whole = index_plain(run, docs)
     limit = whole["caches"]["nbytes"] // 2
     run("cache", "clear", "--all")
-    index_tiny(run, docs, "--namespace-limit", limit)
+    index_plain(run, docs, "--namespace-limit", limit)
     small = run("cache", "stats", "--json")
     assert (small["limit"], small["namespace_limit"]) == (None, limit)
     assert 0 < small["nbytes"] <= limit
@@ -136,7 +142,7 @@ def test_a_limit_of_each_namespace_is_remembered_and_told(run: Run, docs: Path) 
 
 def test_a_remote_tier_is_remembered_shared_and_cleared(run: Run, docs: Path, tmp_path: Path) -> None:
     url, folder = f"file://{tmp_path}/remote", tmp_path / "remote"
-    count = index_tiny(run, docs, "--remote", url, "--remote-limit", "1GB", "--remote-timeout", 5)["total_chunks"]
+    count = index_plain(run, docs, "--remote", url, "--remote-limit", "1GB", "--remote-timeout", 5)["total_chunks"]
     blobs = [path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))]
     assert len(blobs) == count
     found = run("cache", "stats", "--json")["remote"]
@@ -164,7 +170,7 @@ def test_a_remote_tier_is_remembered_shared_and_cleared(run: Run, docs: Path, tm
     report = run("cache", "clear", "--all", "--json")
     assert (report["deleted"], report["remote_waiting"]) == (count, 0)
     assert list(folder.rglob("*.safetensors")) == []
-    index_tiny(run, docs, "--remote", "none")
+    index_plain(run, docs, "--remote", "none")
     assert "remote" not in run("cache", "stats", "--json")
 
 
@@ -173,7 +179,7 @@ def test_encrypted_caches(run: Run, fails: Run, docs: Path, tmp_path: Path) -> N
     key_id = run("cache", "new-key", old, "--json")["key_id"]
     assert run("cache", "new-key", new, "--json")["key_id"] != key_id
     assert "not written over" in fails("cache", "new-key", old)
-    count = index_tiny(run, docs, "--key-file", old)["total_chunks"]
+    count = index_plain(run, docs, "--key-file", old)["total_chunks"]
     blobs = list(Path(".prophetkv").rglob("*.safetensors"))
     assert {blob.read_bytes()[:8] for blob in blobs} == {b"PKVSEAL1"}
     answer = run("ask", "Who?", "--max-new-tokens", 1, "--json")  # the database remembers where the key is
@@ -201,12 +207,12 @@ def test_encrypted_caches(run: Run, fails: Run, docs: Path, tmp_path: Path) -> N
     assert "are encrypted with the key" in fails("index", docs, "--key-file", old)
     assert "are encrypted with the key" in fails("index", docs, "--key-file", "none")
     assert run("cache", "clear", "--all", "--json")["deleted"] == count
-    index_tiny(run, docs, "--key-file", "none")
+    index_plain(run, docs, "--key-file", "none")
     assert "either --from-key-file or" in fails("cache", "import", exported, "--from-plain", "--from-key-file", old)
 
 
 def test_mistakes_with_caches_are_said_in_one_line(run: Run, fails: Run, docs: Path, tmp_path: Path) -> None:
-    index_tiny(run, docs)
+    index_plain(run, docs)
     assert "either --namespace NAME or --all" in fails("cache", "clear")
     assert "is there already" in fails("cache", "export", docs)
     assert "cannot read" in fails("cache", "import", docs / "none.tar")
