@@ -12,6 +12,9 @@ from prophetkv_rag.errors import InputError
 LEAD_IN_TOKENS = 256
 """Longest lead-in by default, in tokens; in a short context window an eighth of it at most."""
 
+REMEMBER_BYTES = 1 << 30
+"""Most bytes of former prompts by default: 23,000 tokens of SmolLM2-135M in fp32, 8,000 of Llama-3.1-8B in bf16."""
+
 PLACEHOLDER = re.compile(r"\{context\w*\}")
 """Where the chunks stand in `ProphetKVConfig.prompt_template`."""
 
@@ -113,6 +116,10 @@ class ProphetKVConfig:
         index_batch_tokens: Upper bound of tokens in one index-time forward pass; bounds memory while indexing.
         namespace: Whose caches these are. Engines of different namespaces share nothing: neither hits, nor what is
             found in prompts, nor deletes, though they may share a directory (and its byte limit).
+        remember: Whether answered prompts are kept, with their answers, so that one which begins as a former one (the
+            next turn of a conversation, a prompt that is sent again) computes only what is new; a call's own
+            `remember=` overrides it. docs/conversations.md says what is taken over.
+        remember_bytes: Most bytes of RAM for that, the least recently used go first.
         max_prompt_tokens: Own limit on a prompt's length, in tokens; `None` for the model's context window.
 
     Raises:
@@ -133,6 +140,8 @@ class ProphetKVConfig:
     encoding: str = "auto"
     index_batch_tokens: int = 2048
     max_prompt_tokens: int | None = None
+    remember: bool = True
+    remember_bytes: int = REMEMBER_BYTES
     namespace: str = ""
 
     def __post_init__(self) -> None:
@@ -154,6 +163,9 @@ class ProphetKVConfig:
             raise ValueError(msg)
         if self.index_batch_tokens < 1:
             msg = f"index_batch_tokens is {self.index_batch_tokens}; it must be at least 1"
+            raise ValueError(msg)
+        if isinstance(self.remember_bytes, bool) or self.remember_bytes < 0:
+            msg = f"remember_bytes is {self.remember_bytes}; it must be 0 (nothing is remembered) or more bytes"
             raise ValueError(msg)
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
             msg = f"max_prompt_tokens is {self.max_prompt_tokens}; it must be at least 1, or None for the model's own"

@@ -1,12 +1,10 @@
-"""The engine: everything from a prompt to a filled KV cache, and generation from it.
-
-One sentence: ProphetKV is a function that builds a `past_key_values`; what follows is plain transformers.
-"""
+"""The engine: from a prompt to a filled `past_key_values`, and generation from it; the rest is plain transformers."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +12,7 @@ import torch
 
 from prophetkv_rag.chunks import open_library
 from prophetkv_rag.config import ProphetKVConfig
-from prophetkv_rag.errors import InputError
+from prophetkv_rag.conversations import ConversationTier
 from prophetkv_rag.generation import (
     GenerationResult,
     Grammar,
@@ -24,18 +22,10 @@ from prophetkv_rag.generation import (
     StreamChunk,
     end_token_ids,
     stream_answer,
+    whole_answer,
 )
-from prophetkv_rag.kernels import ops
-from prophetkv_rag.model import (
-    ModelState,
-    RowsLayer,
-    load_model,
-    model_fingerprint,
-    model_lock,
-    own_state,
-    probe_model,
-)
-from prophetkv_rag.profile import Profile, load_profile
+from prophetkv_rag.model import ModelState, RowsLayer, load_model, model_fingerprint, model_lock, own_state, probe_model
+from prophetkv_rag.profile import Profile, with_profile
 from prophetkv_rag.prompt import AnyPrompt, ChunkIndex, PromptLayout, PromptReader, Tokens
 from prophetkv_rag.reuse import Prefiller, PrefillResult, QueryContext, Strategy, make_strategy
 from prophetkv_rag.store import ChunkStore, MemoryStore
@@ -45,11 +35,11 @@ from prophetkv_rag.waiting import advise
 class ProphetKVEngine:
     """Caches chunks at index time; reuses and partly recomputes them at query time.
 
-    One engine, and several engines on one model, may be used from many threads: the model runs for one caller at a
-    time, step by step. Whoever calls `engine.model` directly while other threads are at work holds `engine.model_lock`
-    around the call. The caller's settings of torch (autocast, default device and dtype, inference mode, gradients) do
-    not reach what the engine computes, and a model that `torch.compile` has compiled runs uncompiled here. Weights and
-    adapters must stay as they were when the engine was made: a call after a change raises `ModelChangedError`.
+    Engines may be used from many threads, several on one model too: it runs for one caller at a time, step by step.
+    Whoever calls `engine.model` directly meanwhile holds `engine.model_lock`. The caller's settings of torch (autocast,
+    default device and dtype, inference mode, gradients) do not reach what is computed, and a model that `torch.compile`
+    has compiled runs uncompiled here. Weights and adapters must stay as they were when the engine was made: a call
+    after a change raises `ModelChangedError`. `conversations` holds what is remembered of former prompts.
     """
 
     @own_state()
@@ -67,7 +57,7 @@ class ProphetKVEngine:
         Args:
             model: A transformers causal language model. It is probed, set to evaluation mode, and otherwise left alone.
             tokenizer: Its tokenizer; `None` if prompts and chunks are given as token ids only.
-            config: Settings; the paper's by default.
+            config: Settings.
             store: Keeps the chunk caches; in RAM by default.
             profile: What `prophetkv-rag calibrate` wrote for this model; overrides the config's strategy and ratio.
 
@@ -75,25 +65,18 @@ class ProphetKVEngine:
             UnsupportedModelError: If the model's caches cannot be re-positioned exactly, or it is not all here.
             InputError: If the profile cannot be read or was made for other weights, or the strategy is unknown.
         """
-        self.config = config or ProphetKVConfig()
-        try:
-            ops.in_use(getattr(model, "device", torch.device("cpu")))  # what has none is refused by the probe
-        except ValueError as error:  # a wrong environment variable
-            raise InputError(str(error)) from None
         self.support = probe_model(model)
         self.model, self.tokenizer = model, tokenizer
         self.model_lock = model_lock(model)
         with self.model_lock:
             fingerprint, state = model_fingerprint(model), ModelState(model)
-        if profile is not None:
-            profile = profile if isinstance(profile, Profile) else load_profile(profile)
-            self.config = profile.apply_to(self.config, model_fingerprint=fingerprint)
+        self.config = with_profile(config or ProphetKVConfig(), profile, model_fingerprint=fingerprint)
         make_strategy(self.config.strategy)
         if model.device.type == "cpu":
             advise(torch.get_num_threads())
         self.store = store if store is not None else MemoryStore()
-        limit = self.config.max_prompt_tokens or self.support.context_window
-        self.context_window = min(limit, self.support.context_window)
+        window = self.support.context_window
+        self.context_window = min(self.config.max_prompt_tokens or window, window)
         self.tokens = Tokens(tokenizer)
         self.library = open_library(
             model,
@@ -110,9 +93,8 @@ class ProphetKVEngine:
         self.end_tokens = end_token_ids(model, tokenizer)
         self._grammars = GrammarCompiler(tokenizer, self.end_tokens)
         self._reader = PromptReader(self.tokens, self.identity, self.chunk_index)
-        self._prefiller = Prefiller(
-            model, self.support, self.config, self.library, self._reader, self.context_window, self.model_lock
-        )
+        self.conversations = ConversationTier(self.config.remember_bytes, self.store.known, self.chunk_index)
+        self._prefiller = Prefiller.over(self.library, self.config, self._reader, self.conversations)
 
     max_concurrent = 1
     """Answers that the model works on at a time."""
@@ -190,8 +172,13 @@ class ProphetKVEngine:
         return self.library.add(texts, owner=owner, behind=behind, refresh=refresh, progress=progress)
 
     def remove_chunks(self, keys: Iterable[str], *, owner: str = "engine") -> list[str]:
-        """Drop `owner`'s references; returns the keys of the caches that nobody refers to any more and are deleted."""
-        return self.library.remove(keys, owner=owner)
+        """Drop `owner`'s references; returns the keys of the caches that nobody refers to any more and are deleted.
+
+        Conversations are forgotten from those chunks on.
+        """
+        deleted = self.library.remove(keys, owner=owner)
+        self.conversations.drop(deleted)
+        return deleted
 
     def prefill(
         self,
@@ -200,6 +187,8 @@ class ProphetKVEngine:
         strategy: str | Strategy | None = None,
         recompute_ratio: float | None = None,
         query: str | None = None,
+        remember: bool = False,
+        tenant: str = "",
     ) -> PrefillResult:
         """Fill a KV cache for a prompt, reusing the caches of the chunks found in it.
 
@@ -208,6 +197,8 @@ class ProphetKVEngine:
             strategy: Overrides the configured strategy for this call.
             recompute_ratio: Overrides the configured ratio for this call.
             query: The question, where the caller knows it apart from the prompt.
+            remember: Whether to go on from a former prompt, as `stream` does by itself, and to keep a copy of this one.
+            tenant: As in `stream`.
 
         Returns:
             The cache, the prompt's token ids, the last token's logits and the report.
@@ -217,7 +208,7 @@ class ProphetKVEngine:
             ContextWindowError: If the prompt is longer than the context window.
             ModelChangedError: If the model is not what it was.
         """
-        return self._prefiller.run(prompt, strategy, recompute_ratio, query)
+        return self._prefiller.run(prompt, strategy, recompute_ratio, query, remember=remember, tenant=tenant)
 
     @own_state()
     def query_context(self, prompt: AnyPrompt, layers: Sequence[RowsLayer]) -> QueryContext:
@@ -248,6 +239,8 @@ class ProphetKVEngine:
         grammar: Grammar | None = None,
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
+        remember: bool | None = None,
+        tenant: str = "",
     ) -> Generator[StreamChunk, None, None]:
         """Answer a prompt piece by piece; closing the iterator stops generation at once.
 
@@ -266,6 +259,8 @@ class ProphetKVEngine:
             cancel: Setting it, from any thread, ends the answer with the reason `"cancelled"` before the model runs
                 again; before the prefill that is one empty piece, with a report of zeros.
             deadline_s: Seconds from the first `next`; then the answer ends as it is, with the reason `"deadline"`.
+            remember: Overrides the configured `remember` for this call.
+            tenant: Whose conversation it is: prompts of other tenants neither find its rows nor are found.
 
         Yields:
             Pieces of the answer; the last one has a finish reason.
@@ -280,8 +275,10 @@ class ProphetKVEngine:
         )
         lock = InterruptibleLock(self.model_lock, cancel, deadline_s)
         constraint = None if grammar is None else self._grammars.start(grammar)
+        kept = self.config.remember if remember is None else remember
+        prefill = partial(self._prefiller.run, prompt, strategy, recompute_ratio, query, remember=kept, tenant=tenant)
         yield from stream_answer(
-            lambda: self._prefiller.run(prompt, strategy, recompute_ratio, query, lock),
+            partial(prefill, answer_lock=lock),
             self.model,
             settings,
             context_window=self.context_window,
@@ -290,11 +287,9 @@ class ProphetKVEngine:
             model_lock=lock,
             check=self.library.state.check_adapters,
             constraint=constraint,
+            keep=self.conversations.keep,
         )
 
     def generate(self, prompt: AnyPrompt, **settings: Any) -> GenerationResult:
         """Answer a prompt at once; takes the arguments of `stream`."""
-        for last in self.stream(prompt, **settings):  # noqa: B007  # only the last piece is kept
-            pass
-        assert last.finish_reason is not None
-        return GenerationResult(last.text, last.token_ids, last.finish_reason, last.report)
+        return whole_answer(self.stream(prompt, **settings))

@@ -187,3 +187,17 @@ def load_profile(path: str | Path) -> Profile:
             raise
         msg = f"{path} is not a profile ({type(error).__name__}: {error}); make one with: prophetkv-rag calibrate"
         raise InputError(msg) from error
+
+
+def with_profile(
+    config: ProphetKVConfig, profile: str | Path | Profile | None, *, model_fingerprint: str
+) -> ProphetKVConfig:
+    """Return the settings as a profile has them, which may be a file; as they are without one.
+
+    Raises:
+        InputError: As `load_profile` and `Profile.apply_to`.
+    """
+    if profile is None:
+        return config
+    found = profile if isinstance(profile, Profile) else load_profile(profile)
+    return found.apply_to(config, model_fingerprint=model_fingerprint)

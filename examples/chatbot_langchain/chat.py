@@ -27,6 +27,8 @@ PROMPT = ChatPromptTemplate.from_messages(
     ]
 )
 
+MOST_MESSAGES = 16
+
 
 def read_folder(folder: Path, console: Console) -> list[Document]:
     """Cut every .txt and .md file below the folder into chunks; says which cannot be read."""
@@ -62,14 +64,17 @@ def main(folder: Path, model_name: str | Path) -> None:
         found = store.similarity_search(question, k=4)
         context = "\n\n".join(document.page_content for document in found)
         answer = None
-        for chunk in chain.stream({"context": context, "history": history[-6:], "question": question}):
+        if len(history) > MOST_MESSAGES:  # many at once: a prompt that begins as the last one computes only what is new
+            history = history[-6:]
+        for chunk in chain.stream({"context": context, "history": history, "question": question}):
             console.print(chunk.text, end="", markup=False)
             answer = chunk if answer is None else answer + chunk
         usage = answer.usage_metadata
-        reused = usage["input_token_details"]["cache_read"]
+        details = usage["input_token_details"]
         ttft = answer.response_metadata["prophetkv"]["timings_s"]["ttft"]
         sources = ", ".join(dict.fromkeys(document.metadata["source"] for document in found))
-        report = f"{sources} - {reused} of {usage['input_tokens']} prompt tokens reused, first token after {ttft:.2f} s"
+        reused = f"{details['cache_read']} of {usage['input_tokens']} prompt tokens reused"
+        report = f"{sources} - {reused}, {details['remembered']} of the conversation; first token after {ttft:.2f} s"
         console.print(f"\n{report}\n", style="dim", markup=False)
         history += [HumanMessage(question), AIMessage(answer.text)]
 

@@ -55,7 +55,8 @@ class Conversations:
                 self._sessions[session.id] = session
             self._sessions.move_to_end(session.id)
             while len(self._sessions) > MAX_SESSIONS:
-                self._sessions.popitem(last=False)
+                oldest, _ = self._sessions.popitem(last=False)
+                self.knowledge.engine.conversations.forget(oldest)
             return session
 
     def history(self, wanted: str) -> list[dict[str, str]]:
@@ -69,6 +70,7 @@ class Conversations:
         """End a conversation."""
         with self._lock:
             self._sessions.pop(wanted, None)
+        self.knowledge.engine.conversations.forget(wanted)
 
     def answer(self, session: Session, question: str, *, compare: bool, cancel: threading.Event) -> Iterator[Event]:
         """Answer a question, event by event: `sources`, `token`..., `report`, with `compare` also `comparison`, `done`.
@@ -82,7 +84,9 @@ class Conversations:
             msg = "This conversation is still answering the question before."
             raise InputError(msg)
         try:
-            llm = ProphetKVLLM(engine=self.knowledge.engine, max_new_tokens=self.max_new_tokens).cancelled_by(cancel)
+            engine = self.knowledge.engine
+            llm = ProphetKVLLM(engine=engine, max_new_tokens=self.max_new_tokens, tenant=session.id)
+            llm = llm.cancelled_by(cancel)
             chat = ContextChatEngine.from_defaults(
                 retriever=self.knowledge.index.as_retriever(similarity_top_k=TOP_K),
                 llm=llm,

@@ -13,11 +13,16 @@ if TYPE_CHECKING:
 def usage(chunk: StreamChunk) -> UsageMetadata:
     """Token counts of a finished answer.
 
-    `input_token_details["cache_read"]` (LangChain's name) counts tokens taken from chunk caches as they are,
-    `["recomputed"]` those of chunks that ran through the model again; the rest of the input stood outside chunks.
+    `input_token_details["cache_read"]` (LangChain's name) counts tokens taken as they are from chunk caches and from
+    former turns of the conversation, `["remembered"]` the latter alone, `["recomputed"]` those that ran through the
+    model again; the rest of the input is new.
     """
     report, output = chunk.report, len(chunk.token_ids)
-    details: Any = {"cache_read": report.reused_tokens, "recomputed": report.recomputed_tokens}
+    details: Any = {
+        "cache_read": report.remembered_tokens + report.reused_tokens,
+        "remembered": report.remembered_tokens,
+        "recomputed": report.recomputed_tokens,
+    }
     return UsageMetadata(
         input_tokens=report.prompt_tokens,
         output_tokens=output,

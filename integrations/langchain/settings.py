@@ -30,6 +30,8 @@ ENGINE_NAMES = {
     "strategy": "strategy",
     "recompute_ratio": "recompute_ratio",
     "timeout": "deadline_s",
+    "remember": "remember",
+    "tenant": "tenant",
 }
 """Our fields, LangChain's names where it has one, and the engine's names for them."""
 
@@ -65,6 +67,10 @@ class EngineModel(BaseModel):
     """Selection strategy; `None` for the engine's setting."""
     recompute_ratio: float | None = Field(default=None, ge=0.0, le=1.0)
     """Share of chunk tokens recomputed; `None` for the engine's setting."""
+    remember: bool | None = None
+    """Whether calls go on from former prompts that begin alike, and are kept for that; `None` for the engine's own."""
+    tenant: str = ""
+    """Whose conversations these are: those of others are neither used nor told by the time an answer takes."""
     streaming: bool = False
     """Makes `invoke` run as a stream inside, for callbacks that show tokens."""
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CALL_OPTIONS = (
     *("max_new_tokens", "temperature", "top_p", "stop", "seed"),
-    *("strategy", "recompute_ratio", "query", "deadline_s", "grammar"),
+    *("strategy", "recompute_ratio", "query", "deadline_s", "grammar", "remember", "tenant"),
 )
 """Keyword arguments of a single call that reach the engine; `max_tokens` is read as `max_new_tokens`."""
 
@@ -45,6 +45,11 @@ class EngineLLM(QueryAwareLLM):
         default=None, description="Share of chunk tokens recomputed; None for the engine's setting.", ge=0.0, le=1.0
     )
     deadline_s: float | None = Field(default=None, description="Seconds that one call may take; None for no limit.")
+    remember: bool | None = Field(
+        default=None,
+        description="Whether calls go on from former prompts that begin alike; None: the engine's setting.",
+    )
+    tenant: str = Field(default="", description="Whose conversations these are; those of others are never used.")
 
     _engine: Any = PrivateAttr(default=None)
     _last_report: Any = PrivateAttr(default=None)

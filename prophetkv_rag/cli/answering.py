@@ -21,6 +21,7 @@ REPORT_KEYS = (
     "reused_tokens",
     "recomputed_tokens",
     "fresh_tokens",
+    "remembered_tokens",
     "chunks",
     "timings_s",
 )
@@ -65,6 +66,7 @@ def answer_question(
     max_new_tokens: int,
     strategy: str | None = None,
     recompute_ratio: float | None = None,
+    remember: bool | None = None,
 ) -> Answer:
     """Retrieve the `top_k` nearest chunks and answer from them.
 
@@ -77,7 +79,11 @@ def answer_question(
     from prophetkv_rag.integrations.llama_index import ProphetKVLLM
 
     llm = ProphetKVLLM(
-        engine=database.engine, max_new_tokens=max_new_tokens, strategy=strategy, recompute_ratio=recompute_ratio
+        engine=database.engine,
+        max_new_tokens=max_new_tokens,
+        strategy=strategy,
+        recompute_ratio=recompute_ratio,
+        remember=remember,
     )
     query_engine = database.index.as_query_engine(llm=llm, similarity_top_k=top_k)
     try:

@@ -58,7 +58,14 @@ def run_questions(
     runs = []
     for entry in questions:
         reused, full = (
-            answer_question(database, entry.question, top_k=top_k, max_new_tokens=max_new_tokens, strategy=strategy)
+            answer_question(
+                database,
+                entry.question,
+                top_k=top_k,
+                max_new_tokens=max_new_tokens,
+                strategy=strategy,
+                remember=False,  # each question is measured by itself
+            )
             for strategy in ("prophetkv", "full_prefill")
         )
         runs.append(DemoRun(entry.question, entry.expected, reused, full))

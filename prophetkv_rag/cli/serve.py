@@ -81,6 +81,9 @@ def serve(
             "encoded behind others, 0.2 of those that were encoded alone.",
         ),
     ] = None,
+    remember: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most memory for conversations, which go on from it: 1GB; or 0.")
+    ] = None,
     engine: Annotated[
         str, typer.Option(metavar="ENGINE", help="Who runs the model: transformers, or vllm, with --cache-dir.")
     ] = "transformers",
@@ -110,6 +113,9 @@ def serve(
     if is_vllm and strategy != "prophetkv":
         msg = f"--strategy is {strategy!r}; with --engine vllm it is prophetkv (a request may name others)"
         raise InputError(msg)
+    if is_vllm and remember is not None:
+        msg = "--remember is not for --engine vllm, which keeps former prompts by itself"
+        raise InputError(msg)
     max_bytes = None if cache_limit is None else parse_size(cache_limit)
     make_strategy(strategy)
     settings = ServerSettings(
@@ -121,7 +127,9 @@ def serve(
         deadline_s=deadline,
         default_max_tokens=max_new_tokens,
     )
-    config = ProphetKVConfig(strategy=strategy, recompute_ratio=recompute_ratio)
+    config = ProphetKVConfig(
+        strategy=strategy, recompute_ratio=recompute_ratio, remember_bytes=_remembered_bytes(remember)
+    )
     console = progress_console()
     if not settings.api_keys and not is_loopback(host):
         console.print(
@@ -164,6 +172,16 @@ def serve(
             text = f"{settings.model_name} at {url}, {len(served.chunk_index)} chunks known; Ctrl-C stops it"
             run_server(app, listening, grace, lambda: console.print(text, markup=False, soft_wrap=True))
         console.print("stopped", markup=False)
+
+
+def _remembered_bytes(size: str | None) -> int:
+    from prophetkv_rag.config import REMEMBER_BYTES
+
+    found = REMEMBER_BYTES if size is None else parse_size(size)
+    if found is None:
+        msg = "--remember is 'none'; give the most bytes, such as 2GB, or 0 to remember nothing"
+        raise InputError(msg)
+    return found
 
 
 def is_loopback(host: str) -> bool:

@@ -8,7 +8,7 @@ chosen, `interrupt.py` how a call is stopped from outside. `grammar.py` says wha
 
 from prophetkv_rag.generation.answer import stream_answer
 from prophetkv_rag.generation.constraint import GrammarCompiler
-from prophetkv_rag.generation.decode import FinishReason, GenerationResult, StreamChunk, end_token_ids
+from prophetkv_rag.generation.decode import FinishReason, GenerationResult, StreamChunk, end_token_ids, whole_answer
 from prophetkv_rag.generation.grammar import Grammar, json_rule, literal
 from prophetkv_rag.generation.interrupt import InterruptibleLock
 from prophetkv_rag.generation.sampling import SamplingSettings
@@ -25,4 +25,5 @@ __all__ = [
     "json_rule",
     "literal",
     "stream_answer",
+    "whole_answer",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -36,6 +37,14 @@ class FilledCache(Protocol):
     def report(self) -> ReuseReport:
         """Goes with every piece of the answer."""
 
+    @property
+    def answered(self) -> Any:
+        """What `keep` is told of the prompt; small, and `None` if nothing is to be kept."""
+
+
+Keep = Callable[[Any, Sequence[Any], Sequence[int]], None]
+"""Takes a prompt's `answered`, the layers of its cache, which have rows for most of the answer too, and the answer."""
+
 
 def stream_answer(
     prefill: Callable[[], FilledCache],
@@ -48,6 +57,7 @@ def stream_answer(
     model_lock: InterruptibleLock,
     check: Callable[[], None] = lambda: None,
     constraint: Constraint | None = None,
+    keep: Keep | None = None,
 ) -> Generator[StreamChunk, None, None]:
     """Prefill a prompt and generate from it.
 
@@ -61,6 +71,7 @@ def stream_answer(
         model_lock: Of this call; says when it must stop.
         check: See `decode_tokens`.
         constraint: See `decode_tokens`.
+        keep: Called once the answer has ended, in whatever way.
 
     Yields:
         Pieces of the answer; the last one has a finish reason. The span of the decoding is ended with it.
@@ -74,9 +85,10 @@ def stream_answer(
         yield _stopped_before_prefill(interrupted)
         return
     room = context_window - filled.report.prompt_tokens
+    cache, answered = complete_cache(filled.past_key_values), filled.answered
     pieces = decode_tokens(
         model,
-        complete_cache(filled.past_key_values),
+        cache,
         filled.input_ids,
         filled.logits,
         replace(settings, max_new_tokens=min(settings.max_new_tokens, room)),
@@ -88,7 +100,15 @@ def stream_answer(
         constraint=constraint,
     )
     del filled  # decoding replaces the cache's tensors; the prompt's must not be kept beside them
-    yield from trace_generation(pieces)
+    token_ids: Sequence[int] = ()
+    try:
+        with closing(trace_generation(pieces)) as traced:
+            for piece in traced:
+                token_ids = piece.token_ids
+                yield piece
+    finally:
+        if keep is not None and answered is not None:
+            keep(answered, cache.layers, token_ids)
 
 
 def _stopped_before_prefill(interrupted: Interrupted) -> StreamChunk:

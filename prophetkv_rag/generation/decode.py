@@ -6,7 +6,7 @@ background thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
@@ -42,6 +42,14 @@ class StreamChunk:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     report: ReuseReport
+
+
+def whole_answer(pieces: Iterable[StreamChunk]) -> GenerationResult:
+    """Return an answer at once, from all of its pieces."""
+    for last in pieces:  # noqa: B007  # only the last piece is kept
+        pass
+    assert last.finish_reason is not None
+    return GenerationResult(last.text, last.token_ids, last.finish_reason, last.report)
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:

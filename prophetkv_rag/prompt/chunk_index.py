@@ -82,7 +82,7 @@ class ChunkIndex:
     def __len__(self) -> int:
         return len(self._texts)
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._digests
 
     def add(self, key: str, entry: TextEntry) -> None:

@@ -24,6 +24,7 @@ class Drawable(Protocol):
     reused_tokens: int
     recomputed_tokens: int
     fresh_tokens: int
+    remembered_tokens: int
     chunks: list[ChunkReport]
     timings_s: Timings
 
@@ -45,6 +46,7 @@ STATUSES = {
     "miss": "was not cached",
     "corrupt": "cache was damaged",
     "unused": "cache not used",
+    "remembered": "from the conversation",
 }
 SEGMENTS = {"prefix": "Before the chunks", "glue": "Between chunks", "suffix": "After the chunks: the question"}
 
@@ -75,6 +77,7 @@ STYLE = """
 .pkv pre{margin:0;padding:12px 14px;white-space:pre-wrap;overflow-wrap:anywhere;font:14px/1.75 ui-monospace,
  SFMono-Regular,Menlo,Consolas,monospace;color:var(--ink);background:none;border:0}
 .pkv .plain pre{color:var(--soft)}
+.pkv .kept{border-left:4px solid var(--c3)}
 .pkv .r{text-decoration:underline 2px var(--mark);text-underline-offset:3px;text-decoration-skip-ink:none}
 """ + "".join(
     f".pkv .s{level}{{background:rgba(var(--shade),calc({alpha}*var(--k)))}}\n"
@@ -107,11 +110,13 @@ def fragment(report: Drawable, *, head: str = "") -> str:
 
 def _summary(report: Drawable) -> str:
     hits = sum(chunk.status == "hit" for chunk in report.chunks)
+    wanted = sum(chunk.status != "remembered" for chunk in report.chunks)
+    remembered = f"<b>{report.remembered_tokens:,} remembered</b> + " if report.remembered_tokens else ""
     return (
         f'<p class="sum"><b>{escape(report.strategy)}</b> at {report.recompute_ratio:.0%}: '
-        f"{report.prompt_tokens:,} prompt tokens = <b>{report.reused_tokens:,} reused</b> + "
+        f"{report.prompt_tokens:,} prompt tokens = {remembered}<b>{report.reused_tokens:,} reused</b> + "
         f"{report.recomputed_tokens:,} recomputed + {report.fresh_tokens:,} fresh; "
-        f"{hits} of {len(report.chunks)} chunks from cache; first token after <b>{_time(report.timings_s.ttft)}</b></p>"
+        f"{hits} of {wanted} chunks from cache; first token after <b>{_time(report.timings_s.ttft)}</b></p>"
     )
 
 
@@ -131,6 +136,8 @@ def _timings(report: Drawable) -> str:
 
 def _legend(view: PromptView) -> str:
     said = ['<span><span class="r">underlined</span>: recomputed</span>', "<span>not underlined: reused</span>"]
+    if view.num_remembered:
+        said.append('<span class="kept">&nbsp;at this edge: from the conversation, not computed again</span>')
     if view.scores is None:
         said.append("<span>no scores: this strategy did not ask which tokens matter</span>")
     else:
@@ -146,10 +153,13 @@ def _segments(view: PromptView) -> Iterator[str]:
             number += 1
             yield _chunk(view, segment, number)
         else:
-            title = SEGMENTS[segment.kind]
+            is_kept = segment.status == "remembered"
+            title = "Earlier in the conversation" if is_kept and number else SEGMENTS[segment.kind]
+            said = STATUSES["remembered"] if is_kept else "computed"
+            count = _tokens(len(segment.tokens))
             yield (
-                f'<section class="plain"><header><h2>{title}</h2><span>{_tokens(len(segment.tokens))}, '
-                f"computed</span></header><pre>{escape(segment.text)}</pre></section>"
+                f'<section class="plain{" kept" * is_kept}"><header><h2>{title}</h2><span>{count}, {said}</span>'
+                f"</header><pre>{escape(segment.text)}</pre></section>"
             )
 
 
@@ -157,8 +167,10 @@ def _chunk(view: PromptView, segment: SegmentView, number: int) -> str:
     recomputed = sum(token.recomputed for token in segment.tokens)
     text = "".join(_run(view, tokens) for tokens in _characters(segment.tokens))
     key = escape(segment.key or "")
+    kept = " class=kept" if segment.status == "remembered" else ""
+    status = STATUSES.get(segment.status, escape(segment.status))
     return (
-        f"<section><header><h2>Chunk {number}</h2><span>{STATUSES.get(segment.status, escape(segment.status))}</span>"
+        f"<section{kept}><header><h2>Chunk {number}</h2><span>{status}</span>"
         f"<span>{_tokens(len(segment.tokens))}, {recomputed} recomputed</span>"
         f'<code title="{key}">{key[:12]}</code></header><pre>{text}</pre></section>'
     )

@@ -32,8 +32,10 @@ class _Viewed:
 class ReuseReport(_Viewed):
     """What was reused, what was computed, and how long it took.
 
-    `prompt_tokens == reused_tokens + recomputed_tokens + fresh_tokens` and
-    `chunk_tokens == reused_tokens + recomputed_tokens`; fresh tokens are those outside every chunk.
+    `prompt_tokens == remembered_tokens + reused_tokens + recomputed_tokens + fresh_tokens` and
+    `chunk_tokens == reused_tokens + recomputed_tokens`; fresh tokens are those outside every chunk. Remembered tokens
+    came from a former prompt and its answer, chunks in them included, and were not computed again; those of them that
+    were are recomputed tokens.
     `recomputed_tokens` ran through every layer. `row_layers` is what really ran: rows x layers at query time, stage I
     and layers run in full included. `charged_ratio` is that as a fraction of full prefill's work on the chunks: all
     rows x layers beyond one pass of the fresh tokens (without those that begin the prompt as they begin the encoding
@@ -57,6 +59,7 @@ class ReuseReport(_Viewed):
     attended_share: float = 1.0
     chunks: list[ChunkReport] = field(default_factory=list)
     timings_s: Timings = field(default_factory=Timings)
+    remembered_tokens: int = 0
 
     def to_html(self, *, title: str = "What was reused", answer: str | None = None) -> str:
         """Return a page of its own, without scripts or anything from elsewhere, that draws the prompt.
@@ -91,8 +94,10 @@ class ReuseReport(_Viewed):
 
     def __str__(self) -> str:
         hits = sum(chunk.status == "hit" for chunk in self.chunks)
+        wanted = sum(chunk.status != "remembered" for chunk in self.chunks)
+        remembered = f"{self.remembered_tokens} remembered + " if self.remembered_tokens else ""
         return (
-            f"{self.strategy} at {self.recompute_ratio:.0%}: {self.prompt_tokens} prompt tokens = "
+            f"{self.strategy} at {self.recompute_ratio:.0%}: {self.prompt_tokens} prompt tokens = {remembered}"
             f"{self.reused_tokens} reused + {self.recomputed_tokens} recomputed + {self.fresh_tokens} fresh; "
-            f"{hits}/{len(self.chunks)} chunks from cache; first token after {self.timings_s.ttft:.2f} s"
+            f"{hits}/{wanted} chunks from cache; first token after {self.timings_s.ttft:.2f} s"
         )

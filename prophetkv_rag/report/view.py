@@ -7,7 +7,7 @@ that showing costs nothing on the way to the first token. No tensor, no cache an
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -53,7 +53,8 @@ class SegmentView:
             (`"suffix"`; a prompt without chunks is one suffix).
         text: Its tokens' text, special tokens included.
         key: A chunk's cache key; else `None`.
-        status: A chunk's status, as in `ChunkReport`; `"fresh"` for what stands outside chunks.
+        status: A chunk's status, as in `ChunkReport`; for what stands outside chunks `"fresh"`, or `"remembered"` where
+            it was taken over from a former prompt and its answer.
         tokens: Their texts, joined, are `text`.
     """
 
@@ -84,6 +85,7 @@ class PromptView:
         chunks: The chunks in order of position.
         scores: `[N]`, fp32: stage I's scores, or `None` where the strategy ran no stage I.
         recomputed: Ascending positions of the chunk tokens that ran through every layer at query time.
+        num_remembered: How many of the first tokens were taken over from a former prompt and its answer.
     """
 
     def __init__(
@@ -93,7 +95,9 @@ class PromptView:
         scores: NDArray[np.float32] | None,
         recomputed: NDArray[np.int64],
         tokenizer: Any,
+        num_remembered: int = 0,
     ) -> None:
+        self.num_remembered = num_remembered
         self.token_ids = token_ids
         self.chunks = tuple(chunks)
         self.scores = scores
@@ -108,15 +112,22 @@ class PromptView:
         """The prompt from its first token to its last."""
         recomputed = np.zeros(len(self.token_ids), dtype=bool)
         recomputed[self.recomputed] = True
-        found, cursor = [], 0
+        found, cursor = list[SegmentView](), 0
         for chunk in self.chunks:
-            if chunk.start > cursor:
-                found.append(self._segment("glue" if cursor else "prefix", cursor, chunk.start, None, recomputed))
+            found += self._outside("glue" if cursor else "prefix", cursor, chunk.start, recomputed)
             found.append(self._segment("chunk", chunk.start, chunk.stop, chunk, recomputed))
             cursor = chunk.stop
-        if cursor < len(self.token_ids):
-            found.append(self._segment("suffix", cursor, len(self.token_ids), None, recomputed))
+        found += self._outside("suffix", cursor, len(self.token_ids), recomputed)
         return tuple(found)
+
+    def _outside(
+        self, kind: SegmentKind, start: int, stop: int, recomputed: NDArray[np.bool_]
+    ) -> Iterator[SegmentView]:
+        """Yield what stands outside chunks, in two where only its beginning was taken over."""
+        middle = min(max(self.num_remembered, start), stop)
+        for first, last in ((start, middle), (middle, stop)):
+            if last > first:
+                yield self._segment(kind, first, last, None, recomputed)
 
     def _segment(
         self, kind: SegmentKind, start: int, stop: int, chunk: ViewedChunk | None, recomputed: NDArray[np.bool_]
@@ -127,7 +138,8 @@ class PromptView:
             TokenView(text, float(self.scores[row]) if has_scores else None, bool(recomputed[row]))  # type: ignore[index]
             for row, text in enumerate(pieces, start)
         )
-        key, status = (None, "fresh") if chunk is None else (chunk.key, chunk.status)
+        outside = "remembered" if start < self.num_remembered else "fresh"
+        key, status = (None, outside) if chunk is None else (chunk.key, chunk.status)
         return SegmentView(kind, "".join(pieces), key, status, tokens)
 
     def _decode(self, token_ids: Sequence[int]) -> str:

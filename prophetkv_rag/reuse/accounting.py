@@ -44,6 +44,8 @@ def report_reuse(
     num_recomputed: int,
     row_layers: int,
     num_layers: int,
+    num_held: int = 0,
+    num_held_recomputed: int = 0,
     attended_share: float = 1.0,
 ) -> ReuseReport:
     """Report a prefill that reused caches.
@@ -53,28 +55,33 @@ def report_reuse(
         strategy: Name of the one that chose what was recomputed.
         ratio: Its budget.
         timings: Of the stages.
-        origins: Where each chunk's cache came from.
+        origins: Where each chunk's cache came from; those that stand in rows taken over have none.
         num_recomputed: Chunk tokens that ran through every layer.
         row_layers: Rows x layers of all that ran, for choosing as well.
         num_layers: The model's.
+        num_held: The prompt's first rows that were taken over from a former prompt.
+        num_held_recomputed: Those of them that were recomputed.
         attended_share: See `attended_share`.
     """
-    num_fresh = layout.num_tokens - layout.num_chunk_tokens
-    unavoidable = (num_fresh - layout.known_prefix) * num_layers
+    num_loaded = sum(len(chunk.input_ids) for chunk in layout.chunks if chunk.start >= num_held)
+    num_fresh = layout.num_tokens - num_held - num_loaded
+    unavoidable = (num_fresh - max(0, layout.known_prefix - num_held)) * num_layers
+    held = [Origin("remembered", "")] * sum(chunk.start < num_held for chunk in layout.chunks)
     return ReuseReport(
         strategy=strategy,
         recompute_ratio=ratio,
         prompt_tokens=layout.num_tokens,
-        chunk_tokens=layout.num_chunk_tokens,
-        reused_tokens=layout.num_chunk_tokens - num_recomputed,
+        chunk_tokens=num_loaded + num_held_recomputed,
+        reused_tokens=num_loaded + num_held_recomputed - num_recomputed,
         recomputed_tokens=num_recomputed,
         fresh_tokens=num_fresh,
+        remembered_tokens=num_held - num_held_recomputed,
         row_layers=row_layers,
-        charged_ratio=(row_layers - unavoidable) / (layout.num_chunk_tokens * num_layers),
+        charged_ratio=(row_layers - unavoidable) / (max(1, layout.num_chunk_tokens) * num_layers),
         attended_share=attended_share,
         chunks=[
             ChunkReport(chunk.key, len(chunk.input_ids), *origin)
-            for chunk, origin in zip(layout.chunks, origins, strict=True)
+            for chunk, origin in zip(layout.chunks, [*held, *origins], strict=True)
         ],
         timings_s=timings,
     )
@@ -102,6 +109,7 @@ def attach_view(
     scores: torch.Tensor | None = None,
     *,
     tokenizer: Any,
+    num_held: int = 0,
 ) -> None:
     """Keep copies of the few numbers that a view is made of; text is made of them when somebody looks.
 
@@ -111,6 +119,7 @@ def attach_view(
         recomputed: `[k]` ascending positions of chunk tokens that were computed.
         scores: `[N]` of stage I, or `None`.
         tokenizer: Makes the text.
+        num_held: The prompt's first rows that were taken over from a former prompt.
     """
     rows = recomputed.cpu()
     if ends_with_chunk(layout):
@@ -120,4 +129,5 @@ def attach_view(
         for chunk, found in zip(layout.chunks, report.chunks, strict=True)
     ]
     kept = None if scores is None else scores.cpu().numpy().copy()
-    report.attach_view(PromptView(layout.input_ids.numpy().copy(), chunks, kept, rows.numpy().copy(), tokenizer))
+    ids = layout.input_ids.numpy().copy()
+    report.attach_view(PromptView(ids, chunks, kept, rows.numpy().copy(), tokenizer, num_held))

@@ -31,7 +31,7 @@ class Assembly:
         covered = torch.zeros(num_slots, dtype=torch.bool)
         for span in spans:
             covered[span] = True
-        self._tables = RopeTables(torch.cat(spans).to(device))
+        self._tables = RopeTables(torch.cat([torch.arange(0), *spans]).to(device))
         self._gaps = (~covered).nonzero()[:, 0].to(device)
         self._support = support
         self._caches = [cache.ahead(device) for cache in caches]
@@ -50,7 +50,8 @@ class Assembly:
         keys.index_fill_(2, self._gaps, 0)
         values.index_fill_(2, self._gaps, 0)
         sources = [cache.source(index).to(self._device) for cache in self._caches]
-        self._tables.gather(keys[0], values[0], sources, self._starts, found.rotation)
+        if sources:  # a prompt that goes on from a former one may bring no chunk
+            self._tables.gather(keys[0], values[0], sources, self._starts, found.rotation)
         if self._prefix is not None:
             prefix_keys, prefix_values = self._prefix[index]
             keys[0, :, : self._known_prefix] = prefix_keys[:, : self._known_prefix]

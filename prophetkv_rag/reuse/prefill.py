@@ -12,7 +12,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from prophetkv_rag.chunks import ChunkLibrary
-from prophetkv_rag.config import ALONE_RATIO, BEHIND_RATIO, ProphetKVConfig, check_recompute_ratio
+from prophetkv_rag.config import ALONE_RATIO, ProphetKVConfig, check_recompute_ratio
+from prophetkv_rag.conversations import AnsweredRows, ConversationTier
 from prophetkv_rag.generation import InterruptibleLock
 from prophetkv_rag.model import (
     CACHE_NAME,
@@ -33,10 +34,11 @@ from prophetkv_rag.reuse.accounting import (
     report_reuse,
 )
 from prophetkv_rag.reuse.assemble import assemble_caches
+from prophetkv_rag.reuse.continuing import Continuation, choose
+from prophetkv_rag.reuse.loading import default_ratio, load_new
 from prophetkv_rag.reuse.recompute import recompute_rows
 from prophetkv_rag.reuse.selection import QueryContext, Selection, Strategy, make_strategy
 from prophetkv_rag.reuse.selection.base import token_budget
-from prophetkv_rag.store import ChunkCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class PrefillResult:
         report: What was reused and how long it took.
         recomputed: Ascending positions of the chunk tokens that ran through every layer at query time.
         visible: Ascending positions that those could attend to, as far as they stand before them; `None` for all.
+        answered: What is to be kept of the prompt with its answer; `None` if nothing is.
     """
 
     past_key_values: Any
@@ -60,6 +63,7 @@ class PrefillResult:
     report: ReuseReport
     recomputed: torch.Tensor
     visible: torch.Tensor | None = None
+    answered: AnsweredRows | None = None
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -83,6 +87,15 @@ class Prefiller:
     reader: PromptReader
     context_window: int
     model_lock: AbstractContextManager[Any]
+    conversations: ConversationTier | None = None
+
+    @classmethod
+    def over(
+        cls, library: ChunkLibrary, config: ProphetKVConfig, reader: PromptReader, conversations: ConversationTier
+    ) -> Prefiller:
+        """Return one for a library's model."""
+        window = library.context_window
+        return cls(library.model, library.support, config, library, reader, window, library.model_lock, conversations)
 
     @own_state()
     def run(
@@ -92,6 +105,9 @@ class Prefiller:
         recompute_ratio: float | None,
         query: str | None,
         answer_lock: InterruptibleLock | None = None,
+        *,
+        remember: bool = False,
+        tenant: str = "",
     ) -> PrefillResult:
         """Prefill a prompt; see `ProphetKVEngine.prefill`.
 
@@ -101,6 +117,8 @@ class Prefiller:
             recompute_ratio: `None` for the configured one, which may be `None` as well: then it is `default_ratio`.
             query: The question, where the caller knows it apart from the prompt.
             answer_lock: Of a call that goes on to answer; there must be room for an answer then.
+            remember: Whether to take over the rows of former prompts, and to say what is to be kept of this one.
+            tenant: Whose former prompts.
 
         Raises:
             InputError, ContextWindowError, ModelChangedError: As `ProphetKVEngine.prefill`.
@@ -111,15 +129,23 @@ class Prefiller:
         ratio = self.config.recompute_ratio if recompute_ratio is None else check_recompute_ratio(recompute_ratio)
         self.library.refresh()
         layout = self.reader.read(prompt, query=query)
-        is_reuse = bool(layout.chunks) and chosen.uses_caches
+        tier = self.conversations if remember else None
+        continued = Continuation.of(layout, tier, tenant, chosen, ratio)
+        is_reuse = chosen.uses_caches and bool(layout.chunks or continued.length)
         layout.check_fits(self.context_window, is_reuse=is_reuse, is_answered=answer_lock is not None)
         timings = Timings(match=end_stage("match", started, prompt_tokens=layout.num_tokens, chunks=len(layout.chunks)))
         runner = self if answer_lock is None else replace(self, model_lock=answer_lock)
         if is_reuse:
-            return runner.reuse(layout, chosen, ratio, timings, started)
-        return runner.full(layout, chosen, timings, started)
+            result = runner.reuse(layout, chosen, ratio, timings, started, continued)
+        else:
+            result = runner.full(layout, chosen, timings, started, continued)
+        if answer_lock is None:  # the cache is the caller's, who may write to it
+            continued.keep_copy(result.answered, result.past_key_values.layers)
+        return result
 
-    def full(self, layout: PromptLayout, strategy: Strategy, timings: Timings, started: float) -> PrefillResult:
+    def full(
+        self, layout: PromptLayout, strategy: Strategy, timings: Timings, started: float, continued: Continuation
+    ) -> PrefillResult:
         """Prefill the whole prompt by the model's plain forward, with the attention it was loaded with."""
         input_ids = layout.input_ids[None].to(self.model.device)
         running = time.perf_counter()
@@ -134,22 +160,31 @@ class Prefiller:
         filled = resumable_cache([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
         recomputed = layout.is_chunk.nonzero()[:, 0]
         attach_view(report, layout, recomputed, tokenizer=self.reader.tokens.codec)
-        return PrefillResult(filled, input_ids, logits, report, recomputed.to(logits.device))
+        answered = continued.answered(layout)
+        return PrefillResult(filled, input_ids, logits, report, recomputed.to(logits.device), answered=answered)
 
     def reuse(
-        self, layout: PromptLayout, strategy: Strategy, ratio: float | None, timings: Timings, started: float
+        self,
+        layout: PromptLayout,
+        strategy: Strategy,
+        ratio: float | None,
+        timings: Timings,
+        started: float,
+        continued: Continuation,
     ) -> PrefillResult:
-        """Reuse the chunks' caches and recompute what the strategy chooses."""
+        """Take over a former prompt's rows and reuse the chunks' caches; recompute what the strategy chooses."""
         device = self.model.device
         mark = time.perf_counter()
+        new_chunks = continued.new_chunks(layout)
         first_chunk = "cached" if ratio == 1 else strategy.first_chunk_for(self.config)  # at 1 it is computed anyway
-        caches, origins, is_exact = self.library.load(layout, model_lock=self.model_lock, first_chunk=first_chunk)
+        caches, origins, is_exact = load_new(continued, layout, self.library, self.model_lock, first_chunk)
         hits = sum(origin.status == "hit" for origin in origins)
         timings.load = end_stage("load", mark, hits=hits, chunks=len(origins))
         layout = replace(layout, exact_first_chunk=is_exact)
         if ratio is None:
             has_exact = is_exact or first_chunk == "exact"
-            ratio = default_ratio(caches, has_exact_first=has_exact)
+            ratio = default_ratio(continued, layout, caches, has_exact_first=has_exact)
+        behind = {chunk.key: cache.behind.traces for chunk, cache in zip(new_chunks, caches, strict=True)}
 
         with self.model_lock:
             self.library.state.check()
@@ -157,7 +192,7 @@ class Prefiller:
             layers = assemble_caches(
                 self.support,
                 caches,
-                [chunk.start for chunk in layout.chunks],
+                [chunk.start for chunk in new_chunks],
                 layout.num_tokens + len(layout.probe_ids),
                 dtype=getattr(torch, self.support.dtype),
                 device=device,
@@ -165,17 +200,20 @@ class Prefiller:
                 known_prefix=layout.known_prefix,
             )
             del caches
+            continued.put_into(layers)
             timings.assemble = time.perf_counter() - mark
 
             mark = time.perf_counter()
             context = self.query_context(layout, layers, ratio)
-            context.exact_rows = layout.known_prefix
-            selection = strategy.select(context)
+            context.held_rows = continued.length
+            context.exact_rows = max(layout.known_prefix, min(continued.length, layout.context_start))
+            settled = continued.is_settled(layout.num_tokens).to(device)
+            selection = choose(strategy, context, settled)
             timings.score = end_stage("score", mark, strategy=strategy.name, row_layers=context.row_layers)
 
             mark = time.perf_counter()
             wanted = ~context.is_chunk
-            wanted[: context.exact_rows] = False
+            wanted[: max(context.exact_rows, continued.length)] = False
             always = wanted.nonzero()[:, 0]
             wanted[selection.positions] = True
             visible = _visible_keys(context, selection)
@@ -208,14 +246,18 @@ class Prefiller:
             timings,
             origins,
             num_recomputed=recomputed.shape[0] + int(ends_with_chunk(layout)),
+            num_held=continued.length,
+            num_held_recomputed=int((recomputed < continued.length).sum()),
             row_layers=context.row_layers + done.row_layers,
             num_layers=len(self.support.layers),
             attended_share=1.0 if visible is None else attended_share(done.rows, context.is_chunk, visible),
         )
-        attach_view(report, layout, recomputed, context.scores, tokenizer=self.reader.tokens.codec)
+        codec = self.reader.tokens.codec
+        attach_view(report, layout, recomputed, context.scores, tokenizer=codec, num_held=continued.length)
         cache = resumable_cache([layer.keys for layer in layers], [layer.values for layer in layers])
         seen = None if visible is None else visible.nonzero()[:, 0]
-        return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed, seen)
+        answered = continued.answered(layout, done.rows, visible=visible, behind=behind)
+        return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed, seen, answered)
 
     def query_context(
         self, layout: PromptLayout, layers: Sequence[RowsLayer], ratio: float | None = None
@@ -239,15 +281,6 @@ class Prefiller:
             recompute_ratio=ratio,
             config=self.config,
         )
-
-
-def default_ratio(caches: Sequence[ChunkCache], *, has_exact_first: bool) -> float:
-    """Return the share that is recomputed where nobody says: of these chunks, by how each was encoded."""
-    if not has_exact_first:  # then the others' encoding makes up for less (docs/encodings.md)
-        return ALONE_RATIO
-    tokens = [cache.num_tokens for cache in caches]
-    shares = [BEHIND_RATIO if cache.behind.keys or cache is caches[0] else ALONE_RATIO for cache in caches]
-    return sum(share * count for share, count in zip(shares, tokens, strict=True)) / sum(tokens)
 
 
 def _visible_keys(context: QueryContext, selection: Selection) -> torch.Tensor | None:

@@ -38,6 +38,8 @@ class QueryContext:
         config: The engine's settings.
         exact_rows: How many of the first rows, all before the context, the caches hold exactly already: what the
             prompt shares with the encoding prefix, and after a whole stage I all of the prefix.
+        held_rows: How many of the first rows were taken over from a former prompt: they are all in the caches, whatever
+            they are of, and are seen, but do not run.
         row_layers: Rows x layers run in stage I so far.
     """
 
@@ -52,6 +54,7 @@ class QueryContext:
     recompute_ratio: float
     config: ProphetKVConfig
     exact_rows: int = 0
+    held_rows: int = 0
     row_layers: int = 0
     _scores: dict[tuple[str, str, int, int | None, str], torch.Tensor] = field(default_factory=dict)
 
@@ -118,19 +121,21 @@ class QueryContext:
         token_ids = torch.cat([self.input_ids, probe_ids])
 
         prefix = torch.arange(self.exact_rows, layout.context_start, device=device)
-        suffix = torch.arange(layout.suffix_start, num_tokens + num_probe, device=device)
+        suffix = torch.arange(max(layout.suffix_start, self.held_rows), num_tokens + num_probe, device=device)
         rows = torch.cat([prefix, suffix])
         asking = torch.zeros(num_tokens + num_probe, dtype=torch.bool, device=device)
         if num_probe:
             asking[num_tokens:] = True
         elif query_scope == "question" and layout.question_rows:
             asking[torch.tensor(layout.question_rows, device=device)] = True
-        else:
-            asking[layout.suffix_start :] = True
+            asking[: self.held_rows] = False
+        if not bool(asking.any()):
+            asking[suffix] = True
 
         hidden = torch.ones(num_tokens + num_probe, dtype=torch.bool, device=device)
         hidden[: layout.context_start] = False
         hidden[rows] = False
+        hidden[: self.held_rows] = False
         hidden[:num_tokens] &= ~self.is_chunk
         scoring = kind(
             self.support.layers,

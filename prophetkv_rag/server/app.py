@@ -20,6 +20,7 @@ with needs("server", "fastapi", "prometheus_client", what="the server"):
 
 from prophetkv_rag.server.chat import ChatService
 from prophetkv_rag.server.chunks import ChunkService
+from prophetkv_rag.server.conversations import DEFAULT, ConversationService
 from prophetkv_rag.server.errors import NO_RETRY, ErrorBoundary, install_handlers, model_not_found
 from prophetkv_rag.server.gate import Gate
 from prophetkv_rag.server.metrics import ServerMetrics
@@ -39,6 +40,7 @@ class Services:
 
     chat: ChatService
     chunks: ChunkService
+    conversations: ConversationService
     metrics: ServerMetrics
 
     @property
@@ -66,8 +68,14 @@ def create_app(engine: ServedEngine, settings: ServerSettings) -> FastAPI:
         raise InputError(msg)
     chat_queue = WorkQueue("chat", max_waiting=settings.max_queue, num_threads=engine.max_concurrent)
     chunk_queue = WorkQueue("chunks", max_waiting=settings.max_queue)
-    metrics = ServerMetrics(engine.store.stats, (chat_queue, chunk_queue))
-    services = Services(ChatService(engine, settings, chat_queue, metrics), ChunkService(engine, chunk_queue), metrics)
+    conversations = ConversationService(engine, has_keys=bool(settings.api_keys))
+    metrics = ServerMetrics(engine.store.stats, (chat_queue, chunk_queue), conversations.tier)
+    services = Services(
+        ChatService(engine, settings, chat_queue, metrics, conversations),
+        ChunkService(engine, chunk_queue, conversations),
+        conversations,
+        metrics,
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -136,6 +144,10 @@ def _add_routes(app: FastAPI, services: Services, settings: ServerSettings) -> N
     @get("/v1/chunks")
     async def chunk_stats(namespace: Annotated[Namespace | None, Query()] = None) -> dict[str, Any]:
         return await services.chunks.stats(namespace)
+
+    @app.delete("/v1/conversations")
+    async def forget(request: Request, namespace: Annotated[Namespace, Query()] = DEFAULT) -> dict[str, Any]:
+        return await asyncio.to_thread(services.conversations.forget, request, namespace)
 
     @get("/health")
     async def health() -> dict[str, str]:

@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from prophetkv_rag.generation import Grammar
+from prophetkv_rag.server.conversations import ConversationService
 from prophetkv_rag.server.disconnect import EventStream, unless_disconnected
 from prophetkv_rag.server.envelope import Answer, Envelope, Piece, next_piece, unless_cancelled
 from prophetkv_rag.server.errors import as_api_error, model_not_found
@@ -37,6 +38,7 @@ class ChatService:
     settings: ServerSettings
     queue: WorkQueue
     metrics: ServerMetrics
+    conversations: ConversationService
 
     async def answer(self, request: Request, body: ChatRequest) -> Response:
         """Answer a request; what goes wrong before an answer begins is raised."""
@@ -44,7 +46,7 @@ class ChatService:
         try:
             if body.model != self.settings.model_name:
                 raise model_not_found(body.model, self.settings.model_name)
-            ticket = self._submit(body)
+            ticket = self._submit(body, self._options(request, body))
         except Exception as error:
             outcome = as_api_error(error).code or outcome
             self.metrics.requests.labels(outcome).inc()
@@ -63,16 +65,16 @@ class ChatService:
         events = envelope.events(first, ticket, self.settings.ping_s)
         return EventStream(events, on_close=lambda: self.queue.give_up(ticket))
 
-    def _submit(self, body: ChatRequest) -> Ticket[Piece]:
+    def _submit(self, body: ChatRequest, options: dict[str, Any]) -> Ticket[Piece]:
         asked = body.prophetkv.deadline_s if body.prophetkv else None
         limits = [seconds for seconds in (asked, self.settings.deadline_s) if seconds is not None]
         return self.queue.submit(
-            lambda ticket: self._run(ticket, body),
+            lambda ticket: self._run(ticket, body, options),
             deadline_s=min(limits, default=None),
             on_dropped=lambda reason: self.metrics.requests.labels(reason).inc(),
         )
 
-    def _run(self, ticket: Ticket[Piece], body: ChatRequest) -> Iterator[Piece]:
+    def _run(self, ticket: Ticket[Piece], body: ChatRequest, options: dict[str, Any]) -> Iterator[Piece]:
         """Generate, in the queue's thread."""
         outcome = "internal_error"
         try:
@@ -121,7 +123,7 @@ class ChatService:
             answer=response_schema(body.response_format),
         )
 
-    def _options(self, body: ChatRequest) -> dict[str, Any]:
+    def _options(self, request: Request, body: ChatRequest) -> dict[str, Any]:
         schema = response_schema(body.response_format)
         ours = body.prophetkv or ReuseOptions()
         temperature = body.temperature or 0.0
@@ -135,6 +137,7 @@ class ChatService:
             "recompute_ratio": ours.recompute_ratio,
             "query": ours.query,
             **({"grammar": Grammar.json_schema(schema)} if schema is not None else {}),
+            **self.conversations.options(request, ours),
         }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prophetkv_rag.errors import ContextWindowError, InputError
+from prophetkv_rag.server.conversations import ConversationService
 from prophetkv_rag.server.errors import ApiError, shutting_down
 from prophetkv_rag.server.schemas import DeleteChunks, PutChunks
 from prophetkv_rag.server.work_queue import Ticket, WorkQueue
@@ -22,6 +23,7 @@ class ChunkService:
 
     engine: ServedEngine
     queue: WorkQueue
+    conversations: ConversationService
 
     async def put(self, body: PutChunks) -> dict[str, Any]:
         """Compute and store what is missing; queued apart from chats, which go on between two batches.
@@ -47,7 +49,10 @@ class ChunkService:
         }
 
     async def delete(self, body: DeleteChunks) -> dict[str, Any]:
-        """Drop the namespace's references; caches that nobody refers to any more are deleted."""
+        """Drop the namespace's references; caches that nobody refers to any more are deleted.
+
+        So is what is remembered of conversations from such chunks on, and with `all` of any that had this namespace.
+        """
         return await asyncio.to_thread(self._delete, body)
 
     def _delete(self, body: DeleteChunks) -> dict[str, Any]:
@@ -59,6 +64,8 @@ class ChunkService:
         wanted = {*body.keys, *(self._key(text) for text in body.chunks)}
         dropped = sorted(held if body.all else held & wanted)
         deleted = self.engine.remove_chunks(dropped, owner=owner)
+        if body.all:
+            self.conversations.forget_namespace(body.namespace)
         return {"object": "list", "namespace": body.namespace, "dropped": dropped, "deleted": sorted(deleted)}
 
     def _key(self, text: str) -> str:

@@ -41,12 +41,13 @@ class Answer:
     @property
     def usage(self) -> dict[str, Any]:
         """Token counts."""
-        prompt, answer = self.chunk.report.prompt_tokens, len(self.chunk.token_ids)
+        report, answer = self.chunk.report, len(self.chunk.token_ids)
+        prompt = report.prompt_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": answer,
             "total_tokens": prompt + answer,
-            "prompt_tokens_details": {"cached_tokens": self.chunk.report.reused_tokens},
+            "prompt_tokens_details": {"cached_tokens": report.remembered_tokens + report.reused_tokens},
         }
 
     @property

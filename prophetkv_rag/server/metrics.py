@@ -14,6 +14,7 @@ from prophetkv_rag.server.work_queue import WorkQueue
 from prophetkv_rag.store import RemoteStats, StoreStats
 
 if TYPE_CHECKING:
+    from prophetkv_rag.conversations import ConversationTier
     from prophetkv_rag.report import ReuseReport
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -22,12 +23,18 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 class ServerMetrics:
     """Counters that requests write, and gauges that are read when somebody asks."""
 
-    def __init__(self, stats: Callable[[], StoreStats], queues: Sequence[WorkQueue]) -> None:
+    def __init__(
+        self,
+        stats: Callable[[], StoreStats],
+        queues: Sequence[WorkQueue],
+        conversations: ConversationTier | None = None,
+    ) -> None:
         """Make the metrics of one application.
 
         Args:
             stats: Reads the store of chunk caches.
             queues: Whose lengths are shown.
+            conversations: What is remembered of former prompts, if anything.
         """
         self.registry = CollectorRegistry()
         self.requests = Counter(
@@ -38,13 +45,14 @@ class ServerMetrics:
         )
         self.chunks = Counter(
             "prophetkv_chunk_lookups",
-            "Chunks in answered prompts: hit, miss (encoded for the prompt), corrupt, unused (by the strategy).",
+            "Chunks in answered prompts: hit, miss (encoded for the prompt), corrupt, unused (by the strategy), "
+            "remembered (with the conversation).",
             ["status"],
             registry=self.registry,
         )
         self.prompt_tokens = Counter(
             "prophetkv_prompt_tokens",
-            "Prompt tokens: reused from caches, recomputed (chunk tokens), fresh (outside chunks).",
+            "Prompt tokens: remembered (of the conversation), reused from caches, recomputed (chunk tokens), fresh.",
             ["kind"],
             registry=self.registry,
         )
@@ -52,11 +60,11 @@ class ServerMetrics:
         self.ttft = self._histogram("prophetkv_ttft_seconds", "From a request's arrival to its first token.")
         self.prefill = self._histogram("prophetkv_prefill_seconds", "The prefill alone, without waiting for a turn.")
         self.waited = self._histogram("prophetkv_queue_wait_seconds", "From a request's arrival to its turn.")
-        for status in ("hit", "miss", "corrupt", "unused"):
+        for status in ("hit", "miss", "corrupt", "unused", "remembered"):
             self.chunks.labels(status)
-        for kind in ("reused", "recomputed", "fresh"):
+        for kind in ("remembered", "reused", "recomputed", "fresh"):
             self.prompt_tokens.labels(kind)
-        self.registry.register(_Gauges(stats, queues))
+        self.registry.register(_Gauges(stats, queues, conversations))
 
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, registry=self.registry, buckets=_SECONDS)
@@ -65,6 +73,7 @@ class ServerMetrics:
         """Count a prompt that was prefilled."""
         for chunk in report.chunks:
             self.chunks.labels(chunk.status).inc()
+        self.prompt_tokens.labels("remembered").inc(report.remembered_tokens)
         self.prompt_tokens.labels("reused").inc(report.reused_tokens)
         self.prompt_tokens.labels("recomputed").inc(report.recomputed_tokens)
         self.prompt_tokens.labels("fresh").inc(report.fresh_tokens)
@@ -74,8 +83,13 @@ class ServerMetrics:
 
 
 class _Gauges(Collector):
-    def __init__(self, stats: Callable[[], StoreStats], queues: Sequence[WorkQueue]) -> None:
-        self._stats, self._queues = stats, queues
+    def __init__(
+        self,
+        stats: Callable[[], StoreStats],
+        queues: Sequence[WorkQueue],
+        conversations: ConversationTier | None,
+    ) -> None:
+        self._stats, self._queues, self._conversations = stats, queues, conversations
 
     def describe(self) -> Iterable[Metric]:
         """Keep the registry from reading the store when it is made."""
@@ -91,6 +105,10 @@ class _Gauges(Collector):
             up.add_metric([], 1)
             yield from _of_store(stats)
         yield up
+        if self._conversations is not None:
+            kept = self._conversations.stats()
+            yield GaugeMetricFamily("prophetkv_conversation_bytes", "Bytes of remembered prompts.", value=kept.nbytes)
+            yield GaugeMetricFamily("prophetkv_conversation_tokens", "Tokens of those.", value=kept.tokens)
         waiting = GaugeMetricFamily("prophetkv_queue_length", "Requests waiting for their turn.", labels=["queue"])
         running = GaugeMetricFamily("prophetkv_running", "Requests being worked on.", labels=["queue"])
         for queue in self._queues:

@@ -12,7 +12,10 @@ from prophetkv_rag.text import well_formed, well_formed_parts
 from prophetkv_rag.tools import check_choice, check_tools, response_schema
 
 Namespace = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
-"""Who refers to chunks: the cache of a chunk lives as long as one namespace (or local collection) has it."""
+"""Who refers to chunks: the cache of a chunk lives as long as one namespace (or local collection) has it.
+
+Of a chat: whose conversations go on from each other.
+"""
 
 _MAX_STOPS = 16
 _TOO_DEEP = "is nested too deeply"
@@ -91,6 +94,8 @@ class ReuseOptions(_Body):
     recompute_ratio: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     query: Text | None = None
     deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    remember: bool | None = None
+    namespace: Namespace | None = None
 
 
 class ChatRequest(_Body):

@@ -20,6 +20,7 @@ REPORT_KEYS = {
     "reused_tokens",
     "recomputed_tokens",
     "fresh_tokens",
+    "remembered_tokens",
     "chunks",
     "timings_s",
 }

@@ -123,7 +123,9 @@ def test_history_is_kept_per_session_and_bounded(client: TestClient, service: An
     assert first == again != other
     asked = [entry["text"] for entry in client.get(f"/api/sessions/{first}").json() if entry["role"] == "user"]
     assert asked == ["When does the museum open?", "And the library?"]
+    assert service.conversations.knowledge.engine.conversations.stats(first).tokens > 0
     client.delete(f"/api/sessions/{first}")
+    assert service.conversations.knowledge.engine.conversations.stats(first).tokens == 0
     assert client.get(f"/api/sessions/{first}").json() == []
     for _ in range(example["conversation"].MAX_SESSIONS + 5):
         service.conversations.session(None)
@@ -139,8 +141,9 @@ def test_history_reaches_the_model(client: TestClient, service: Any) -> None:
         for event in events(client.post("/api/chat", json={"question": "And the library?"}))
         if event["type"] == "report"
     )["report"]
-    assert report["fresh_tokens"] > alone["fresh_tokens"]
-    assert report["reused_tokens"] == alone["reused_tokens"]
+    assert report["prompt_tokens"] > alone["prompt_tokens"]
+    assert report["remembered_tokens"] > 0 == alone["remembered_tokens"]  # no other session's conversation is used
+    assert report["fresh_tokens"] < alone["fresh_tokens"]  # the same chunks were retrieved, in the same order
 
 
 @pytest.mark.parametrize("name", ["../evil.md", "/etc/passwd.md", "a\\b.md", ".hidden.md", "x" * 200 + ".md"])

@@ -22,13 +22,16 @@ MODEL = tiny_llama(initializer_range=0.3, max_position_embeddings=4096)
 """Weights so large that its answers depend on every recomputed token: a lost chunk or question shows."""
 
 
-def make_engine(*, chat: bool = True) -> ProphetKVEngine:
-    """An engine with a store of its own on the shared tiny model; it scores by the question alone."""
+def make_engine(*, chat: bool = True, remember: bool = False) -> ProphetKVEngine:
+    """An engine with a store of its own on the shared tiny model; it scores by the question alone.
+
+    It remembers no conversation unless told so: tests send the same prompts again.
+    """
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 4096
     if not chat:
         tokenizer.chat_template = None
-    config = ProphetKVConfig(query_scope="question", recompute_ratio=0.3)
+    config = ProphetKVConfig(query_scope="question", recompute_ratio=0.3, remember=remember)
     return ProphetKVEngine(MODEL, tokenizer, config=config)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from prophetkv_rag import ProphetKVEngine
+from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.server import ServerSettings, create_app
 from prophetkv_rag.server.app import Services
 from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
@@ -22,9 +22,13 @@ CHUNKS = list(CORPUS[:4])
 FOREVER = 1500
 
 
-def make_engine() -> ProphetKVEngine:
-    """An engine that knows no chunks, whose answers end only by their length or a stop string."""
-    engine = ProphetKVEngine(tiny_llama(initializer_range=0.3), tiny_tokenizer())
+def make_engine(*, remember: bool = False) -> ProphetKVEngine:
+    """An engine that knows no chunks, whose answers end only by their length or a stop string.
+
+    It remembers no conversation, unless told so: tests send the same prompts again.
+    """
+    config = ProphetKVConfig(remember=remember)
+    engine = ProphetKVEngine(tiny_llama(initializer_range=0.3), tiny_tokenizer(), config=config)
     engine.end_tokens = frozenset()
     return engine
 

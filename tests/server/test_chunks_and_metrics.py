@@ -12,7 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from prophetkv_rag import ProphetKVEngine
+from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.store.disk.store import DiskStore
 from tests.server.running import CHUNKS, Running, make_engine, running
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
@@ -177,7 +177,8 @@ def values(client: httpx.Client) -> dict[tuple[str, ...], float]:
 def test_the_store_s_own_figures(tmp_path: Path) -> None:
     """By tier: what was found where, computed again and why, evicted, and what could not be written."""
     store = DiskStore(tmp_path, ram_bytes=1 << 20, max_bytes=200_000)
-    engine = ProphetKVEngine(tiny_llama(initializer_range=0.3), tiny_tokenizer(), store=store)
+    config = ProphetKVConfig(remember=False)  # so that every prompt asks the store
+    engine = ProphetKVEngine(tiny_llama(initializer_range=0.3), tiny_tokenizer(), store=store, config=config)
     engine.end_tokens = frozenset()
     with running(engine) as server, server.client() as client:
         keys = put(client, *CHUNKS[:3])

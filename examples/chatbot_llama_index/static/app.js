@@ -70,9 +70,10 @@ function showSources(turn, sources) {
 
 function showReport(turn, report) {
   const parts = [
+    ["remembered", report.remembered_tokens, "of this conversation, not computed again"],
     ["reused", report.reused_tokens, "reused"],
     ["recomputed", report.recomputed_tokens, "recomputed"],
-    ["fresh", report.fresh_tokens, "new: instructions, history, question"],
+    ["fresh", report.fresh_tokens, "new"],
   ].filter(([, tokens]) => tokens > 0);
   const bar = element("div", { className: "reuse" });
   bar.setAttribute("aria-hidden", "true");

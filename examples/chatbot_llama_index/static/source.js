@@ -2,7 +2,13 @@
 
 import { byId, count, element } from "./dom.js";
 
-const STATUS = { hit: "from cache", miss: "was not cached", corrupt: "its cache was damaged", unused: "cache not used" };
+const STATUS = {
+  hit: "from cache",
+  miss: "was not cached",
+  corrupt: "its cache was damaged",
+  unused: "cache not used",
+  remembered: "from this conversation",
+};
 
 let open = null; // {sources, number, opener}
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from prophetkv_rag.errors import UnsupportedModelError
+from prophetkv_rag.errors import InputError, UnsupportedModelError
+from prophetkv_rag.kernels import ops
 from prophetkv_rag.model.ambient import own_state
 from prophetkv_rag.model.attention import AttentionCall, model_lock
 from prophetkv_rag.model.probe.calls import run_single_tokens
@@ -45,7 +46,12 @@ def probe_model(model: Any) -> ModelSupport:
     Raises:
         UnsupportedModelError: If chunk caches of this model could not be re-positioned exactly; the message names the
             layer and the reason.
+        InputError: If the kernels that are asked for (an environment variable) are none, or not for its device.
     """
+    try:
+        ops.in_use(getattr(model, "device", torch.device("cpu")))  # what has none is refused below
+    except ValueError as error:
+        raise InputError(str(error)) from None
     name = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
     try:
         refuse_what_is_no_model(model)

@@ -60,6 +60,8 @@ def test_a_call_overrides_the_fields(model: ChatProphetKV, seen: list[Any]) -> N
         "strategy": None,
         "recompute_ratio": 1.0,
         "deadline_s": 60,
+        "remember": None,
+        "tenant": "",
         "stop": ["x"],
         "cancel": None,
         "query": None,

@@ -20,7 +20,7 @@ QUESTION = "What was the day of the attack on Pearl Harbor?"
 
 @pytest.fixture(scope="module")
 def model() -> ChatProphetKV:
-    return ChatProphetKV.from_pretrained(fetch_default_model(), max_tokens=12)
+    return ChatProphetKV.from_pretrained(fetch_default_model(), max_tokens=12, remember=False)
 
 
 def test_a_chain_at_ratio_one_answers_as_the_model_itself(model: ChatProphetKV) -> None:

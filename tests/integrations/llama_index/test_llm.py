@@ -63,6 +63,8 @@ def test_per_call_arguments_override_the_fields(llm: ProphetKVLLM, seen: list[An
         "recompute_ratio": 1.0,
         "deadline_s": None,
         "cancel": None,
+        "remember": None,
+        "tenant": "",
     }
     llm.complete("Hi", max_new_tokens=3, max_tokens=9, strategy="full_prefill", temperature=None)
     assert seen[1][1]["max_new_tokens"] == 3

@@ -1,0 +1,173 @@
+"""A prompt that begins as a former one: how much of that one's rows is taken over, and what is said of them after.
+
+Positions and tokens are the former ones, so nothing is rotated: the rows are copied. Chunks among them are not loaded
+again. Those of their tokens that were never recomputed may be chosen by the new question; the rest stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
+
+import torch
+
+from prophetkv_rag.conversations import AnsweredRows, ConversationTier, HeldRows, RowState, Trace, states_after
+from prophetkv_rag.model import RowsLayer
+from prophetkv_rag.prompt import ChunkSpan, PromptLayout
+from prophetkv_rag.reuse.selection import QueryContext, Selection, Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What a prompt takes over, and where what comes of it is kept; `tier` is `None` where nothing is remembered.
+
+    `is_repeated` is said of a prompt that was answered before by the same settings, whose rows are all there: nothing
+    is chosen, so that its answer is the former one's.
+    """
+
+    tier: ConversationTier | None
+    tenant: str
+    held: HeldRows
+    deletable: frozenset[str] = frozenset()
+    settings: str = ""
+    is_repeated: bool = False
+
+    @classmethod
+    def none(cls) -> Continuation:
+        """Return that of a prompt that neither takes from former ones nor is kept."""
+        return cls(None, "", HeldRows.none())
+
+    @classmethod
+    def of(
+        cls, layout: PromptLayout, tier: ConversationTier | None, tenant: str, strategy: Strategy, ratio: float | None
+    ) -> Continuation:
+        """Look up what a prompt begins with.
+
+        Args:
+            layout: The prompt.
+            tier: Former prompts.
+            tenant: Whose prompt it is.
+            strategy: Chooses what is recomputed.
+            ratio: Its budget; `None` for a default, which is some. Full prefill, the control, takes over nothing.
+        """
+        if tier is None:
+            return cls.none()
+        held = tier.match(layout.input_ids, tenant) if strategy.uses_caches and ratio != 1 else HeldRows.none()
+        asking = (layout.question_rows[:1], layout.question_rows[-1:], layout.probe_ids)
+        settings = f"{strategy if is_dataclass(strategy) else strategy.name} {ratio} {asking}"
+        is_repeated = (layout.num_tokens, settings) in held.prompts
+        held = held.first(_length_of(layout, held, is_asked=ratio != 0 and not is_repeated))
+        is_repeated &= held.length == layout.num_tokens - 1
+        deletable = tier.deletable(chunk.key for chunk in layout.chunks)
+        return cls(tier, tenant, held, deletable, settings, is_repeated)
+
+    @property
+    def length(self) -> int:
+        """How many rows are taken over."""
+        return self.held.length
+
+    def new_chunks(self, layout: PromptLayout) -> tuple[ChunkSpan, ...]:
+        """Return the chunks that must be loaded."""
+        return tuple(chunk for chunk in layout.chunks if chunk.start >= self.length)
+
+    def was_alone(self, chunk: ChunkSpan) -> bool:
+        """Whether the rows of a chunk that is taken over came from a cache that was encoded behind no other chunk."""
+        return all(len(trace.keys) == 1 for trace in self.held.traces if trace.start == chunk.start)
+
+    def put_into(self, layers: Sequence[RowsLayer]) -> None:
+        """Copy the rows that are taken over to their positions."""
+        if self.tier is not None and self.length:
+            self.tier.put_into(self.held, layers)
+
+    def keep_copy(self, answered: AnsweredRows | None, layers: Sequence[Any]) -> None:
+        """Keep a prompt that has no answer (yet), as far as it is to be kept."""
+        if self.tier is not None and answered is not None:
+            self.tier.keep(answered, layers, copies=True)
+
+    def is_settled(self, num_tokens: int) -> torch.Tensor:
+        """Return `[N]`, bool: rows that are taken over and not recomputed, whatever is chosen."""
+        settled = torch.zeros(num_tokens, dtype=torch.bool)
+        settled[: self.length] = self.is_repeated | (self.held.states != int(RowState.STALE))
+        return settled
+
+    def answered(
+        self,
+        layout: PromptLayout,
+        ran: torch.Tensor | None = None,
+        *,
+        visible: torch.Tensor | None = None,
+        behind: Mapping[str, Sequence[str]] | None = None,
+    ) -> AnsweredRows | None:
+        """Return what is to be kept of the prompt; `None` if nothing is.
+
+        Args:
+            layout: The prompt.
+            ran: `[m]`, ascending: chunk rows that ran through every layer; `None` for all.
+            visible: `[N]`, bool: what those saw; `None` for everything before them.
+            behind: For the key of a chunk those of the chunks that left a trace in its cache.
+        """
+        if self.tier is None:
+            return None
+        is_chunk = layout.is_chunk.clone()
+        has_run = torch.zeros_like(is_chunk)
+        has_run[ran.cpu() if ran is not None else slice(None)] = True
+        is_blind = None if visible is None or ran is None else has_run & is_chunk
+        has_run[self.length :] |= ~is_chunk[self.length :]
+        states = states_after(self.held.states, is_chunk, has_run, is_blind=is_blind)
+        # What nobody can delete (a chunk of this prompt alone) leaves no trace to look after.
+        here = [
+            Trace(chunk.start, frozenset({chunk.key, *(behind or {}).get(chunk.key, ())}))
+            for chunk in layout.chunks
+            if chunk.key in self.deletable
+        ]
+        traces = tuple(sorted({*self.held.traces, *here}, key=lambda trace: trace.start))
+        return AnsweredRows(layout.input_ids.tolist(), states, traces, self.tenant, self.settings)
+
+
+def _length_of(layout: PromptLayout, held: HeldRows, *, is_asked: bool) -> int:
+    """Return how many of the rows a prompt may take over.
+
+    Its last token is computed, for the logits. A chunk is taken over whole or not at all. A row that a chunk's cache
+    gave, of a chunk that is not seen in this prompt, cannot be chosen any more, so rows end before it. And where there
+    is something to choose, the tokens that ask are computed.
+    """
+    length = min(held.length, layout.num_tokens - 1)
+    stray = ((held.states[:length] == int(RowState.STALE)) & ~layout.is_chunk[:length]).nonzero()
+    if stray.shape[0]:
+        length = int(stray[0])
+    for chunk in layout.chunks:
+        if chunk.start < length < chunk.stop:
+            length = chunk.start
+    is_open = bool((held.states[:length] == int(RowState.STALE)).any())
+    if is_asked and not layout.probe_ids and layout.chunks and (is_open or layout.chunks[-1].start >= length):
+        length = min(length, _first_asking(layout, held, length))
+    return length if length > layout.known_prefix else 0
+
+
+def _first_asking(layout: PromptLayout, held: HeldRows, length: int) -> int:
+    """Return the first token that asks.
+
+    It is the question's, where that is known; else what stands behind the last chunk and behind the last prompt that
+    was answered, whose question is not this one's.
+    """
+    if layout.question_rows:
+        return layout.question_rows[0]
+    ends = [end for end, _ in held.prompts if end <= length and end < layout.num_tokens]
+    return max(layout.suffix_start, *ends, 0)
+
+
+def choose(strategy: Strategy, context: QueryContext, is_settled: torch.Tensor) -> Selection:
+    """Let a strategy choose among all chunk tokens, and leave out those that need no recomputation any more.
+
+    So all that it would recompute in a prompt that takes over nothing is recomputed, now or in a former turn.
+
+    Args:
+        strategy: Is not asked where there is nothing to choose.
+        context: The prompt.
+        is_settled: `[N]`, bool: rows taken over that are not stale.
+    """
+    if not bool((context.is_chunk & ~is_settled).any()):
+        return Selection(context.is_chunk.nonzero()[:0, 0])
+    found = strategy.select(context)
+    return replace(found, positions=found.positions[~is_settled[found.positions]])

@@ -1,0 +1,62 @@
+"""The caches of a prompt's chunks, as far as they do not stand in what is taken over from a former prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from prophetkv_rag.chunks import ChunkLibrary, Origin
+from prophetkv_rag.config import ALONE_RATIO, BEHIND_RATIO, FirstChunk
+from prophetkv_rag.prompt import PromptLayout
+from prophetkv_rag.reuse.continuing import Continuation
+from prophetkv_rag.store import ChunkCache
+
+
+def load_new(
+    continued: Continuation,
+    layout: PromptLayout,
+    library: ChunkLibrary,
+    model_lock: AbstractContextManager[Any],
+    first_chunk: FirstChunk,
+) -> tuple[Sequence[ChunkCache], Sequence[Origin], bool]:
+    """Load the chunks that are not taken over; see `ChunkLibrary.load`.
+
+    Returns:
+        Their caches, where each came from, and whether the prompt's first chunk, loaded or taken over, is exact.
+    """
+    chunks = continued.new_chunks(layout)
+    is_first_new = len(chunks) == len(layout.chunks)
+    caches: Sequence[ChunkCache] = []
+    origins: Sequence[Origin] = []
+    is_exact = False
+    if chunks:
+        wanted = first_chunk if is_first_new else "cached"
+        found = library.load(replace(layout, chunks=chunks), model_lock=model_lock, first_chunk=wanted)
+        caches, origins, is_exact = found
+    if not is_first_new:
+        is_exact = layout.exact_first_chunk and continued.was_alone(layout.chunks[0])
+    return caches, origins, is_exact
+
+
+def default_ratio(
+    continued: Continuation, layout: PromptLayout, caches: Sequence[ChunkCache], *, has_exact_first: bool
+) -> float:
+    """Return the share that is recomputed where nobody says: of a prompt's chunks, by how each was encoded.
+
+    Args:
+        continued: Knows how those were that are taken over.
+        layout: The prompt.
+        caches: Of the others.
+        has_exact_first: Whether the first chunk is exact, or made so.
+    """
+    if not has_exact_first or not layout.chunks:  # then the others' encoding makes up for less (docs/encodings.md)
+        return ALONE_RATIO
+    num_held = len(layout.chunks) - len(caches)
+    is_alone = [continued.was_alone(chunk) for chunk in layout.chunks[:num_held]]
+    is_alone += [not cache.behind.keys for cache in caches]
+    is_alone[0] = False
+    tokens = [len(chunk.input_ids) for chunk in layout.chunks]
+    shares = [ALONE_RATIO if alone else BEHIND_RATIO for alone in is_alone]
+    return sum(share * count for share, count in zip(shares, tokens, strict=True)) / sum(tokens)
