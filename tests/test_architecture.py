@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "tools": "errors generation prompt",
     "reuse": "errors config report model generation store prompt chunks conversations",
     "profile": "errors config store",
-    "engine": "errors waiting kernels config model generation store prompt chunks conversations reuse profile",
+    "engine": "waiting config model generation store prompt chunks conversations reuse profile",
     "vector_stores": "errors forks store engine",
     "chroma": "errors text forks store store.disk engine vector_stores",
     "prophetkv_rag": "lazy errors waiting config report generation prompt reuse engine",

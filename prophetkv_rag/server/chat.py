@@ -78,10 +78,10 @@ class ChatService:
         """Generate, in the queue's thread."""
         outcome = "internal_error"
         try:
-            messages, options = [message.for_template() for message in body.messages], self._options(body)
+            messages = [message.for_template() for message in body.messages]
             run = self._tool_run(messages, body)
             if run is not None:
-                options |= {**run.settings, "query": options["query"] or run.settings["query"]}
+                options = {**options, **run.settings, "query": options["query"] or run.settings["query"]}
             pieces = self.engine.stream(
                 messages if run is None else run.prompt,
                 cancel=ticket.cancel,

@@ -149,7 +149,7 @@ def test_a_remote_tier_is_remembered_shared_and_cleared(run: Run, docs: Path, tm
     assert (found["url"], found["chunks"], found["max_bytes"], found["waiting"]) == (url, count, 10**9, 0)
     assert f"{count} of them in file://" in run("cache", "stats")
 
-    run("index", docs, "--db", "other", "--chunk-size", 64, "--remote", url, "--json")
+    run("index", docs, "--db", "other", "--chunk-size", 64, "--encoding", "plain", "--remote", url, "--json")
     assert run("cache", "stats", "--db", "other", "--json")["remote"]["all_hits"] == count, "nothing was computed"
     shutil.rmtree("other/prophetkv/blobs")
     answer = run("ask", "Who?", "--db", "other", "--max-new-tokens", 1, "--json")

@@ -72,15 +72,13 @@ def test_where_nothing_is_enough_the_closest_is_taken_and_said():
 
 def test_half_of_the_context_is_tried_with_long_prompts_only():
     assert default_strategies(has_lead_in=False, is_long=False) == [
-        "prophetkv@prompt",
-        "prophetkv@prompt+previous:2",
-        "prophetkv@prompt+neighbours:3",
+        "prophetkv:first_chunk=exact@prompt",
         "prophetkv:first_chunk=exact@prompt+previous:2",
         "prophetkv:first_chunk=exact@prompt+neighbours:3",
     ]
     long = default_strategies(has_lead_in=True, is_long=True)
     assert len(long) == 8
-    assert long[-1] == "prophetkv:context_share=0.5@prompt+corpus+neighbours:3"
+    assert long[-1] == "prophetkv:first_chunk=exact,context_share=0.5@prompt+corpus+previous:2"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.config import Encoding
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.evaluation.quality.engines import Engines
+from prophetkv_rag.evaluation.quality.engines import PAPER, Engines
 from prophetkv_rag.evaluation.quality.fidelity import Arm, compare, full_prefill
 from prophetkv_rag.evaluation.quality.grid import measure_example
 from prophetkv_rag.evaluation.tasks.corpus import Corpus, corpora_of
@@ -47,7 +47,7 @@ def example(**changes):
 
 
 def engines_of(*examples, **corpora):
-    default = ProphetKVEngine(tiny_llama(), tiny_tokenizer())
+    default = ProphetKVEngine(tiny_llama(), tiny_tokenizer(), config=PAPER)
     found = corpora_of(examples, default.tokenizer, 64) | corpora
     return Engines(default, {"toy": Surroundings(text_of(30, seed=7), "Read this.\n")}, found, embed=embed)
 
