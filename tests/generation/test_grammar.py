@@ -118,8 +118,8 @@ def test_what_is_forced_costs_no_pass_and_is_spelt_as_usual(engine: ProphetKVEng
 
 
 def test_reuse_stays_on(engine: ProphetKVEngine) -> None:
-    free = engine.generate(PROMPT, max_new_tokens=4).report
-    held = engine.generate(PROMPT, max_new_tokens=4, grammar=Grammar.json_object()).report
+    free = engine.generate(PROMPT, max_new_tokens=4, remember=False).report
+    held = engine.generate(PROMPT, max_new_tokens=4, grammar=Grammar.json_object(), remember=False).report
     assert held.reused_tokens == free.reused_tokens > 0
     assert held.recomputed_tokens == free.recomputed_tokens > 0
     assert [chunk.status for chunk in held.chunks] == ["hit"] * 3

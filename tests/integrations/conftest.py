@@ -25,13 +25,14 @@ MODEL = tiny_llama(initializer_range=0.3, max_position_embeddings=4096)
 def make_engine(*, chat: bool = True, remember: bool = False) -> ProphetKVEngine:
     """An engine with a store of its own on the shared tiny model; it scores by the question alone.
 
-    It remembers no conversation unless told so: tests send the same prompts again.
+    It remembers no conversation unless told so, as tests send the same prompts again, and each chunk has one cache
+    wherever it stands, whatever was asked before.
     """
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 4096
     if not chat:
         tokenizer.chat_template = None
-    config = ProphetKVConfig(query_scope="question", recompute_ratio=0.3, remember=remember)
+    config = ProphetKVConfig(query_scope="question", recompute_ratio=0.3, remember=remember, encoding="plain")
     return ProphetKVEngine(MODEL, tokenizer, config=config)
 
 
