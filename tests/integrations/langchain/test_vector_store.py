@@ -112,7 +112,9 @@ def test_a_persistent_store_is_found_again(fresh_engine: ProphetKVEngine, tmp_pa
     client = chromadb.PersistentClient(str(tmp_path))
 
     def open_one() -> ProphetKVChroma:
-        engine = ProphetKVEngine(fresh_engine.model, fresh_engine.tokenizer, store=open_store(client))
+        engine = ProphetKVEngine(
+            fresh_engine.model, fresh_engine.tokenizer, config=fresh_engine.config, store=open_store(client)
+        )
         return ProphetKVChroma("texts", HashingEmbeddings(), client=client, engine=engine)
 
     open_one().add_texts(list(TEXTS[:2]))
