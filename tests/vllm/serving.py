@@ -22,6 +22,10 @@ def transfer_config(directory, **extra) -> dict[str, Any]:
     return settings.transfer_config(settings.ConnectorSettings(directory=str(directory), min_chunk_tokens=16, **extra))
 
 
+AS_IN_VLLM = ProphetKVConfig(encoding="plain", first_chunk="cached", recompute_ratio=0.2, remember=False)
+"""Settings with which our engine does what the connector does."""
+
+
 class Served:
     """A model in vLLM and in our engine.
 
@@ -48,7 +52,7 @@ class Served:
             ),
         )
         dtype = getattr(torch, given.get("dtype", "float32"))
-        self.engine = ProphetKVEngine.from_pretrained(model, config=ProphetKVConfig(), dtype=dtype)
+        self.engine = ProphetKVEngine.from_pretrained(model, config=AS_IN_VLLM, dtype=dtype)
         self.texts: list[str] = []
 
     @property

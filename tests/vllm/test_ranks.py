@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
+from prophetkv_rag import ProphetKVEngine
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
-from tests.vllm.serving import ANSWER
+from tests.vllm.serving import ANSWER, AS_IN_VLLM
 from tests.vllm.test_models import SHAPE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ def test_two_ranks_answer_as_our_engine_and_their_blobs_serve_one(tmp_path):
     model = tmp_path / "model"
     tiny_llama(**SHAPE).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
-    engine = ProphetKVEngine.from_pretrained(model, config=ProphetKVConfig())
+    engine = ProphetKVEngine.from_pretrained(model, config=AS_IN_VLLM)
     texts = [text_of(70, seed=seed) for seed in range(4)]
     engine.add_chunks(texts)
     prompts = [

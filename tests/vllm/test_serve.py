@@ -18,6 +18,7 @@ from openai import OpenAI
 
 from prophetkv_rag import ProphetKVEngine
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
+from tests.vllm.serving import AS_IN_VLLM
 from tests.vllm.test_models import SHAPE
 
 PROGRAM = str(Path(sys.executable).with_name("prophetkv-rag"))
@@ -58,7 +59,7 @@ def server(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(model):
-    engine = ProphetKVEngine.from_pretrained(model)
+    engine = ProphetKVEngine.from_pretrained(model, config=AS_IN_VLLM)
     engine.add_chunks(TEXTS)
     return engine
 
