@@ -95,7 +95,8 @@ class ProphetKVConfig:
             Algorithm 1 returns K/V of exactly the context and Q_s, so Q_s is everything after the context), or only
             the `"question"`, where the caller or the prompt tells which tokens that is.
         first_chunk_eligible: *Open (c).* Whether tokens of a first chunk that is exact already (it follows the very
-            prefix it was encoded behind) may be selected. True is the paper's reading (T_p is over all t <= C).
+            prefix it was encoded behind) may be selected. True is the paper's reading (T_p is over all t <= C). It
+            counts where `first_chunk` is `"cached"`; else ProphetKV leaves an exact first chunk as it is.
         encoding_prefix: What every chunk is encoded behind, as a text or a tuple of token ids, which is then all there
             is; `None` for what `prompt_template` and `lead_in` say. It is part of every cache key.
         prompt_template: The application's prompt, with `{context}` (or `{context_str}`, ...) where the chunks stand: a

@@ -30,7 +30,7 @@ class StoredDocuments:
         self.store = store
         self.given = given
         kinds = [kind.__name__ for kind in type(store).__mro__]
-        self.givener = next((_READERS[kind] for kind in kinds if kind in _READERS), None)
+        self.reader = next((_READERS[kind] for kind in kinds if kind in _READERS), None)
         self._is_qdrant = "QdrantVectorStore" in kinds
 
     def name(self, given: Any) -> str:
@@ -45,7 +45,7 @@ class StoredDocuments:
     @property
     def is_overwritten(self) -> bool:
         """Whether a write takes the place of everything that was written before (`LanceDB(mode="overwrite")`)."""
-        return self.givener is _lancedb and getattr(self.store, "mode", "") == "overwrite"
+        return self.reader is _lancedb and getattr(self.store, "mode", "") == "overwrite"
 
     def read(self, names: Sequence[str]) -> list[Record]:
         """Return the documents with these ids."""
@@ -61,8 +61,8 @@ class StoredDocuments:
         """Return every document."""
         if self.given is not None:
             return (as_record(document) for document in self.given())
-        if self.givener is not None:
-            return self.givener(self.store)
+        if self.reader is not None:
+            return self.reader(self.store)
         msg = (
             f"it is not known how to read all of a {type(self.store).__name__}; give with_kv_caches(..., read=...) a "
             "function that returns its documents, each with its id"

@@ -28,7 +28,7 @@ class StoredNodes:
         self.given = given
         kinds = [kind.__name__ for kind in type(store).__mro__]
         self._ids = next((_IDS[kind] for kind in kinds if kind in _IDS), None)
-        self.givener = next((_READERS[kind] for kind in kinds if kind in _READERS), _get_nodes)
+        self.reader = next((_READERS[kind] for kind in kinds if kind in _READERS), _get_nodes)
 
     @property
     def shows_ids(self) -> bool:
@@ -46,7 +46,7 @@ class StoredNodes:
             return [Record(name, None, None) for name in names if name in there]
         if not names:
             return []
-        if self.givener is _lancedb:
+        if self.reader is _lancedb:
             msg = "LanceDBVectorStore.get_nodes may leave some out"
             raise UnreadableError(msg)
         try:
@@ -62,7 +62,7 @@ class StoredNodes:
         if self._ids is not None:
             return (Record(name, None, None) for name in list(self._ids(self.store)))
         try:
-            return iter([as_record(node) for node in self.givener(self.store)])
+            return iter([as_record(node) for node in self.reader(self.store)])
         except Exception as error:
             msg = (
                 f"{type(self.store).__name__} does not say what it holds ({str(error) or type(error).__name__}); give "

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,10 @@ class ChunkLibrary:
             batch_tokens=batch_tokens,
         )
         self._writer = ChunkWriter(store, identity.fingerprint, model_lock)
-        self._loader = PromptLoader(store, self._encoder, opening_length, self._describe)
+        opening = replace(identity, prefix_ids=identity.prefix_ids[:opening_length], encoding="")
+        self._loader = PromptLoader(store, self._encoder, opening)
+        if opening != identity:
+            self._describe(opening)
         self._describe(identity)
         self.chunk_index.load(store.entry_columns(identity.fingerprint))
 

@@ -8,8 +8,6 @@ as long as its chunk is known.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -21,8 +19,6 @@ from prophetkv_rag.errors import StoreError
 from prophetkv_rag.prompt import ChunkSpan, PromptLayout
 from prophetkv_rag.store import CacheIdentity, ChunkCache, ChunkStore
 
-logger = logging.getLogger(__name__)
-
 
 class PromptLoader:
     """Loads the caches of prompts, the first chunk's from its own cache where that is wanted.
@@ -30,24 +26,16 @@ class PromptLoader:
     Args:
         store: Where from; what had to be computed goes back into it.
         encoder: Of the chunks as they are encoded otherwise.
-        opening_length: Tokens of that one's prefix that a prompt has, too: all but the lead-in.
-        describe: Tells the store what an identity stands for.
+        opening: Identity of second caches: a prompt has its prefix, too, and nothing else stands before the chunk.
     """
 
-    def __init__(
-        self,
-        store: ChunkStore,
-        encoder: ChunkEncoder,
-        opening_length: int,
-        describe: Callable[[CacheIdentity], None],
-    ) -> None:
+    def __init__(self, store: ChunkStore, encoder: ChunkEncoder, opening: CacheIdentity) -> None:
         self._store = store
         self._identity = encoder.identity
-        self._describe = describe
+        self._opening = opening
         self._loader = ChunkLoader(store, encoder)
-        self._opening = replace(encoder.identity, prefix_ids=encoder.identity.prefix_ids[:opening_length], encoding="")
-        prefix = encoder.prefix and encoder.prefix.first(opening_length)
-        self._first = ChunkLoader(store, encoder.behind_prefix(prefix, self._opening, parse_encoding("plain")))
+        prefix = encoder.prefix and encoder.prefix.first(len(opening.prefix_ids))
+        self._first = ChunkLoader(store, encoder.behind_prefix(prefix, opening, parse_encoding("plain")))
 
     def load(
         self, layout: PromptLayout, model_lock: AbstractContextManager[Any], first_chunk: FirstChunk
@@ -61,8 +49,12 @@ class PromptLoader:
                 one that it has anyway was encoded so.
         """
         chunks = layout.chunks
+        if not chunks:
+            return LoadedChunks([], [], has_exact_first=False)
         is_behind_opening = tuple(layout.input_ids[: layout.context_start].tolist()) == self._opening.prefix_ids
         if first_chunk != "cached" and not self._is_encoded_so(chunks[0].key):
+            others = dict.fromkeys(chunk.key for chunk in chunks[1:])
+            self._store.expect(others, fingerprint=self._identity.fingerprint)  # they come while the first is read
             first, origin = self._load_first(chunks[0], model_lock)
             caches, origins = self._loader.load(chunks[1:], model_lock)
             return LoadedChunks([first, *caches], [origin, *origins], has_exact_first=is_behind_opening)
@@ -81,15 +73,13 @@ class PromptLoader:
 
     def _load_first(self, chunk: ChunkSpan, model_lock: AbstractContextManager[Any]) -> tuple[ChunkCache, Origin]:
         own = replace(chunk, key=self._opening.key(chunk.input_ids))
-        if own.key not in self._store:
-            self._keep(own.key, chunk.key)
+        if not self._is_stored(own.key):
+            self._store.keep_with(own.key, chunk.key)
         (cache,), (origin,) = self._first.load([own], model_lock)
         return cache, origin
 
-    def _keep(self, key: str, chunk: str) -> None:
-        """Let the store keep a cache for as long as it knows the chunk; of an unknown one nothing is kept."""
+    def _is_stored(self, key: str) -> bool:
         try:
-            if self._store.keep_with(key, chunk):
-                self._describe(self._opening)
-        except (StoreError, OSError) as error:
-            logger.debug("a first chunk's own cache will not be kept: %s", error)
+            return key in self._store
+        except StoreError:  # where nothing can be read, nothing can be noted
+            return True

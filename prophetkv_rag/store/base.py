@@ -105,15 +105,13 @@ class ChunkStore(ABC):
     def drop_references(self, owner: str, keys: Iterable[str]) -> list[str]:
         """Drop `owner`'s references and delete the caches that no owner refers to any more; returns those keys."""
 
-    def keep_with(self, key: str, chunk: str) -> bool:
-        """Keep what is stored under `key` for as long as a chunk is known: it is another cache of the same text.
+    def keep_with(self, key: str, chunk: str) -> None:
+        """Keep what `put_soon` stores next under `key` for as long as a chunk is known: another cache of its text.
 
-        A chunk that is deleted takes it along, in the same step, unless somebody else refers to it.
-
-        Returns:
-            Whether it will be kept; never with a chunk that the store does not know.
+        A chunk that is deleted takes it along, in the same step, unless somebody else refers to it. With a chunk that
+        the store does not know nothing is kept. Never waits, never raises.
         """
-        return False
+        return None
 
     @abstractmethod
     def references(self, owner: str) -> list[str]:

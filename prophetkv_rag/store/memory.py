@@ -149,12 +149,11 @@ class MemoryStore(ChunkStore):
         self._nbytes -= self._recent.pop(key, 0)
         self._chunks[key].cache = None
 
-    def keep_with(self, key: str, chunk: str) -> bool:
+    def keep_with(self, key: str, chunk: str) -> None:
         """See `ChunkStore.keep_with`."""
         with self._lock:
             if chunk in self._chunks:
                 self.add_references(chunk_owner(chunk), [key])
-            return chunk in self._chunks
 
     def delete(self, keys: Iterable[str]) -> None:
         """See `ChunkStore.delete`."""

@@ -94,16 +94,13 @@ class Catalog(CatalogFile):
         drop_traced(run, found)
         return count, found
 
-    def keep_with(self, key: str, chunk: str) -> bool:
-        """Keep what is stored under `key` for as long as a chunk is known; returns whether that is."""
+    def keep_with(self, key: str, chunk: str) -> None:
+        """Keep what is stored under `key` for as long as a chunk is known; nothing of one that is not."""
         with self.transaction() as run:
-            values = (chunk_owner(chunk), key, time.time(), chunk)
             run.execute(
                 "INSERT OR IGNORE INTO refs (owner, key, noted_at) SELECT ?, ?, ? WHERE ? IN (SELECT key FROM chunks)",
-                values,
+                (chunk_owner(chunk), key, time.time(), chunk),
             )
-            query = "SELECT 1 FROM refs WHERE owner = ? AND key = ?"
-            return run.execute(query, values[:2]).fetchone() is not None
 
     def drop_traced(self, keys: Iterable[str]) -> None:
         """Note that the caches of these keys are gone, here and (soon) in remote tiers, with what they stood behind."""

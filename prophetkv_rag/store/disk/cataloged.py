@@ -12,6 +12,7 @@ from prophetkv_rag.store import ALONE, Behind, ChunkStore, DirectoryLock, EntryC
 from prophetkv_rag.store.blobs import BlobFiles
 from prophetkv_rag.store.catalog import Catalog, CatalogRow
 from prophetkv_rag.store.disk.leases import Leases
+from prophetkv_rag.store.disk.write_behind import WriteBehind
 from prophetkv_rag.store.remote import RemoteTier
 
 
@@ -38,6 +39,7 @@ class CatalogedStore(ChunkStore):
     _seen: dict[str, int]
     _listed: dict[str, int]
     _deletes: int
+    _later: WriteBehind
 
     @abstractmethod
     def drop_from_memory(self, keys: Iterable[str]) -> None:
@@ -85,9 +87,10 @@ class CatalogedStore(ChunkStore):
         if self.policy != "read_only":
             self.catalog.add_references(owner, keys)
 
-    def keep_with(self, key: str, chunk: str) -> bool:
-        """See `ChunkStore.keep_with`."""
-        return self.policy != "read_only" and self.catalog.keep_with(check_key(key), chunk)
+    def keep_with(self, key: str, chunk: str) -> None:
+        """See `ChunkStore.keep_with`: the thread that writes the cache notes it before."""
+        if self.policy != "read_only":
+            self._later.run(self.catalog.keep_with, check_key(key), chunk)
 
     def drop_references(self, owner: str, keys: Iterable[str]) -> list[str]:
         """See `ChunkStore.drop_references`."""

@@ -23,11 +23,13 @@ class Wrapped(VectorStoreIntegrationTests):
     """The suite on a wrapper; on the plain vector store with `PLAIN`.
 
     Attributes:
-        fail_anyway: Tests that fail without the wrapper, in the same way, sync and async.
+        fail_anyway: Tests that fail without the wrapper, in the same way, sync and async (run them with `PLAIN`).
+        because: Why they do: what the vector store itself does otherwise than the suite asks.
     """
 
     PLAIN = False
     fail_anyway: tuple[str, ...] = ()
+    because = ""
 
     def make(self, directory: Path) -> Any:
         raise NotImplementedError
@@ -35,7 +37,8 @@ class Wrapped(VectorStoreIntegrationTests):
     @pytest.fixture
     def vectorstore(self, chat_engine: ProphetKVEngine, tmp_path: Path, request: pytest.FixtureRequest) -> VectorStore:
         if request.function.__name__.removesuffix("_async") in self.fail_anyway:
-            request.applymarker(pytest.mark.xfail(strict=True, reason="fails without the wrapper too"))
+            reason = f"fails without the wrapper too: {self.because}"
+            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
         plain = self.make(tmp_path)
         return plain if self.PLAIN else with_kv_caches(plain, chat_engine)
 
@@ -51,8 +54,7 @@ class TestChroma(Wrapped):
 
 
 class TestFAISS(Wrapped):
-    """It refuses ids that it has, and to delete those that it has not."""
-
+    because = "FAISS refuses ids that it has, and to delete those that it has not"
     fail_anyway = (
         "test_delete_missing_content",
         "test_add_documents_with_ids_is_idempotent",
@@ -68,8 +70,7 @@ class TestFAISS(Wrapped):
 
 
 class TestQdrant(Wrapped):
-    """It takes no ids but UUIDs and numbers, and leaves them out of the documents that it returns."""
-
+    because = "Qdrant takes no ids but UUIDs and numbers, and leaves them out of the documents that it returns"
     fail_anyway = (
         "test_add_documents",
         "test_deleting_documents",
