@@ -22,6 +22,7 @@ import pytest
 
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.evaluation.tasks.example import TaskExample
+from prophetkv_rag.evaluation.tasks.loading import check_sources
 from prophetkv_rag.evaluation.tasks.ruler import RULER_TASKS, Sources, generate
 from prophetkv_rag.evaluation.tasks.ruler.fitting import largest_size, reduced_size
 from prophetkv_rag.evaluation.tasks.ruler.haystack import NOISE_LINE, essay_words, insert_units, split_sentences
@@ -129,6 +130,11 @@ def hotpot() -> list[dict[str, Any]]:
 def make(task: str, sources: Sources, number: int = 4, **changes: Any) -> list[TaskExample]:
     settings = {"max_seq_length": LENGTH, "seed": 42, "count_tokens": count_words, "sources": sources, **changes}
     return list(generate(task, num_samples=number, **settings))
+
+
+def test_what_a_task_is_made_of_is_checked_without_a_tokenizer(sources: Sources) -> None:
+    """With a count of nothing, `ruler_vt` once grew its worked example until the memory was full."""
+    check_sources(list(RULER_TASKS), length=LENGTH, seed=42, sources=sources)
 
 
 # The official format

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 
 from prophetkv_rag.evaluation.tasks.example import TaskExample
@@ -32,7 +33,11 @@ class VariableTracking:
 
     def __init__(self, settings: TaskSettings) -> None:
         self.settings = settings
-        self._example_size = largest_size(self._example_fits, self.min_size)
+
+    @cached_property
+    def _example_size(self) -> int:
+        """Lines of noise in the worked example; by a tokenizer, which a task that is only made need not have."""
+        return largest_size(self._example_fits, self.min_size)
 
     def build(self, index: int, size: int) -> TaskExample:
         """Return sample `index` in `size` lines of noise."""
