@@ -198,8 +198,7 @@ class KVCachingCollection:
     def query(self, *args: Any, **kwargs: Any) -> Any:
         """As `Collection.query`; the caches of what is found begin to load at once."""
         found = self.collection.query(*args, **asked(kwargs))
-        keys = dict.fromkeys(key for row in found.get("metadatas") or () for key in cache_keys(row))
-        self.engine.store.read_ahead(keys, fingerprint=self.engine.identity.fingerprint)
+        self.engine.library.read_ahead([cache_keys(row) for row in found.get("metadatas") or ()])
         return stripped(found)
 
     def search(self, *args: Any, **kwargs: Any) -> Any:

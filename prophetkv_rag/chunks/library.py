@@ -190,9 +190,7 @@ class ChunkLibrary:
         check_length("the text", input_ids, self.identity.prefix_ids, self.context_window)
         key = self.identity.key(input_ids)
         with self._owners_lock:
-            if key in self.chunk_index:
-                return None
-            if not self._writer.refer_now(owner, key):
+            if key in self.chunk_index or not self._writer.refer_now(owner, key):
                 return None
             self._registered.add(key)
             self.chunk_index.add(key, entry)
@@ -295,3 +293,7 @@ class ChunkLibrary:
     ) -> LoadedChunks:
         """Load the chunks' caches, see `PromptLoader.load`; under `model_lock`, by default the library's own."""
         return self._loader.load(layout, model_lock or self.model_lock, first_chunk)
+
+    def read_ahead(self, rows: Iterable[Sequence[str]]) -> None:
+        """Begin to load what prompts will want: see `PromptLoader.read_ahead`."""
+        self._loader.read_ahead(rows)
