@@ -146,7 +146,7 @@ class KVCachingCollection:
             progress: Called with (records looked at so far, all of them).
             refresh: Also encode anew what stands behind others than most of its neighbours of today.
         """
-        if self.engine.library.encoding.kind == "neighbours":
+        if self.engine.library.encoding.num_neighbours:
             self._neighbours.wait()
             self._neighbours.run(self.collection.get(include=[])["ids"], progress, refresh=refresh)
 
@@ -247,5 +247,5 @@ class KVCachingCollection:
             self._caches.release_if_possible(
                 old.key for old, text in renewed if text is not None and old.key != keys[text]
             )
-        if self.in_background and self.engine.library.encoding.kind == "neighbours" and any(keys.values()):
+        if self.in_background and self.engine.library.encoding.num_neighbours and any(keys.values()):
             self._neighbours.later(names)
