@@ -17,6 +17,7 @@ from prophetkv_rag.cli.database_settings import (
     DEFAULT_CHUNK_SIZE,
     DEFAULT_DATABASE,
     DEFAULTS,
+    SETTINGS_FILE,
     DatabaseSettings,
     find_settings,
     lead_in_of,
@@ -24,6 +25,7 @@ from prophetkv_rag.cli.database_settings import (
 )
 from prophetkv_rag.cli.documents import read_documents
 from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
+from prophetkv_rag.cli.planning import NoRoomError, choose_limit
 from prophetkv_rag.config import parse_encoding
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.text import decode_text
@@ -143,6 +145,8 @@ def index(
     )
     quiet_libraries()
     check_packages(settings)
+    if remembered is None and cache_limit is None:
+        settings = choose_limit(settings, db)
     settings = replace(settings, model=chosen_model(model, remembered.model if remembered else None))
     fetch_embedding()
     from prophetkv_rag.cli.indexing import index_documents, split_texts
@@ -172,11 +176,16 @@ def index(
         summary = index_documents(database, directory, documents)
         report = {"database": str(db), "model": settings.model, "chunk_size": settings.chunk_size}
         report |= {"encoding": settings.encoding, **asdict(summary)}
+        report["cache_limit"], report["limit_chosen"] = settings.cache_limit, settings.limit_chosen
         report["picked"] = None if choice is None else asdict(choice)
         report["recompute_ratio"] = settings.recompute_ratio
         finish_uploads(database.engine.store)
         report["caches"] = cache_totals(database)
         report |= caches_not_kept(database)
+    except NoRoomError:
+        if remembered is None:  # nothing was indexed: the next try begins anew, with what is free then
+            (db / SETTINGS_FILE).unlink(missing_ok=True)
+        raise
     finally:
         database.close()
     if as_json:
