@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from prophetkv_rag.cli.console import progress_bar, status
 from prophetkv_rag.cli.database_settings import BLOB_DIRECTORY, DatabaseSettings, save_settings
 from prophetkv_rag.cli.frameworks import import_chromadb, import_frameworks
+from prophetkv_rag.cli.model_choice import load_options
 from prophetkv_rag.cli.planning import CachePlan, announce, plan_caches
 from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.errors import InputError
@@ -130,7 +131,12 @@ class Database:
 
 
 def open_database(
-    path: Path, settings: DatabaseSettings, *, config: ProphetKVConfig | None = None, ram_bytes: int | None = None
+    path: Path,
+    settings: DatabaseSettings,
+    *,
+    config: ProphetKVConfig | None = None,
+    ram_bytes: int | None = None,
+    device: str = "auto",
 ) -> Database:
     """Open or make the database at `path` with the model that `settings` name; the model is loaded first.
 
@@ -151,11 +157,12 @@ def open_database(
     from prophetkv_rag.store.disk import must_be_unlocked, open_disk_store
     from prophetkv_rag.store.encryption import load_key
 
+    load = load_options(settings.dtype, device)
     options: Any = settings.store_options()
     options["ram_bytes"] = ram_bytes
     options["encryption_key"] = load_key(options["encryption_key"])  # before a model is loaded
     with status(f"loading {Path(settings.model).name}"):
-        model, tokenizer = load_model(settings.model)
+        model, tokenizer = load_model(settings.model, **load)
         config = replace(
             config or ProphetKVConfig(),
             prompt_template=frameworks.prompt_template_of(tokenizer) if settings.behind_prompt else None,

@@ -31,6 +31,7 @@ class DatabaseSettings:
         cache_limit: Most bytes of caches on disk, or `None`.
         limit_chosen: Whether that was chosen from what was free, and not by the user: then indexing stops where it is
             not enough, and evicts nothing.
+        dtype: What the model computes in: `"auto"`, or a dtype's name.
         namespace_limit: Most bytes of each namespace's caches on disk, or `None`.
         encoding: Which other chunks they are encoded behind (`ProphetKVConfig.encoding`).
         lead_in_tokens: Longest lead-in: the chunk size, in databases of this version.
@@ -63,6 +64,7 @@ class DatabaseSettings:
     strategy: str = DEFAULTS.strategy
     recompute_ratio: float | None = None
     limit_chosen: bool = False
+    dtype: str = "auto"
 
     def store_options(self) -> dict[str, Any]:
         """Return what `open_disk_store` is called with."""
@@ -113,6 +115,7 @@ def find_settings(path: Path) -> DatabaseSettings | None:
             strategy=str(values.get("strategy", DEFAULTS.strategy)),
             recompute_ratio=None if values.get("recompute_ratio") is None else float(values["recompute_ratio"]),
             limit_chosen=bool(values.get("limit_chosen", False)),
+            dtype=str(values.get("dtype", "auto")),
         )
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -24,7 +24,7 @@ from prophetkv_rag.cli.database_settings import (
     save_settings,
 )
 from prophetkv_rag.cli.documents import read_documents
-from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
+from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, check_load_options, chosen_model, fetch_embedding
 from prophetkv_rag.cli.planning import NoRoomError, choose_limit
 from prophetkv_rag.config import parse_encoding
 from prophetkv_rag.errors import InputError
@@ -37,6 +37,8 @@ def index(
     model: Annotated[
         str | None, typer.Option(help="Model directory or name; by default the database's, else SmolLM2-135M-Instruct.")
     ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
     chunk_size: Annotated[
         int | None,
         typer.Option(min=64, help=f"Tokens per chunk; by default the database's, else {DEFAULT_CHUNK_SIZE}."),
@@ -138,7 +140,9 @@ def index(
         behind_prompt=remembered.behind_prompt if remembered else True,
         strategy=remembered.strategy if remembered else DEFAULTS.strategy,
         recompute_ratio=remembered.recompute_ratio if remembered else None,
+        dtype=dtype or (remembered.dtype if remembered else "auto"),
     )
+    check_load_options(settings.dtype, device)
     tier = RemoteOptions(remote, remote_limit, remote_timeout)
     settings = with_cache_options(
         settings, remembered, cache_limit, cache_format, cache_policy, tier, key_file, namespace_limit
@@ -163,12 +167,13 @@ def index(
             wanted=fidelity,
             minutes=minutes,
             questions=questions,
+            device=device,
         )
         choice = choose(profile)
         settings = with_choice(settings, choice)
         if not as_json:
             print_choice(choice, fidelity)
-    database = open_database(db, settings)
+    database = open_database(db, settings, device=device)
     try:
         check_chunk_size(settings.chunk_size, database.engine.context_window)
         save_settings(db, settings)

@@ -16,6 +16,7 @@ import typer
 from prophetkv_rag.cli.cache.options import parse_size
 from prophetkv_rag.cli.console import print_json, progress_console
 from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE
+from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, check_load_options, refuse_load_options
 from prophetkv_rag.cli.serving import ServedCaches, open_served
 from prophetkv_rag.cli.vllm_engine import VLLM_ARGS_HELP, check_engine, open_in_vllm
 from prophetkv_rag.errors import InputError
@@ -58,6 +59,8 @@ def serve(
     model: Annotated[
         str | None, typer.Option(help="Path or hub name; with a database, all its caches are computed for this one.")
     ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
     model_name: Annotated[str | None, typer.Option(help="What clients call the model; its path's last part.")] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; the default serves this machine alone.")
@@ -125,6 +128,9 @@ def serve(
     if is_vllm and ram_limit is not None:
         msg = "--ram-limit is not for --engine vllm (ram_bytes in its connector's settings, docs/vllm.md)"
         raise InputError(msg)
+    if is_vllm:
+        refuse_load_options(dtype, device)
+    check_load_options(dtype or "auto", device)
     served_caches = ServedCaches.asked(database, cache_dir, remote, cache_limit, ram_limit)
     make_strategy(strategy)
     settings = ServerSettings(
@@ -167,7 +173,7 @@ def serve(
                 arguments,
             )
             if is_vllm and cache_dir is not None
-            else open_served(served_caches, model, config)
+            else open_served(served_caches, model, config, dtype=dtype, device=device)
         ) as (served, name),
     ):
         settings = replace(settings, model_name=model_name or name)

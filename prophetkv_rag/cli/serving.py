@@ -12,7 +12,7 @@ from prophetkv_rag.cli.cache.options import parse_size
 from prophetkv_rag.cli.console import progress_console, quiet_libraries, shown_bytes, status
 from prophetkv_rag.cli.database import check_packages, open_database
 from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE, DatabaseSettings, find_settings, require_settings
-from prophetkv_rag.cli.model_choice import chosen_model
+from prophetkv_rag.cli.model_choice import chosen_model, load_options
 from prophetkv_rag.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ class ServedCaches:
 
 
 @contextmanager
-def open_served(caches: ServedCaches, model: str | None, config: Any) -> Iterator[tuple[ProphetKVEngine, str]]:
+def open_served(
+    caches: ServedCaches, model: str | None, config: Any, *, dtype: str | None = None, device: str = "auto"
+) -> Iterator[tuple[ProphetKVEngine, str]]:
     """Open the engine: a database's, or one on a plain store; yields it with the model's name."""
     remembered = require_settings(caches.database) if caches.database is not None else None
     quiet_libraries()
@@ -74,13 +76,15 @@ def open_served(caches: ServedCaches, model: str | None, config: Any) -> Iterato
         RemoteFiles(caches.remote)  # before a model is fetched
     chosen = chosen_model(model, remembered.model if remembered else None)
     if caches.database is not None and remembered is not None:
-        yield from _database(caches.database, replace(remembered, model=chosen), caches.ram_bytes, config)
+        settings = replace(remembered, model=chosen, dtype=dtype or remembered.dtype)
+        yield from _database(caches.database, settings, caches.ram_bytes, config, device)
         return
     from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.model import load_model
 
+    load = load_options(dtype, device)
     with status(f"loading {Path(chosen).name}"):
-        loaded, tokenizer = load_model(chosen)  # first: what it takes is not free for caches
+        loaded, tokenizer = load_model(chosen, **load)  # first: what it takes is not free for caches
         store = _open_store(caches)
         engine = ProphetKVEngine(loaded, tokenizer, config=config, store=store)
     _say_what_caches_take(store)
@@ -91,9 +95,9 @@ def open_served(caches: ServedCaches, model: str | None, config: Any) -> Iterato
 
 
 def _database(
-    path: Path, settings: DatabaseSettings, ram_bytes: int | None, config: Any
+    path: Path, settings: DatabaseSettings, ram_bytes: int | None, config: Any, device: str
 ) -> Iterator[tuple[ProphetKVEngine, str]]:
-    opened = open_database(path, settings, config=config, ram_bytes=ram_bytes)
+    opened = open_database(path, settings, config=config, ram_bytes=ram_bytes, device=device)
     try:
         opened.bring_caches_up_to_date()
         _say_what_caches_take(opened.store)
