@@ -221,6 +221,13 @@ class Catalog(CatalogFile):
                 (fingerprint, model, namespace, seconds_per_token, seconds_per_token),
             )
 
+    def seconds_per_token(self, fingerprint: str) -> float | None:
+        """What a token took to compute when that was last measured; `None` if it never was."""
+        with self.transaction(is_write=False) as run:
+            query = "SELECT seconds_per_token FROM identities WHERE fingerprint = ?"
+            found = run.execute(query, (fingerprint,)).fetchone()
+            return float(found[0]) if found is not None and found[0] else None
+
     def check(self) -> str:
         """Read the whole file; "" if all is well, or what SQLite found."""
         with self.transaction(is_write=False) as run:
