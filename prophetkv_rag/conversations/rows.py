@@ -15,6 +15,7 @@ class RowState(IntEnum):
     A row depends on nothing but the tokens up to its own, so it may be used wherever a prompt begins with those.
 
     - `STALE`: taken from a chunk's cache, encoded behind other tokens than stand before it here, and not recomputed.
+    - `MOVED`: taken from a former prompt where it stood elsewhere, behind other tokens, and not recomputed.
     - `COMPUTED`: run through every layer here, but some row before it is not exact, or was kept from its sight, so its
       numbers are not full prefill's either. A strategy does not choose it again.
     - `EXACT`: run through every layer over exact rows only. Its numbers are full prefill's, but for the rounding of
@@ -22,8 +23,9 @@ class RowState(IntEnum):
     """
 
     STALE = 0
-    COMPUTED = 1
-    EXACT = 2
+    MOVED = 1
+    COMPUTED = 2
+    EXACT = 3
 
 
 @dataclass(frozen=True, slots=True)
