@@ -59,7 +59,12 @@ class AnsweredRows:
 
 
 def states_after(
-    held: torch.Tensor, is_stale: torch.Tensor, ran: torch.Tensor, *, is_blind: torch.Tensor | None = None
+    held: torch.Tensor,
+    is_stale: torch.Tensor,
+    ran: torch.Tensor,
+    *,
+    is_moved: torch.Tensor | None = None,
+    is_blind: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the states of a prompt's rows after a prefill.
 
@@ -67,6 +72,7 @@ def states_after(
         held: `[R]`, uint8: states of the rows that were there from a former prompt.
         is_stale: `[N]`, bool: rows that stand in the cache as a chunk's cache had them.
         ran: `[N]`, bool: rows that ran through every layer.
+        is_moved: `[N]`, bool: rows that stand in the cache as a former prompt had them elsewhere; `None` for none.
         is_blind: `[N]`, bool: rows that did not see everything before them; `None` for none.
 
     Returns:
@@ -74,6 +80,8 @@ def states_after(
     """
     states = torch.full(is_stale.shape, int(RowState.EXACT), dtype=torch.uint8)
     states[is_stale] = int(RowState.STALE)
+    if is_moved is not None:
+        states[is_moved] = int(RowState.MOVED)
     states[: held.shape[0]] = held
     states[ran] = int(RowState.EXACT)
     if is_blind is not None:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from prophetkv_rag.conversations.insertion import NewRows, insert
+from prophetkv_rag.conversations.moving import MovedRows, find_moved
 from prophetkv_rag.conversations.room import make_room
 from prophetkv_rag.conversations.rows import AnsweredRows, RowState
 from prophetkv_rag.conversations.saved import SavedRows
 from prophetkv_rag.conversations.tree import HeldRows, Node, path_of
 from prophetkv_rag.errors import StoreError
 from prophetkv_rag.forks import around_fork
-from prophetkv_rag.model import RowsLayer, own_state
+from prophetkv_rag.model import ModelSupport, RowsLayer, own_state
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +74,22 @@ class ConversationTier:
             )
         return found.first(length)
 
-    def put_into(self, held: HeldRows, layers: Sequence[RowsLayer]) -> None:
-        """Copy rows that `match` gave into a prompt's cache; none of them is written to meanwhile."""
+    def find_moved(
+        self, token_ids: torch.Tensor, tenant: str, is_free: torch.Tensor, *, changed_at: int, shared: int
+    ) -> Sequence[MovedRows]:
+        """Return the rows of what former prompts of the tenant have at other positions; see `moving.find_moved`."""
+        with self._lock:
+            root = self._roots.get(tenant)
+            return find_moved(root, token_ids, is_free, changed_at=changed_at, shared=shared) if root else ()
+
+    def put_into(
+        self, held: HeldRows, moved: Sequence[MovedRows], layers: Sequence[RowsLayer], support: ModelSupport
+    ) -> None:
+        """Copy rows that were found into a prompt's cache; none of them is written to meanwhile."""
         with self._lock:
             held.put_into(layers)
+            for rows in moved:
+                rows.put_into(layers, support)
 
     def deletable(self, keys: Iterable[str]) -> frozenset[str]:
         """Return those keys that somebody may delete: of chunks that the store knows, or is about to."""
