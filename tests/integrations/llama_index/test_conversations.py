@@ -16,6 +16,7 @@ from llama_index.core.schema import NodeWithScore
 from prophetkv_rag.integrations.llama_index import ProphetKVLLM
 from tests.conversations.chats import counted_rows
 from tests.integrations.conftest import make_engine
+from tests.integrations.llama_index.test_agents import AGENTS
 from tests.integrations.rag import QUESTION, TEXTS, CallLog, build_index
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "llama_index.md"
@@ -88,4 +89,4 @@ def test_what_a_turn_computes(name: str, top_k: int, new_vector_store: Any, call
 def test_the_docs_say_so() -> None:
     text = DOCS.read_text("utf-8").partition("<!-- conversations table -->")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| `(\w+)`", text, re.MULTILINE)
-    assert set(rows) == {*ENGINES, "condense_question"}
+    assert set(rows) == {*ENGINES, "condense_question", *AGENTS}
