@@ -210,6 +210,22 @@ class ChunkStore(ABC):
         """Note what a fingerprint stands for and what its caches cost, for statistics and for eviction."""
         return None
 
+    def seal(self, name: str, data: bytes) -> bytes:
+        """Return what is written for a file beside the store: the data itself, or encrypted where blobs are.
+
+        Raises:
+            StoreError: If the store cannot be used with the key that it was given.
+        """
+        return data
+
+    def unseal(self, name: str, data: bytes) -> bytes:
+        """Return what `seal` was given under this name.
+
+        Raises:
+            BlobError: If it was changed, or is encrypted otherwise than blobs are.
+        """
+        return data
+
     def close(self) -> None:
         """Release files and connections; the store cannot be used afterwards."""
         return None
