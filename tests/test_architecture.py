@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "report": "",
     "model": "errors extras forks kernels",
     "generation": "errors extras forks report model",
-    "defaults": "errors text extras forks home",
+    "defaults": "errors text extras forks home model",
     "store": "errors forks kernels",
     "store.encryption": "errors extras",
     "store.blobs": "errors store store.encryption",

@@ -11,7 +11,7 @@ import typer
 from prophetkv_rag.cli.console import print_error, print_json, quiet_libraries, results, status
 from prophetkv_rag.cli.database import check_packages, open_database
 from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE, require_settings
-from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
+from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, check_load_options, chosen_model, fetch_embedding
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.text import argument_text
 
@@ -26,6 +26,8 @@ def ask(
         str | None,
         typer.Option(help="Switch the database to another model: all its KV caches are computed again for that one."),
     ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
     top_k: Annotated[int, typer.Option(min=1, help="Chunks to retrieve.")] = 4,
     strategy: Annotated[
         str | None,
@@ -58,11 +60,13 @@ def ask(
         make_strategy(strategy)  # before a model is fetched
     quiet_libraries()
     check_packages(settings)
+    settings = replace(settings, dtype=dtype or settings.dtype)
+    check_load_options(settings.dtype, device)
     settings = replace(settings, model=chosen_model(model, settings.model))
     fetch_embedding()
     from prophetkv_rag.cli.answering import answer_question
 
-    database = open_database(db, settings)
+    database = open_database(db, settings, device=device)
     try:
         if database.collection.count() == 0:
             msg = f"the database at {db} holds no chunks; index a directory first"

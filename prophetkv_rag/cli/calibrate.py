@@ -13,7 +13,7 @@ from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries,
 from prophetkv_rag.cli.database import check_packages, open_chroma, open_database
 from prophetkv_rag.cli.database_settings import lead_in_of, require_settings
 from prophetkv_rag.cli.measuring import check_length, check_writable
-from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
+from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, chosen_model, fetch_embedding, load_options
 from prophetkv_rag.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def calibrate(
         list[float] | None,
         typer.Option(min=0, max=1, help="Ratios to try, 5% to 50% (with --db 30%) if left out; repeatable."),
     ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
     rows: Annotated[int, typer.Option(min=1, help="Questions per file.")] = 25,
     length: Annotated[int, typer.Option(min=128, help="Longest prompt, in tokens.")] = 4096,
     chunk_tokens: Annotated[int, typer.Option(min=16, help="Tokens per chunk.")] = 256,
@@ -70,11 +72,11 @@ def calibrate(
     """
     quiet_libraries()
     if db is not None:
-        if model is not None or data:
-            msg = "--db measures on the database's own chunks, with its model; leave MODEL and --data out"
+        if model is not None or data or dtype is not None:
+            msg = "--db measures on the database's own chunks, with its model; leave MODEL, --dtype and --data out"
             raise InputError(msg)
         ratios = sorted(set(recompute_ratio or ()))
-        _on_database(db, questions, minutes, apply, agreement, strategy, ratios, out, as_json)
+        _on_database(db, questions, minutes, apply, agreement, strategy, ratios, out, as_json, device)
         return
     if questions is not None or apply:
         msg = "--questions and --apply go with --db, which names the database"
@@ -88,9 +90,10 @@ def calibrate(
     arms = arms_of(strategy or ["prophetkv"], sorted(set(recompute_ratio or RATIOS)))
     rows_file = out.parent / f"{out.name.removesuffix('.json')}.rows.jsonl"
     check_writable(files=[out, rows_file])
+    load = load_options(dtype, device)
     name = chosen_model(model)
     with status(f"loading {Path(name).name}"):
-        engine = ProphetKVEngine.from_pretrained(name, config=PAPER)
+        engine = ProphetKVEngine.from_pretrained(name, config=PAPER, **load)
     check_length(length, engine.context_window)
     with status("making prompts"):
         examples, surroundings = load_examples(
@@ -136,6 +139,7 @@ def _on_database(
     ratios: list[float],
     out: Path,
     as_json: bool,
+    device: str,
 ) -> None:
     from prophetkv_rag.cli.choosing import ROWS_FILE, documents_of, measure, print_choice, with_choice
     from prophetkv_rag.evaluation.quality import arms_of, choose
@@ -159,6 +163,7 @@ def _on_database(
         questions=questions,
         strategies=strategies,
         ratios=ratios,
+        device=device,
     )
     profile.save(out)
     _print(profile, out, as_json=as_json)
@@ -166,7 +171,7 @@ def _on_database(
     if not as_json:
         print_choice(choice, agreement)
     if apply:
-        database = open_database(db, with_choice(replace(settings, lead_in=lead_in), choice))
+        database = open_database(db, with_choice(replace(settings, lead_in=lead_in), choice), device=device)
         try:
             database.bring_caches_up_to_date()
         finally:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prophetkv_rag.cli.console import progress_bar, results, status
 from prophetkv_rag.cli.database import check_writable
 from prophetkv_rag.cli.database_settings import DatabaseSettings
+from prophetkv_rag.cli.model_choice import load_options
 
 if TYPE_CHECKING:
     from prophetkv_rag.evaluation.quality import Choice
@@ -32,6 +33,7 @@ def measure(
     questions: Path | None = None,
     strategies: Sequence[str] | None = None,
     ratios: Sequence[float] = (),
+    device: str = "auto",
 ) -> Profile:
     """Load a database's model and measure on its chunks; rows are kept in `rows`, to go on from.
 
@@ -45,6 +47,7 @@ def measure(
         questions: File of the user's own questions.
         strategies: What is measured, if not the usual, and
         ratios: at which ratios.
+        device: Where the model runs.
 
     Raises:
         InputError: For bad questions, an unknown strategy or fewer than two chunks.
@@ -59,7 +62,7 @@ def measure(
     check_writable(rows.parent)
     rows.parent.mkdir(parents=True, exist_ok=True)
     with status(f"loading {Path(settings.model).name}"):
-        model, tokenizer = load_model(settings.model)
+        model, tokenizer = load_model(settings.model, **load_options(settings.dtype, device))
         engine = ProphetKVEngine(model, tokenizer, config=replace(PAPER, lead_in_tokens=settings.lead_in_tokens))
     before, _, after = QUESTION_TEMPLATE.partition("{context}")
     opening, _ = user_turn(tokenizer, before, after)

@@ -112,13 +112,24 @@ def _lines(console: Console, description: str, total: int) -> Callable[[int], No
             known, begun = done, now
         if total and (before * 4 // total < done * 4 // total or now - said >= _LINE_EVERY_S):
             said = now
-            left = f", about {_duration((now - begun) / (done - known) * (total - done))} left" if done > known else ""
+            left = ""
+            if done > known:
+                left = f", about {shown_duration((now - begun) / (done - known) * (total - done))} left"
             console.print(f"{description}: {done} of {total}{left if done < total else ''}", markup=False)
 
     return advance
 
 
-def _duration(seconds: float) -> str:
+def shown_bytes(nbytes: float) -> str:
+    """Return "14.2 GB", "310 MB", "45 kB"."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= size:
+            return f"{nbytes / size:,.0f} {unit}" if nbytes >= 100 * size else f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes / 1e3:,.0f} kB"
+
+
+def shown_duration(seconds: float) -> str:
+    """Return "40 s", "12 min", "3 h 5 min"."""
     if seconds < 60:
         return f"{round(seconds)} s"
     minutes = round(seconds / 60)

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from prophetkv_rag.cli.console import progress_bar, status
 from prophetkv_rag.cli.database_settings import BLOB_DIRECTORY, DatabaseSettings, save_settings
 from prophetkv_rag.cli.frameworks import import_chromadb, import_frameworks
+from prophetkv_rag.cli.model_choice import load_options
+from prophetkv_rag.cli.planning import CachePlan, announce, plan_caches
 from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.text import shown_name, well_formed
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from prophetkv_rag.chroma import KVCachingCollection
     from prophetkv_rag.engine import ProphetKVEngine
+    from prophetkv_rag.store.disk import DiskStore
 
 COLLECTION = "documents"
 
@@ -64,6 +67,7 @@ class Database:
     path: Path
     settings: DatabaseSettings
     engine: ProphetKVEngine
+    store: DiskStore
     collection: KVCachingCollection
     index: VectorStoreIndex
     client: Any
@@ -77,6 +81,7 @@ class Database:
         fingerprint = self.engine.identity.fingerprint
         is_current = self.settings.cached_for == fingerprint and (len(self.engine.chunk_index) > 0 or count == 0)
         if not is_current and count:
+            self.plan(self.collection.get(include=["documents"])["documents"], is_renewed=True)
             self.settings = replace(self.settings, cached_for="")  # interrupted, it is neither model's
             save_settings(self.path, self.settings)
             with progress_bar("computing the KV caches for this model", count) as advance:
@@ -90,12 +95,25 @@ class Database:
         save_settings(self.path, self.settings)
         return 0 if is_current else count
 
+    def plan(self, texts: Iterable[str | None], *, is_renewed: bool = False) -> CachePlan:
+        """Say what the caches of these chunks will take, as far as they are missing; `NoRoomError` if they do not fit.
+
+        `is_renewed` says that those of another model make room for them.
+        """
+        plan = plan_caches(self.engine, self.store, (text or "" for text in texts))
+        held = self.store.stats().nbytes
+        kept, replaced = (0, held) if is_renewed else (held, 0)
+        announce(plan, self.settings, self.path, held=kept, replaced=replaced)
+        return plan
+
     def complete_encoding(self, *, refresh: bool = False) -> None:
         """Encode what has lost a chunk it stood behind, and do the second pass of an encoding behind neighbours."""
-        kind = self.engine.library.encoding.kind
-        if kind == "previous" and not self.engine.store.failures.caches:  # a full disk has no room for these either
+        encoding = self.engine.library.encoding
+        if (
+            encoding.kind == "previous" and not self.engine.store.failures.caches
+        ):  # a full disk has no room for these either
             self.collection.cache_existing()
-        if kind == "neighbours":
+        if encoding.num_neighbours:
             title = "encoding chunks behind their neighbours"
             with progress_bar(title, self.collection.count()) as advance:
                 done = 0
@@ -114,8 +132,17 @@ class Database:
             self.client.close()
 
 
-def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVConfig | None = None) -> Database:
+def open_database(
+    path: Path,
+    settings: DatabaseSettings,
+    *,
+    config: ProphetKVConfig | None = None,
+    ram_bytes: int | None = None,
+    device: str = "auto",
+) -> Database:
     """Open or make the database at `path` with the model that `settings` name; the model is loaded first.
+
+    `ram_bytes` bounds the RAM tier; by default by a quarter of the memory that is free then.
 
     Raises:
         InputError: If an optional package is missing, the caches are encrypted and their key is not there, or the
@@ -132,10 +159,12 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
     from prophetkv_rag.store.disk import must_be_unlocked, open_disk_store
     from prophetkv_rag.store.encryption import load_key
 
+    load = load_options(settings.dtype, device)
     options: Any = settings.store_options()
+    options["ram_bytes"] = ram_bytes
     options["encryption_key"] = load_key(options["encryption_key"])  # before a model is loaded
     with status(f"loading {Path(settings.model).name}"):
-        model, tokenizer = load_model(settings.model)
+        model, tokenizer = load_model(settings.model, **load)
         config = replace(
             config or ProphetKVConfig(),
             prompt_template=frameworks.prompt_template_of(tokenizer) if settings.behind_prompt else None,
@@ -154,7 +183,7 @@ def open_database(path: Path, settings: DatabaseSettings, *, config: ProphetKVCo
     # LlamaIndex counts tokens with a global tokenizer; ours is the only model of this process.
     frameworks.set_global_tokenizer(token_counter(tokenizer))
     index = frameworks.index.from_vector_store(vector_store, embed_model=frameworks.embedding())
-    return Database(path, settings, engine, collection, index, client)
+    return Database(path, settings, engine, store, collection, index, client)
 
 
 def token_counter(tokenizer: Any) -> Callable[[str], list[int]]:

@@ -29,6 +29,9 @@ class DatabaseSettings:
         behind_prompt: Whether that stands behind the opening of the prompt that `ask` sends
             (`ProphetKVConfig.prompt_template`); databases made by early versions stand behind the chat template's.
         cache_limit: Most bytes of caches on disk, or `None`.
+        limit_chosen: Whether that was chosen from what was free, and not by the user: then indexing stops where it is
+            not enough, and evicts nothing.
+        dtype: What the model computes in: `"auto"`, or a dtype's name.
         namespace_limit: Most bytes of each namespace's caches on disk, or `None`.
         encoding: Which other chunks they are encoded behind (`ProphetKVConfig.encoding`).
         lead_in_tokens: Longest lead-in: the chunk size, in databases of this version.
@@ -60,6 +63,8 @@ class DatabaseSettings:
     lead_in_tokens: int = LEAD_IN_TOKENS
     strategy: str = DEFAULTS.strategy
     recompute_ratio: float | None = None
+    limit_chosen: bool = False
+    dtype: str = "auto"
 
     def store_options(self) -> dict[str, Any]:
         """Return what `open_disk_store` is called with."""
@@ -109,6 +114,8 @@ def find_settings(path: Path) -> DatabaseSettings | None:
             lead_in_tokens=int(values.get("lead_in_tokens", LEAD_IN_TOKENS)),
             strategy=str(values.get("strategy", DEFAULTS.strategy)),
             recompute_ratio=None if values.get("recompute_ratio") is None else float(values["recompute_ratio"]),
+            limit_chosen=bool(values.get("limit_chosen", False)),
+            dtype=str(values.get("dtype", "auto")),
         )
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prophetkv_rag.cli.console import print_json, quiet_libraries, results, status
-from prophetkv_rag.cli.model_choice import chosen_model
+from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, chosen_model, load_options, refuse_load_options
 from prophetkv_rag.cli.vllm_engine import VLLM_ARGS_HELP, before_vllm, check_engine
 from prophetkv_rag.errors import UnsupportedModelError
 
@@ -20,6 +20,8 @@ def doctor(
     engine: Annotated[
         str, typer.Option(metavar="ENGINE", help="Who runs the model: transformers, or vllm.")
     ] = "transformers",
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
     vllm_args: Annotated[str | None, typer.Option(metavar="JSON", help=VLLM_ARGS_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
@@ -30,14 +32,16 @@ def doctor(
     quiet_libraries()
     is_vllm, arguments = check_engine(engine, vllm_args)
     if is_vllm:
+        refuse_load_options(dtype, device)
         _probe_in_vllm(model, arguments, as_json)
         return
     from prophetkv_rag.kernels import ops
     from prophetkv_rag.model import load_model, probe_model
 
+    load = load_options(dtype, device)
     name = chosen_model(model)  # shows a status of its own, and a terminal has room for one
     with status(f"loading {model}") as tell:
-        loaded, _ = load_model(name)
+        loaded, _ = load_model(name, **load)
         tell(f"probing {model}")
         try:
             support = probe_model(loaded)

@@ -17,13 +17,15 @@ from prophetkv_rag.cli.database_settings import (
     DEFAULT_CHUNK_SIZE,
     DEFAULT_DATABASE,
     DEFAULTS,
+    SETTINGS_FILE,
     DatabaseSettings,
     find_settings,
     lead_in_of,
     save_settings,
 )
 from prophetkv_rag.cli.documents import read_documents
-from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
+from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, check_load_options, chosen_model, fetch_embedding
+from prophetkv_rag.cli.planning import NoRoomError, choose_limit
 from prophetkv_rag.config import parse_encoding
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.text import decode_text
@@ -35,6 +37,8 @@ def index(
     model: Annotated[
         str | None, typer.Option(help="Model directory or name; by default the database's, else SmolLM2-135M-Instruct.")
     ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
     chunk_size: Annotated[
         int | None,
         typer.Option(min=64, help=f"Tokens per chunk; by default the database's, else {DEFAULT_CHUNK_SIZE}."),
@@ -51,7 +55,8 @@ def index(
         str | None,
         typer.Option(
             help="Which other chunks a chunk is encoded behind: plain (none), previous (of its file) or neighbours "
-            "(nearest in the collection), with a number of them; by default the database's, else previous:2 "
+            "(nearest in the collection), with a number of them, or both, as in previous:2+neighbours:3 (these for files "
+            "of one chunk); by default the database's, else previous:2 "
             "(docs/encodings.md). Another one means that all KV caches are computed again.",
         ),
     ] = None,
@@ -136,13 +141,17 @@ def index(
         behind_prompt=remembered.behind_prompt if remembered else True,
         strategy=remembered.strategy if remembered else DEFAULTS.strategy,
         recompute_ratio=remembered.recompute_ratio if remembered else None,
+        dtype=dtype or (remembered.dtype if remembered else "auto"),
     )
+    check_load_options(settings.dtype, device)
     tier = RemoteOptions(remote, remote_limit, remote_timeout)
     settings = with_cache_options(
         settings, remembered, cache_limit, cache_format, cache_policy, tier, key_file, namespace_limit
     )
     quiet_libraries()
     check_packages(settings)
+    if remembered is None and cache_limit is None:
+        settings = choose_limit(settings, db)
     settings = replace(settings, model=chosen_model(model, remembered.model if remembered else None))
     fetch_embedding()
     from prophetkv_rag.cli.indexing import index_documents, split_texts
@@ -159,12 +168,13 @@ def index(
             wanted=fidelity,
             minutes=minutes,
             questions=questions,
+            device=device,
         )
         choice = choose(profile)
         settings = with_choice(settings, choice)
         if not as_json:
             print_choice(choice, fidelity)
-    database = open_database(db, settings)
+    database = open_database(db, settings, device=device)
     try:
         check_chunk_size(settings.chunk_size, database.engine.context_window)
         save_settings(db, settings)
@@ -172,11 +182,16 @@ def index(
         summary = index_documents(database, directory, documents)
         report = {"database": str(db), "model": settings.model, "chunk_size": settings.chunk_size}
         report |= {"encoding": settings.encoding, **asdict(summary)}
+        report["cache_limit"], report["limit_chosen"] = settings.cache_limit, settings.limit_chosen
         report["picked"] = None if choice is None else asdict(choice)
         report["recompute_ratio"] = settings.recompute_ratio
         finish_uploads(database.engine.store)
         report["caches"] = cache_totals(database)
         report |= caches_not_kept(database)
+    except NoRoomError:
+        if remembered is None:  # nothing was indexed: the next try begins anew, with what is free then
+            (db / SETTINGS_FILE).unlink(missing_ok=True)
+        raise
     finally:
         database.close()
     if as_json:

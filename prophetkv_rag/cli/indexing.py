@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from prophetkv_rag.cli.console import progress_bar
 from prophetkv_rag.cli.database import token_counter
 from prophetkv_rag.cli.documents import Documents, TextFile
+from prophetkv_rag.cli.planning import CachePlan
 from prophetkv_rag.text import shown_name
 
 if TYPE_CHECKING:
@@ -28,12 +29,16 @@ NODES_PER_INSERT = 8
 
 @dataclass(slots=True)
 class IndexSummary:
-    """What indexing did, by file name; `new_chunks` were split and embedded now, `total_chunks` are stored."""
+    """What indexing did, by file name; `new_chunks` were split and embedded now, `total_chunks` are stored.
+
+    `planned` is what was said beforehand of the caches among them that had to be computed.
+    """
 
     indexed: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    planned: CachePlan = field(default_factory=CachePlan)
     new_chunks: int = 0
     total_chunks: int = 0
     seconds: float = 0.0
@@ -83,6 +88,7 @@ def index_documents(
         if (directory_of == root and file_name not in names) or (only_corpus and directory_of != root):
             old_ids.update(held.stamps)
             summary.removed.append(file_name)
+    summary.planned = database.plan(node.text for node in nodes)
     _insert(database, nodes)
     database.index.vector_store.delete_nodes(sorted(old_ids - {node.node_id for node in nodes}))
     if nodes or old_ids:  # deleted chunks have taken along what was encoded behind them

@@ -14,19 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prophetkv_rag.cli.cache.options import parse_size
-from prophetkv_rag.cli.console import print_json, progress_console, quiet_libraries, status
-from prophetkv_rag.cli.database import check_packages, open_database
-from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE, find_settings, require_settings
-from prophetkv_rag.cli.model_choice import chosen_model
+from prophetkv_rag.cli.console import print_json, progress_console
+from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE
+from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, check_load_options, refuse_load_options
+from prophetkv_rag.cli.serving import ServedCaches, open_served
 from prophetkv_rag.cli.vllm_engine import VLLM_ARGS_HELP, check_engine, open_in_vllm
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.extras import needs
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-    from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.store import ChunkStore
 
 KEY_VARIABLE = "PROPHETKV_API_KEY"
 _LOOPBACK = ("localhost", "::1")
@@ -47,11 +44,23 @@ def serve(
     ] = None,
     cache_limit: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Without a database: most KV caches there, or in memory, such as 20GB."),
+        typer.Option(
+            metavar="SIZE",
+            help="Without a database: most KV caches there, or in memory, such as 20GB, or 'none'; by default half of "
+            "what is free.",
+        ),
+    ] = None,
+    ram_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Most memory for KV caches in front of the disk; by default a quarter of what is free."
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Path or hub name; with a database, all its caches are computed for this one.")
     ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
     model_name: Annotated[str | None, typer.Option(help="What clients call the model; its path's last part.")] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; the default serves this machine alone.")
@@ -116,7 +125,13 @@ def serve(
     if is_vllm and remember is not None:
         msg = "--remember is not for --engine vllm, which keeps former prompts by itself"
         raise InputError(msg)
-    max_bytes = None if cache_limit is None else parse_size(cache_limit)
+    if is_vllm and ram_limit is not None:
+        msg = "--ram-limit is not for --engine vllm (ram_bytes in its connector's settings, docs/vllm.md)"
+        raise InputError(msg)
+    if is_vllm:
+        refuse_load_options(dtype, device)
+    check_load_options(dtype or "auto", device)
+    served_caches = ServedCaches.asked(database, cache_dir, remote, cache_limit, ram_limit)
     make_strategy(strategy)
     settings = ServerSettings(
         model_name="model",
@@ -152,13 +167,13 @@ def serve(
             open_in_vllm(
                 model,
                 cache_dir,
-                max_bytes,
+                served_caches.disk_bytes,
                 ALONE_RATIO if recompute_ratio is None else recompute_ratio,
                 max_stage_tokens,
                 arguments,
             )
             if is_vllm and cache_dir is not None
-            else _opened(database, cache_dir, remote, max_bytes, model, config)
+            else open_served(served_caches, model, config, dtype=dtype, device=device)
         ) as (served, name),
     ):
         settings = replace(settings, model_name=model_name or name)
@@ -250,50 +265,3 @@ def _bound_socket(host: str, port: int) -> Iterator[socket.socket]:
             msg = f"cannot listen on {host}, port {port}: {reason}; choose another --port or --host"
             raise InputError(msg) from error
         yield listening
-
-
-@contextmanager
-def _opened(
-    database: Path | None,
-    cache_dir: Path | None,
-    remote: str | None,
-    max_bytes: int | None,
-    model: str | None,
-    config: Any,
-) -> Iterator[tuple[ProphetKVEngine, str]]:
-    """Open the engine: a database's, or one on a plain store; yields it with the model's name."""
-    if database is None and cache_dir is None and find_settings(DEFAULT_DATABASE) is not None:
-        database = DEFAULT_DATABASE
-    remembered = require_settings(database) if database is not None else None
-    if remembered is not None and max_bytes is not None:
-        msg = f"--cache-limit goes without a database; the one at {database} has the limit that `index` gave it"
-        raise InputError(msg)
-    quiet_libraries()
-    if remembered is not None:
-        check_packages(remembered)
-    elif remote is not None:
-        from prophetkv_rag.store.remote import RemoteFiles
-
-        RemoteFiles(remote)  # before a model is fetched
-    chosen = chosen_model(model, remembered.model if remembered else None)
-    if database is not None and remembered is not None:
-        opened = open_database(database, replace(remembered, model=chosen), config=config)
-        try:
-            opened.bring_caches_up_to_date()
-            yield opened.engine, Path(chosen).name
-        finally:
-            opened.close()
-        return
-    from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.store import MemoryStore
-    from prophetkv_rag.store.disk import open_disk_store
-
-    with status(f"loading {Path(chosen).name}"):
-        store: ChunkStore = MemoryStore(max_bytes)
-        if cache_dir is not None:
-            store = open_disk_store(cache_dir, remote=remote, max_bytes=max_bytes)
-        engine = ProphetKVEngine.from_pretrained(chosen, config=config, store=store)
-    try:
-        yield engine, Path(chosen).name
-    finally:
-        engine.store.close()

@@ -144,16 +144,12 @@ def convert_gguf(gguf_file: Path, directory: Path) -> None:
     (the file says so by its pre-tokenizer's name, `smollm`), which matters where a number follows a blank line.
     """
     import torch
-    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from prophetkv_rag.model import split_digits_first
+
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    split_digits_first(tokenizer)
     tokenizer.model_max_length = CONTEXT_WINDOW
     tokenizer.save_pretrained(directory)
     model: Any = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)

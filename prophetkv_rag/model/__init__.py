@@ -12,9 +12,11 @@ from prophetkv_rag.model.ambient import own_state
 from prophetkv_rag.model.attention import AttentionCall, AttentionPass, model_lock
 from prophetkv_rag.model.cache_argument import CACHE_NAME, cache_argument
 from prophetkv_rag.model.cache_layers import RowsLayer, cache_of, complete_cache, resumable_cache
+from prophetkv_rag.model.devices import device_of, dtype_of
 from prophetkv_rag.model.encode_pass import EncodeBehindPass, EncodePass
 from prophetkv_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
 from prophetkv_rag.model.forward import backbone, decoder_layers, plain_forward, run_pass
+from prophetkv_rag.model.gguf_files import one_gguf, split_digits_first
 from prophetkv_rag.model.loading import load_model
 from prophetkv_rag.model.norm_pass import NormScoringPass
 from prophetkv_rag.model.probe import find_rotation, probe_model
@@ -49,14 +51,18 @@ __all__ = [
     "cache_of",
     "complete_cache",
     "decoder_layers",
+    "device_of",
+    "dtype_of",
     "find_rotation",
     "load_model",
     "model_fingerprint",
     "model_lock",
+    "one_gguf",
     "own_state",
     "plain_forward",
     "probe_model",
     "resumable_cache",
     "run_pass",
+    "split_digits_first",
     "tokenizer_fingerprint",
 ]

@@ -10,6 +10,8 @@ import torch
 from prophetkv_rag.errors import UnknownModelError
 from prophetkv_rag.extras import needs
 from prophetkv_rag.model.ambient import own_state
+from prophetkv_rag.model.devices import device_of
+from prophetkv_rag.model.gguf_files import gguf_in, repair_tokenizer
 
 
 @own_state()
@@ -19,10 +21,12 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     Args:
-        name_or_path: A folder in transformers' format, a `.gguf` file (needs the package `gguf`), or a hub name.
+        name_or_path: A folder in transformers' format, a `.gguf` file or a folder with one (needs the package `gguf`),
+            or a hub name.
         dtype: Dtype to compute in; by default fp32 on a CPU (where half precision is slower) and the model's own
             elsewhere.
-        device: By default CUDA (or ROCm) if there is one, else the CPU.
+        device: By default (or `"auto"`) CUDA (or ROCm) if there is one, else the CPU. `"mps"` is Apple's GPU, which was
+            never tried.
 
     Returns:
         (model in evaluation mode, tokenizer).
@@ -30,14 +34,16 @@ def load_model(
     Raises:
         UnknownModelError: If nothing can be loaded under that name, or only with Python code that comes with it, which
             is never run from here (nor asked about).
+        InputError: If the device is not here.
         MissingExtraError: If it is a `.gguf` file and the packages that read one are not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    device = None if device is None else device_of(device)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = dtype if dtype is not None else torch.float32 if torch.device(device).type == "cpu" else "auto"
-    path = Path(name_or_path)
+    path = gguf_in(Path(name_or_path)) or Path(name_or_path)
     source, extra = str(name_or_path), {}
     if path.suffix == ".gguf":
         source, extra = str(path.parent), {"gguf_file": path.name}
@@ -47,6 +53,8 @@ def load_model(
     try:
         # Said, so that transformers does not ask on the terminal.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
+        if extra:
+            repair_tokenizer(tokenizer, path)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, trust_remote_code=False, **extra)
     except Exception as error:  # also safetensors' own error, and RuntimeError for weights of another shape
         if "trust_remote_code" in str(error):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from prophetkv_rag.kernels import ops
+from prophetkv_rag.model.devices import in_float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,10 @@ class RopeTables:
     def cos_sin(self, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin, each `[n, rotary_dim // 2]`."""
         if rotation.inv_freq not in self._tables:
-            inv_freq = torch.tensor(rotation.inv_freq, dtype=torch.float64, device=self.position_ids.device)
-            angles = self.position_ids.to(torch.float64)[:, None] * inv_freq
-            self._tables[rotation.inv_freq] = (angles.cos().float(), angles.sin().float())
+            positions, device = in_float64(self.position_ids), self.position_ids.device
+            inv_freq = torch.tensor(rotation.inv_freq, dtype=torch.float64, device=positions.device)
+            angles = positions[:, None] * inv_freq
+            self._tables[rotation.inv_freq] = (angles.cos().float().to(device), angles.sin().float().to(device))
         return self._tables[rotation.inv_freq]
 
     def rotate(self, states: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:

@@ -90,6 +90,10 @@ class ChunkStore(ABC):
         """What a chunk's cache is encoded behind, or was, if it is gone since; of the plain ones and unknown: none."""
 
     @abstractmethod
+    def followed(self, keys: Iterable[str]) -> set[str]:
+        """Those of the keys that other chunks are chained behind: that come before those in their document."""
+
+    @abstractmethod
     def known(self, keys: Iterable[str]) -> set[str]:
         """Those of the keys that are chunks of this store, with or without a cache."""
 

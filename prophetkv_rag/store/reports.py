@@ -60,6 +60,8 @@ class StoreStats:
     """Caches that were wanted and could not be written: see `Failures`."""
     ram_nbytes: int = 0
     """K/V bytes held in RAM in front of the disk."""
+    ram_max_nbytes: int | None = None
+    """Limit of `ram_nbytes`."""
     max_nbytes: int | None = None
     """Limit of `nbytes`."""
     namespace_max_nbytes: int | None = None

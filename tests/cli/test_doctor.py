@@ -42,7 +42,7 @@ def test_a_terminal_shows_one_status_at_a_time(run: Run, monkeypatch: pytest.Mon
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: None)
     monkeypatch.setattr(
         "prophetkv_rag.model.load_model",
-        lambda name, load=load_model: load(tiny_model) if name == "a/name" else None,
+        lambda name, load=load_model, **options: load(tiny_model) if name == "a/name" else None,
     )
     assert run("doctor", "a/name", "--json")["supported"] is True
 

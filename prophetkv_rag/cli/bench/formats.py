@@ -10,7 +10,7 @@ import typer
 
 from prophetkv_rag.cli.bench.conditions import conditions_of
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
-from prophetkv_rag.cli.model_choice import chosen_model
+from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, chosen_model, load_options
 
 _COLUMNS = ("format", "kB a token", "load ms per 1,000 tokens", "zstd leaves", "ratio", "KL", "above exact", "same top")
 
@@ -19,6 +19,8 @@ def formats(
     model: Annotated[
         str | None, typer.Option(help="Model directory or name; SmolLM2-135M-Instruct by default.")
     ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
     prompts: Annotated[int, typer.Option(min=1, help="Shipped questions to ask.")] = 6,
     context: Annotated[int, typer.Option(min=16, help="Context tokens of a prompt.")] = 768,
     chunk_tokens: Annotated[int, typer.Option(min=16, help="Tokens per chunk.")] = 128,
@@ -31,9 +33,10 @@ def formats(
     from prophetkv_rag.evaluation.storage import demo_prompts, measure_formats
     from prophetkv_rag.store.blobs import BlobFormat
 
+    load = load_options(dtype, device)
     name = chosen_model(model)
     with status(f"loading {Path(name).name}"):
-        engine = ProphetKVEngine.from_pretrained(name)
+        engine = ProphetKVEngine.from_pretrained(name, **load)
     asked = demo_prompts(engine, count=prompts, context_tokens=context, chunk_tokens=chunk_tokens)
     names = get_args(BlobFormat)
     with progress_bar("formats", len(asked) * (1 + len(names))) as advance:

@@ -10,7 +10,7 @@ import typer
 
 from prophetkv_rag.cli.bench.conditions import conditions_of
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
-from prophetkv_rag.cli.model_choice import chosen_model
+from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, chosen_model, load_options
 from prophetkv_rag.errors import InputError
 
 _COLUMNS = (
@@ -32,6 +32,8 @@ def load(
     model: Annotated[
         str | None, typer.Option(help="Model directory or name; SmolLM2-135M-Instruct by default.")
     ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
     context: Annotated[list[int], typer.Option(min=16, help="Context tokens; may be repeated.")] = [512, 2048],  # noqa: B006
     blob_format: Annotated[
         list[str], typer.Option("--format", help="Formats; repeatable. 'exact+key' is exact and encrypted.")
@@ -52,9 +54,10 @@ def load(
     from prophetkv_rag.store.blobs import check_format
 
     formats = [(check_format(name.removesuffix("+key")), name.endswith("+key")) for name in dict.fromkeys(blob_format)]
+    load = load_options(dtype, device)
     name = chosen_model(model)
     with status(f"loading {Path(name).name}"):
-        engine = ProphetKVEngine.from_pretrained(name)
+        engine = ProphetKVEngine.from_pretrained(name, **load)
     rows: list[Any] = []
     for context_tokens in dict.fromkeys(context):
         with progress_bar(f"{context_tokens} context tokens", len(formats) * (rounds + 1)) as advance:

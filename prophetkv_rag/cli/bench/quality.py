@@ -10,7 +10,7 @@ import typer
 from prophetkv_rag.cli.bench.conditions import conditions_of
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
 from prophetkv_rag.cli.measuring import check_length, check_writable
-from prophetkv_rag.cli.model_choice import chosen_model
+from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, chosen_model, load_options
 from prophetkv_rag.errors import InputError
 
 DEFAULT_STRATEGIES = ["full_reuse", "random", "prophetkv"]
@@ -54,6 +54,8 @@ def quality(
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables to this file.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Also draw pictures into this folder.")] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Compare strategies with full prefill: KL over its own answer, official scores, paired bootstrap intervals."""
@@ -91,9 +93,10 @@ def quality(
 
         load_pyplot()
     check_writable(files=[markdown], folders=[plots])
+    load = load_options(dtype, device)
     name = chosen_model(model)
     with status(f"loading {Path(name).name}"):
-        engine = ProphetKVEngine.from_pretrained(name, config=PAPER)
+        engine = ProphetKVEngine.from_pretrained(name, config=PAPER, **load)
     check_length(length, engine.context_window)
     with status("making prompts"):
         examples, surroundings = load_examples(

@@ -14,7 +14,7 @@ from prophetkv_rag.cli.bench.conditions import conditions_of
 from prophetkv_rag.cli.bench.gguf_choice import check_gguf_option, choose_ggufs
 from prophetkv_rag.cli.bench.ttft_tables import print_tables
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, status
-from prophetkv_rag.cli.model_choice import chosen_model
+from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, chosen_model, load_options
 from prophetkv_rag.errors import InputError
 
 
@@ -22,6 +22,8 @@ def ttft(
     model: Annotated[
         str | None, typer.Option(help="Model directory or name; SmolLM2-135M-Instruct by default.")
     ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
     context: Annotated[list[int], typer.Option(min=16, help="Context tokens; may be repeated.")] = [2048, 4096],  # noqa: B006
     recompute_ratio: Annotated[list[float], typer.Option(min=0, max=1, help="Ratios; repeatable.")] = [0.2],  # noqa: B006
     strategy: Annotated[
@@ -63,9 +65,10 @@ def ttft(
         except OSError as error:
             msg = f"--plot: {plot} cannot be written: {error.strerror or error}"
             raise InputError(msg) from error
+    load = load_options(dtype, device)
     name = chosen_model(model)
     with status(f"loading {Path(name).name}"):
-        engine = ProphetKVEngine.from_pretrained(name)
+        engine = ProphetKVEngine.from_pretrained(name, **load)
     report: dict[str, Any] = {"conditions": conditions_of(engine, name), "ttft": [], "peers": [], "loading": []}
     with tempfile.TemporaryDirectory() as folder:
         ggufs, report["left_out"] = (
@@ -132,6 +135,8 @@ def _peak_memory(
                 chunk_tokens=chunk_tokens,
                 strategy=arm.strategy,
                 recompute_ratio=arm.recompute_ratio,
+                dtype=engine.model.dtype,
+                device=engine.model.device,
             )
             advance(1)
             if full is None:

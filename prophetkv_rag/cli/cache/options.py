@@ -63,6 +63,7 @@ def with_cache_options(
     settings = replace(
         settings,
         cache_limit=base.cache_limit if limit is None else parse_size(limit),
+        limit_chosen=base.limit_chosen and limit is None,
         namespace_limit=base.namespace_limit if namespace_limit is None else parse_size(namespace_limit),
         cache_format=blob_format or base.cache_format,
         cache_policy=policy or base.cache_policy,

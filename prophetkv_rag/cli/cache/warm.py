@@ -11,6 +11,7 @@ from prophetkv_rag.cli.cache.remote import push_caches
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results
 from prophetkv_rag.cli.database import check_packages, open_database
 from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE, require_settings
+from prophetkv_rag.cli.model_choice import DeviceOption
 
 
 def warm(
@@ -19,6 +20,7 @@ def warm(
         bool,
         typer.Option("--refresh", help="Also encode anew what stands behind others than most of its neighbours now."),
     ] = False,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Compute the caches that are missing, as far as the limit allows.
@@ -33,7 +35,7 @@ def warm(
     from prophetkv_rag.cli.model_choice import fetch_embedding
 
     fetch_embedding()
-    database = open_database(db, settings)
+    database = open_database(db, settings, device=device)
     computed = 0
     try:
         with progress_bar("computing missing KV caches", database.collection.count()) as advance:

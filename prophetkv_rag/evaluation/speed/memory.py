@@ -12,16 +12,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.evaluation.speed.ttft import corpus_prompt
 from prophetkv_rag.store.disk import DiskStore
 
 
 def peak_memory_bytes(
-    model: str, store_directory: Path, *, context_tokens: int, chunk_tokens: int, strategy: str, recompute_ratio: float
+    model: str,
+    store_directory: Path,
+    *,
+    context_tokens: int,
+    chunk_tokens: int,
+    strategy: str,
+    recompute_ratio: float,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, int]:
     """Return `{"loaded", "peak"}`: bytes of resident memory before the query, and at their highest during it."""
     arguments = [model, str(store_directory), context_tokens, chunk_tokens, strategy, recompute_ratio]
+    arguments += [str(dtype).removeprefix("torch."), str(device)]
     child = subprocess.run(
         [sys.executable, "-m", "prophetkv_rag.evaluation.speed.memory", json.dumps(arguments)],
         check=True,
@@ -49,8 +60,10 @@ def _peak() -> int:
 
 
 def _main(arguments: str) -> None:
-    model, directory, context_tokens, chunk_tokens, strategy, recompute_ratio = json.loads(arguments)
-    engine = ProphetKVEngine.from_pretrained(model, store=DiskStore(Path(directory)))
+    model, directory, context_tokens, chunk_tokens, strategy, recompute_ratio, dtype, device = json.loads(arguments)
+    engine = ProphetKVEngine.from_pretrained(
+        model, store=DiskStore(Path(directory)), dtype=getattr(torch, dtype), device=device
+    )
     prompt = corpus_prompt(engine, context_tokens, chunk_tokens)
     gc.collect()
     _reset_peak()

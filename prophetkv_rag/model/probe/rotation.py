@@ -8,6 +8,7 @@ import torch
 
 from prophetkv_rag.errors import UnsupportedModelError
 from prophetkv_rag.model.attention import AttentionCall
+from prophetkv_rag.model.devices import in_float64
 from prophetkv_rag.model.probe.tolerance import relative_error, tolerance_of
 from prophetkv_rag.model.rope import RopeTables, Rotation
 
@@ -21,7 +22,7 @@ def rotation_candidates(model: Any) -> list[Rotation]:
     for module in model.modules():
         for buffer_name, buffer in module.named_buffers(recurse=False):
             if buffer_name.endswith("inv_freq") and "original" not in buffer_name and buffer.ndim == 1:
-                frequencies = tuple(buffer.double().tolist())
+                frequencies = tuple(in_float64(buffer).tolist())
                 if frequencies and frequencies not in tables:
                     tables.append(frequencies)
     return [

@@ -12,7 +12,7 @@ from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store import Behind, EntryColumns, TextEntry, chunk_owner
 from prophetkv_rag.store.catalog.file import CatalogFile
 from prophetkv_rag.store.catalog.kept import no_longer_kept
-from prophetkv_rag.store.catalog.traces import behind_of, doom_remote, drop_traced, note_behind, traced
+from prophetkv_rag.store.catalog.traces import behind_of, doom_remote, drop_traced, followed, note_behind, traced
 
 UNKNOWN_OWNER = ""
 """Owner of chunks that were found without a catalog: whoever drops such a chunk deletes it."""
@@ -117,6 +117,11 @@ class Catalog(CatalogFile):
         with self.transaction(is_write=False) as run:
             return behind_of(run, key)
 
+    def followed(self, keys: Sequence[str]) -> set[str]:
+        """Those of the keys that other chunks are chained behind."""
+        with self.transaction(is_write=False) as run:
+            return followed(run, keys)
+
     def add_references(self, owner: str, keys: Iterable[str]) -> None:
         """Note that `owner` refers to these keys."""
         with self.transaction() as run:
@@ -215,6 +220,13 @@ class Catalog(CatalogFile):
                 seconds_per_token = coalesce(?, seconds_per_token)""",
                 (fingerprint, model, namespace, seconds_per_token, seconds_per_token),
             )
+
+    def seconds_per_token(self, fingerprint: str) -> float | None:
+        """What a token took to compute when that was last measured; `None` if it never was."""
+        with self.transaction(is_write=False) as run:
+            query = "SELECT seconds_per_token FROM identities WHERE fingerprint = ?"
+            found = run.execute(query, (fingerprint,)).fetchone()
+            return float(found[0]) if found is not None and found[0] else None
 
     def check(self) -> str:
         """Read the whole file; "" if all is well, or what SQLite found."""

@@ -71,6 +71,10 @@ class CatalogedStore(ChunkStore):
         except StoreError:  # opened read-only, and made by an older version
             return ALONE
 
+    def followed(self, keys: Iterable[str]) -> set[str]:
+        """See `ChunkStore.followed`."""
+        return self.catalog.followed(list(keys))
+
     def note(self, key: str, *, fingerprint: str, num_tokens: int, entry: TextEntry | None) -> None:
         """See `ChunkStore.note`."""
         if self.policy != "read_only":

@@ -11,6 +11,7 @@ import torch
 
 from prophetkv_rag.forks import around_fork
 from prophetkv_rag.store import ChunkCache
+from prophetkv_rag.store.disk.room import default_ram_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,8 @@ class RamTier:
     """Least recently used caches are dropped first. Safe to use from several threads; callers must not write to them.
 
     Args:
-        max_bytes: Upper bound of the K/V bytes held; 0 keeps nothing. A cache larger than that is not kept.
+        max_bytes: Upper bound of the K/V bytes held; 0 keeps nothing, `None` is a quarter of the memory that is free
+            now. A cache larger than that is not kept.
         namespace_max_bytes: The same for each namespace, which makes room among its own; `None` for none.
 
     Attributes:
@@ -28,9 +30,11 @@ class RamTier:
             is not to be had, they are held as they are.
     """
 
-    def __init__(self, max_bytes: int, namespace_max_bytes: int | None = None) -> None:
-        self.max_bytes = max_bytes
-        self.namespace_max_bytes = max_bytes if namespace_max_bytes is None else min(max_bytes, namespace_max_bytes)
+    def __init__(self, max_bytes: int | None, namespace_max_bytes: int | None = None) -> None:
+        self.max_bytes = default_ram_bytes() if max_bytes is None else max_bytes
+        self.namespace_max_bytes = (
+            self.max_bytes if namespace_max_bytes is None else min(self.max_bytes, namespace_max_bytes)
+        )
         self.namespaces: dict[str, str] = {}
         self.pins = False
         self._lock = threading.Lock()

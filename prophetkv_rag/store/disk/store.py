@@ -58,7 +58,7 @@ class DiskStore(CatalogedStore):
 
     Args:
         directory: Made if it is not there. It holds what the chunks say: only its owner may read it.
-        ram_bytes: Upper bound of the RAM tier in K/V bytes; 0 for none.
+        ram_bytes: Upper bound of the RAM tier in K/V bytes; 0 for none, `None` for a quarter of free memory.
         max_bytes: Upper bound of all blobs on disk, kept to at every moment by every store that is given one; `None`
             for none. What does not fit is computed when a prompt needs it, and what is used most wins the space.
         namespace_max_bytes: The same for the blobs of each namespace (`ProphetKVConfig.namespace`), which evicts its
@@ -79,7 +79,7 @@ class DiskStore(CatalogedStore):
     def __init__(
         self,
         directory: str | Path,
-        ram_bytes: int = 1 << 30,
+        ram_bytes: int | None = None,
         *,
         max_bytes: int | None = None,
         namespace_max_bytes: int | None = None,
@@ -231,7 +231,7 @@ class DiskStore(CatalogedStore):
         """See `ChunkStore.stats`; `nbytes` is the size on disk."""
         counts: dict[str, Any] = {"failed_writes": self.failures.caches, "ram_nbytes": self._ram.nbytes}
         counts |= {**self._counters.values(), "location": str(self.directory), "max_nbytes": self.limits.all_bytes}
-        counts["namespace_max_nbytes"] = self.limits.namespace_bytes
+        counts |= {"namespace_max_nbytes": self.limits.namespace_bytes, "ram_max_nbytes": self._ram.max_bytes}
         return StoreStats(*self.catalog.totals(), **counts)
 
     def verify(self, *, repair: bool = False) -> VerifyReport:

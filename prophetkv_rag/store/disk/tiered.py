@@ -53,7 +53,7 @@ class TieredStore(DiskStore):
     def __init__(
         self,
         directory: str | Path,
-        ram_bytes: int = 1 << 30,
+        ram_bytes: int | None = None,
         *,
         remote: str,
         remote_max_bytes: int | None = None,

@@ -112,7 +112,7 @@ def test_a_remote_tier_that_is_gone_for_good_is_given_up(run: Run, fails: Run, d
 
 
 def test_a_limit_of_each_namespace_is_remembered_and_told(run: Run, docs: Path) -> None:
-    whole = index_plain(run, docs)
+    whole = index_plain(run, docs, "--cache-limit", "none")
     limit = whole["caches"]["nbytes"] // 2
     run("cache", "clear", "--all")
     index_plain(run, docs, "--namespace-limit", limit)

@@ -30,7 +30,7 @@ def namespace() -> list[str]:
     [
         ("index", "2m", "one warning, same answers"),
         ("with_remote", "3m", "uploaded all the same"),
-        ("command_line", "1m", "caches not kept"),
+        ("command_line", "4m", "caches not kept"),
     ],
 )
 def test_a_full_disk_while_indexing(tmp_path: Path, what: str, size: str, printed: str) -> None:

@@ -190,12 +190,13 @@ def test_a_server_without_a_database_keeps_to_a_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     pytest.importorskip("fastapi")
-    from prophetkv_rag.cli.serve import _opened
+    from prophetkv_rag.cli.serving import ServedCaches, open_served
 
     monkeypatch.chdir(tmp_path)
     model, caches = str(save_tiny(tmp_path / "model")), tmp_path / "caches" if "directory" in where else None
     limit = 60_000
-    with _opened(None, caches, None, limit, model, ProphetKVConfig()) as (engine, _):
+    served = ServedCaches.asked(None, caches, None, str(limit), None)
+    with open_served(served, model, ProphetKVConfig()) as (engine, _):
         engine.add_chunks(TEXTS)
         assert engine.store.stats().max_nbytes == limit
         assert 0 < engine.store.stats().nbytes <= limit
