@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prophetkv_rag.conversations.tree import Node, Rows
+from prophetkv_rag.conversations.tree import Node, Rows, path_of
 from prophetkv_rag.model import ModelSupport, RopeTables, RowsLayer
 
 SHORTEST = 16
@@ -56,17 +56,18 @@ class MovedRows:
 
 
 def find_moved(
-    root: Node, token_ids: torch.Tensor, is_free: torch.Tensor, *, changed_at: int, shared: int
+    root: Node, token_ids: torch.Tensor, is_free: torch.Tensor, *, chunk_starts: Sequence[int], held: int
 ) -> list[MovedRows]:
     """Find the runs that a tree has at whatever positions: from left to right, the longest at each place.
+
+    Only those before which other chunks stood there than stand here: behind the same ones nothing has to be stale.
 
     Args:
         root: Of the tenant's tree.
         token_ids: `[N]`, int64: the prompt.
         is_free: `[N]`, bool: where such a run may stand.
-        changed_at: From this position on other retrieved context stands before a run than did; a run before it counts
-            only if a chunk stood before it there that does not stand here.
-        shared: How many tokens the prompt begins with as a former one does.
+        chunk_starts: Where the prompt's chunks begin.
+        held: How many rows are taken over from the prompt's beginning on; chunks behind them come from elsewhere.
     """
     ids = token_ids.numpy()
     hashes, is_open = _window_hashes(ids), _whole_windows(is_free.numpy())
@@ -77,6 +78,7 @@ def find_moved(
     if not candidates:
         return []
     ends = _ends(is_free.numpy())
+    common = {id(root): 0, **{id(node): node.start + count for node, count in path_of(root, token_ids)}}
     found: list[MovedRows] = []
     reached = cost = 0
     for place in places.tolist():
@@ -87,7 +89,7 @@ def find_moved(
             length, last = _extent(node, start, ids[place : ends[place]])
             cost += length + SHORTEST
             is_best = length >= SHORTEST and (best is None or length > best.stop - best.start)
-            if is_best and (place >= changed_at or _stood_behind_more(last, start, shared)):
+            if is_best and _is_behind_others(last, start, place, chunk_starts, common, held):
                 best = _moved(last, start, place, length)
         if best is not None:
             found.append(best)
@@ -144,14 +146,23 @@ def _moved(last: Node, start: int, place: int, length: int) -> MovedRows:
     return MovedRows(place, place + length, place - start, frozenset(keys), parts[::-1])
 
 
-def _stood_behind_more(last: Node, start: int, shared: int) -> bool:
-    """Whether a chunk stands before a run there, behind what the prompt shares with any former one."""
+def _is_behind_others(
+    last: Node, start: int, place: int, chunk_starts: Sequence[int], common: dict[int, int], held: int
+) -> bool:
+    """Whether the chunks before a run differ, there (`start`, in the node `last` or before) and here (`place`).
+
+    `common` says for nodes that the prompt begins with how far it does.
+    """
+    there: list[int] = []
     node: Node | None = last
-    while node is not None:
-        if any(shared <= trace.start < start for trace in node.traces):
-            return True
+    while node is not None and id(node) not in common:
+        there += [trace.start for trace in node.traces]
         node = node.parent
-    return False
+    assert node is not None
+    shared = common[id(node)]
+    there += [trace.start for trace in node.traces]
+    here = min(shared, held)
+    return any(shared <= at < start for at in there) or any(here <= at < place for at in chunk_starts)
 
 
 def _tail(node: Node | None, count: int) -> NDArray[np.int64]:

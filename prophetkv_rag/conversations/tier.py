@@ -75,12 +75,12 @@ class ConversationTier:
         return found.first(length)
 
     def find_moved(
-        self, token_ids: torch.Tensor, tenant: str, is_free: torch.Tensor, *, changed_at: int, shared: int
+        self, token_ids: torch.Tensor, tenant: str, is_free: torch.Tensor, *, chunk_starts: Sequence[int], held: int
     ) -> Sequence[MovedRows]:
         """Return the rows of what former prompts of the tenant have at other positions; see `moving.find_moved`."""
         with self._lock:
             root = self._roots.get(tenant)
-            return find_moved(root, token_ids, is_free, changed_at=changed_at, shared=shared) if root else ()
+            return find_moved(root, token_ids, is_free, chunk_starts=chunk_starts, held=held) if root else ()
 
     def put_into(
         self, held: HeldRows, moved: Sequence[MovedRows], layers: Sequence[RowsLayer], support: ModelSupport

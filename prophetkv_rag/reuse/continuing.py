@@ -67,13 +67,12 @@ class Continuation:
             return cls.none()
         takes = strategy.uses_caches and ratio != 1
         held = tier.match(layout.input_ids, tenant) if takes else HeldRows.none()
-        shared = held.length
         asking = (layout.question_rows[:1], layout.question_rows[-1:], layout.probe_ids)
         settings = f"{strategy if is_dataclass(strategy) else strategy.name} {ratio} {asking}"
         is_repeated = (layout.num_tokens, settings) in held.prompts
         held = held.first(_length_of(layout, held, is_asked=ratio != 0 and not is_repeated))
         is_repeated &= held.length == layout.num_tokens - 1
-        moved = _moved_behind(layout, tier, tenant, held.length, shared) if takes and not is_repeated else ()
+        moved = _moved_behind(layout, tier, tenant, held.length) if takes and not is_repeated else ()
         deletable = tier.deletable(chunk.key for chunk in layout.chunks)
         return cls(tier, tenant, held, deletable, settings, is_repeated, moved)
 
@@ -174,9 +173,7 @@ def _length_of(layout: PromptLayout, held: HeldRows, *, is_asked: bool) -> int:
     return length if length > layout.known_prefix else 0
 
 
-def _moved_behind(
-    layout: PromptLayout, tier: ConversationTier, tenant: str, length: int, shared: int
-) -> Sequence[MovedRows]:
+def _moved_behind(layout: PromptLayout, tier: ConversationTier, tenant: str, length: int) -> Sequence[MovedRows]:
     """Find which messages stand elsewhere in former prompts, behind the first chunk's and before the one that asks.
 
     A prompt without chunks is computed exactly, and so is what stands before them. So are the messages that hold chunks
@@ -187,7 +184,6 @@ def _moved_behind(
         tier: Former prompts.
         tenant: Whose.
         length: How many rows are taken over from the beginning on.
-        shared: How many would be, if all could.
     """
     stop = layout.num_tokens - SHORTEST  # where nobody says what asks, something does
     if layout.question_rows:
@@ -200,9 +196,8 @@ def _moved_behind(
     is_free[last:] = False
     for chunk in layout.chunks:
         is_free[chunk.start : next(mark for mark in (*layout.marks, layout.num_tokens) if mark >= chunk.stop)] = False
-    new = [chunk.stop for chunk in layout.chunks if chunk.start >= length]
-    changed_at = min(new, default=layout.num_tokens)
-    return tier.find_moved(layout.input_ids, tenant, is_free, changed_at=changed_at, shared=shared)
+    starts = [chunk.start for chunk in layout.chunks]
+    return tier.find_moved(layout.input_ids, tenant, is_free, chunk_starts=starts, held=length)
 
 
 def _runs(mask: torch.Tensor) -> list[tuple[int, int]]:

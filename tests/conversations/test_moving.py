@@ -176,6 +176,16 @@ def test_context_that_only_lost_a_chunk_changed_too(engine: ProphetKVEngine) -> 
     assert sum_of(report) == report.prompt_tokens
 
 
+def test_context_that_comes_back_has_the_history_that_grew_meanwhile(engine: ProphetKVEngine) -> None:
+    """The chunks are remembered from long ago; what was said since then stood behind others."""
+    for number, chunks in enumerate((*CONTEXTS[:2], CONTEXTS[0])):
+        said = SAID[: number + 1]
+        report = engine.generate(messages(chunks, said, QUESTION + str(number)), max_new_tokens=2).report
+    assert {chunk.status for chunk in report.chunks} == {"remembered"}
+    assert report.moved_tokens > 20
+    assert report.fresh_tokens < 60 + len(engine.tokenizer("".join(SAID[2]))["input_ids"])
+
+
 def test_tenants_find_their_own_messages_only(engine: ProphetKVEngine) -> None:
     engine.generate(messages(CONTEXTS[0]), max_new_tokens=2, tenant="alice")
     counts = []
@@ -444,7 +454,7 @@ def test_what_is_found_is_what_trying_every_place_finds() -> None:
         sequences += [begun + texts[1], begun[: len(begun) // 2] + texts[2]]  # nodes are cut
         ids = [*chain(*draw.choices(texts, k=4)), 99, *texts[0]]
         free = [draw.random() > 0.01 for _ in ids]
-        found = find_moved(tree_of(sequences), torch.tensor(ids), torch.tensor(free), changed_at=0, shared=0)
+        found = find_moved(tree_of(sequences), torch.tensor(ids), torch.tensor(free), chunk_starts=[-1], held=-1)
         assert [(one.start, one.stop) for one in found] == found_by_trying(sequences, ids, free)
         kinds += len(found)
         for one in found:
@@ -467,7 +477,7 @@ def test_windows_that_only_look_alike_are_not_taken(monkeypatch: pytest.MonkeyPa
         sequences = [texts[0] + texts[1], texts[0] + texts[2], texts[0][:20] + texts[1]]
         ids = [*texts[1][:9], *texts[2], 9, *texts[0][12:], *texts[2][:12]]
         free = torch.ones(len(ids), dtype=torch.bool)
-        found = find_moved(tree_of(sequences), torch.tensor(ids), free, changed_at=0, shared=0)
+        found = find_moved(tree_of(sequences), torch.tensor(ids), free, chunk_starts=[-1], held=-1)
         assert [(one.start, one.stop) for one in found] == found_by_trying(sequences, ids, free.tolist())
         for one in found:
             check_rows(one, ids)
@@ -480,19 +490,36 @@ def test_rows_bear_the_traces_of_all_that_stood_before_them() -> None:
     traces = [[Trace(10, frozenset(key[:1])), Trace(40, frozenset(key[1:2])), Trace(80, frozenset(key[2:]))]]
     root = tree_of([ids, [*ids[:50], *[7] * 20]], [traces[0], traces[0][:2]])
     prompt = torch.tensor([*[501] * 5, *ids[45:75]])
-    (found,) = find_moved(root, prompt, torch.ones(35, dtype=torch.bool), changed_at=0, shared=0)
+    (found,) = find_moved(root, prompt, torch.ones(35, dtype=torch.bool), chunk_starts=[-1], held=-1)
     assert (found.start, found.stop, found.shift) == (5, 35, -40)
     assert found.keys == {key[0], key[1]}
-    # Here no context changed: the chunks there are those that the prompt begins with.
-    assert find_moved(root, prompt, torch.ones(35, dtype=torch.bool), changed_at=99, shared=45) == []
-    assert find_moved(root, prompt, torch.ones(35, dtype=torch.bool), changed_at=99, shared=40) != []
+
+
+def test_behind_the_same_chunks_nothing_is_taken_to_be_stale() -> None:
+    draw = random.Random(1)
+    ids = [draw.randrange(500) for _ in range(100)]
+    traces = [Trace(start, frozenset([str(start) * 32])) for start in (10, 40)]
+    root = tree_of([ids], [traces])
+
+    def find(begun: int, chunk_starts: list[int], held: int) -> int:
+        """How much is found of what follows position 60, in a prompt that begins as the former one up to `begun`."""
+        prompt = torch.tensor([*ids[:begun], 501, 502, *ids[60:90]])
+        free = torch.ones(len(prompt), dtype=torch.bool)
+        free[: begun + 2] = False
+        found = find_moved(root, prompt, free, chunk_starts=chunk_starts, held=held)
+        return sum(one.stop - one.start for one in found)
+
+    assert find(55, [10, 40], 55) == 0  # something was said otherwise, behind both
+    assert find(35, [10], 35) == 30  # the second chunk stands here no more
+    assert find(10, [10], 10) == 30  # another one stands here in the first one's place
+    assert find(55, [10, 40], 30) == 30  # the second one comes from its own cache here, as nobody goes on from it
 
 
 def test_a_prompt_made_to_be_slow_is_not() -> None:
     """The same token over and over, in many conversations: what is compared is bounded."""
     root = tree_of([[number, *[7] * 3000] for number in range(100, 140)])
     prompt = torch.tensor([*[7] * 40, 8] * 100)
-    found = find_moved(root, prompt, torch.ones(len(prompt), dtype=torch.bool), changed_at=0, shared=0)
+    found = find_moved(root, prompt, torch.ones(len(prompt), dtype=torch.bool), chunk_starts=[-1], held=-1)
     assert all(one.stop - one.start == 40 for one in found)
 
 
