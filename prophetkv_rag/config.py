@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from prophetkv_rag.errors import InputError
@@ -36,9 +36,17 @@ class Encoding:
     count: int
     is_order_guessed: bool = True
     """Whether texts that are added in one call, of no known document, follow each other; see `ProphetKVConfig`."""
+    otherwise: int = 0
+    """So many nearest neighbours stand before a chunk that is its whole document."""
+
+    @property
+    def num_neighbours(self) -> int:
+        """How many nearest neighbours a chunk may stand behind."""
+        return self.count if self.kind == "neighbours" else self.otherwise
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "plain" else f"{self.kind}:{self.count}"
+        name = self.kind if self.kind == "plain" else f"{self.kind}:{self.count}"
+        return f"{name}+neighbours:{self.otherwise}" if self.otherwise else name
 
 
 def parse_encoding(text: str) -> Encoding:
@@ -49,15 +57,24 @@ def parse_encoding(text: str) -> Encoding:
     """
     if text == "auto":
         return Encoding("previous", _DEFAULT_COUNTS["previous"], is_order_guessed=False)
-    kind, colon, number = text.partition(":") if isinstance(text, str) else ("", "", "")
+    match [_one_encoding(part) for part in text.split("+")] if isinstance(text, str) else []:
+        case [Encoding() as only]:
+            return only
+        case [Encoding(kind="previous") as first, Encoding(kind="neighbours") as second]:
+            return replace(first, is_order_guessed=False, otherwise=second.count)
+    msg = (
+        f"encoding is {text!r}; allowed: auto, plain, previous, neighbours, or with a number of chunks from 1 to "
+        f"{_MOST_CHUNKS}, such as previous:2, or two of them, such as previous:2+neighbours:3"
+    )
+    raise InputError(msg)
+
+
+def _one_encoding(text: str) -> Encoding | None:
+    kind, colon, number = text.partition(":")
     known = get_args(EncodingKind)
     is_counted = number.isdecimal() and 1 <= int(number) <= _MOST_CHUNKS and kind != "plain"
     if kind not in known or (colon and not is_counted):
-        msg = (
-            f"encoding is {text!r}; allowed: auto, plain, previous, neighbours, or with a number of chunks from 1 to "
-            f"{_MOST_CHUNKS}, such as previous:2"
-        )
-        raise InputError(msg)
+        return None
     return Encoding(kind, int(number) if colon else _DEFAULT_COUNTS[kind])  # type: ignore[arg-type,index]
 
 
@@ -110,7 +127,8 @@ class ProphetKVConfig:
         lead_in_tokens: Longest lead-in; best as long as the chunks are (Star Attention, arXiv 2411.17116, Table 4).
         encoding: Which other chunks a chunk is encoded behind, after the prefix: none (`"plain"`, as in the paper), the
             chunks before it in its document (`"previous:2"`: two of them), or its nearest neighbours in the collection
-            (`"neighbours:3"`, as in FusionRAG, arXiv 2601.12904). `"auto"` is `"previous:2"` where a framework's
+            (`"neighbours:3"`, as in FusionRAG, arXiv 2601.12904). `"previous:2+neighbours:3"` puts neighbours before
+            a chunk that is a whole document. `"auto"` is `"previous:2"` where a framework's
             metadata or the caller says what the document's order is; `"previous:2"` itself takes texts that are added
             in one call for a document, too. They leave their trace in its cache, so a deleted document takes along the
             caches that bear its trace; they are computed again. See docs/encodings.md.

@@ -12,7 +12,7 @@ import torch
 
 from prophetkv_rag.chunks import open_library
 from prophetkv_rag.config import ProphetKVConfig
-from prophetkv_rag.conversations import ConversationTier
+from prophetkv_rag.conversations import ConversationTier, SavesConversations
 from prophetkv_rag.generation import (
     GenerationResult,
     Grammar,
@@ -32,7 +32,7 @@ from prophetkv_rag.store import ChunkStore, MemoryStore
 from prophetkv_rag.waiting import advise
 
 
-class ProphetKVEngine:
+class ProphetKVEngine(SavesConversations):
     """Caches chunks at index time; reuses and partly recomputes them at query time.
 
     Engines may be used from many threads, several on one model too: it runs for one caller at a time, step by step.

@@ -28,13 +28,10 @@ def parse_behind(text: str) -> tuple[bool, bool, Encoding]:
     parts = text.split("+") if text else []
     others = [part for part in parts if part not in (PROMPT, CORPUS)]
     try:
-        if (
-            len(others) > 1
-            or {"plain", "auto"}.intersection(others)
-            or [part for part in (PROMPT, CORPUS, *others) if part in parts] != parts
-        ):
+        in_order = [part for part in (PROMPT, CORPUS, *others) if part in parts] == parts
+        if {"plain", "auto"}.intersection(others) or not in_order:
             raise InputError
-        return PROMPT in parts, CORPUS in parts, parse_encoding(others[0] if others else "plain")
+        return PROMPT in parts, CORPUS in parts, parse_encoding("+".join(others) or "plain")
     except InputError:
         msg = (
             f"unknown encoding {text!r}; allowed: {PROMPT}, {CORPUS}, and previous:N or neighbours:N, or several of "

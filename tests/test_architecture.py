@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "store.disk": "errors forks store store.encryption store.blobs store.catalog store.remote",
     "prompt": "errors text forks config store",
     "chunks": "errors text forks config report model store prompt",
-    "conversations": "errors forks model",
+    "conversations": "errors forks model store prompt",
     "tools": "errors generation prompt",
     "reuse": "errors config report model generation store prompt chunks conversations",
     "profile": "errors config store",

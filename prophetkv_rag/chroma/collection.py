@@ -146,7 +146,7 @@ class KVCachingCollection:
             progress: Called with (records looked at so far, all of them).
             refresh: Also encode anew what stands behind others than most of its neighbours of today.
         """
-        if self.engine.library.encoding.kind == "neighbours":
+        if self.engine.library.encoding.num_neighbours:
             self._neighbours.wait()
             self._neighbours.run(self.collection.get(include=[])["ids"], progress, refresh=refresh)
 
@@ -198,8 +198,7 @@ class KVCachingCollection:
     def query(self, *args: Any, **kwargs: Any) -> Any:
         """As `Collection.query`; the caches of what is found begin to load at once."""
         found = self.collection.query(*args, **asked(kwargs))
-        keys = dict.fromkeys(key for row in found.get("metadatas") or () for key in cache_keys(row))
-        self.engine.store.read_ahead(keys, fingerprint=self.engine.identity.fingerprint)
+        self.engine.library.read_ahead([cache_keys(row) for row in found.get("metadatas") or ()])
         return stripped(found)
 
     def search(self, *args: Any, **kwargs: Any) -> Any:
@@ -248,5 +247,5 @@ class KVCachingCollection:
             self._caches.release_if_possible(
                 old.key for old, text in renewed if text is not None and old.key != keys[text]
             )
-        if self.in_background and self.engine.library.encoding.kind == "neighbours" and any(keys.values()):
+        if self.in_background and self.engine.library.encoding.num_neighbours and any(keys.values()):
             self._neighbours.later(names)

@@ -82,7 +82,7 @@ class NeighbourPass:
             logger.debug("as this failed", exc_info=True)
 
     def _encode(self, names: Sequence[str], *, refresh: bool) -> None:
-        collection, count = self._collection(), self._engine.library.encoding.count
+        collection, count = self._collection(), self._engine.library.encoding.num_neighbours
         found = collection.get(ids=list(names), include=["embeddings", "documents"])
         rows = [
             (text, embedding)
@@ -91,6 +91,8 @@ class NeighbourPass:
         ]
         if len(rows) < len(found["ids"]):
             self._tell(collection, len(found["ids"]) - len(rows))
+        alone = set(self._engine.library.without_order([text for text, _ in rows]))
+        rows = [row for row in rows if row[0] in alone]
         if not rows:
             return
         texts = [text for text, _ in rows]
@@ -100,7 +102,7 @@ class NeighbourPass:
         )["documents"]
         behind = [_nearest_last(text, others, count) for text, others in zip(texts, nearest, strict=True)]
         try:
-            self._engine.add_chunks(texts, owner=self._owner, behind=behind, refresh=refresh)
+            self._engine.library.add(texts, owner=self._owner, behind=behind, refresh=refresh, as_neighbours=True)
         except InputError:  # one of them cannot be a chunk, which was said when it was written
             for text, before in zip(texts, behind, strict=True):
                 self._encode_one(text, before, refresh=refresh)
@@ -109,7 +111,7 @@ class NeighbourPass:
 
     def _encode_one(self, text: str, before: Sequence[str], *, refresh: bool) -> None:
         try:
-            self._engine.add_chunks([text], owner=self._owner, behind=[before], refresh=refresh)
+            self._engine.library.add([text], owner=self._owner, behind=[before], refresh=refresh, as_neighbours=True)
         except InputError as error:
             logger.debug("a text is no chunk: %s", error)
 

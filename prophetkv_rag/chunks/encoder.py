@@ -2,8 +2,8 @@
 
 The chunks before a chunk come as caches. For `previous` they are as they are stored, each encoded behind those before
 it, so one run of every chunk is enough, and a document encoded so behind all of its chunks has exactly the keys and
-values of its own full prefill. For `neighbours` each is encoded for itself alone, so a chunk bears the trace of its
-neighbours only, and not of theirs.
+values of its own full prefill; such chunks are called chained. For `neighbours` each is encoded for itself alone, so a
+chunk bears the trace of its neighbours only, and not of theirs.
 """
 
 from __future__ import annotations
@@ -71,11 +71,6 @@ class ChunkEncoder:
         other.prefix, other.identity, other.encoding = prefix, identity, encoding
         return other
 
-    @property
-    def is_chained(self) -> bool:
-        """Whether chunks are encoded behind the caches of others as they are stored."""
-        return self.encoding.kind == "previous"
-
     def encode(self, chunks: Sequence[Sequence[int]]) -> Iterator[tuple[int, ChunkCache]]:
         """Encode chunks alone behind the prefix; see `encode_chunks`."""
         encoding = encode_chunks(self.runner, self.support, self.prefix, chunks, batch_tokens=self.batch_tokens)
@@ -88,7 +83,7 @@ class ChunkEncoder:
             yield item
 
     def encode_behind(
-        self, chunks: Mapping[str, Sequence[int]], behind: Mapping[str, Sequence[str]]
+        self, chunks: Mapping[str, Sequence[int]], behind: Mapping[str, Sequence[str]], *, is_chained: bool
     ) -> Iterator[tuple[int, ChunkCache]]:
         """Encode chunks behind others.
 
@@ -96,6 +91,7 @@ class ChunkEncoder:
             chunks: Key -> token ids of the chunks to encode.
             behind: Key -> keys of the chunks before it, the last one right before it. Those that are neither among
                 `chunks` nor in the store are left out, and the farthest where the context window is too short.
+            is_chained: Whether those come as they are stored, or each encoded for itself alone.
 
         Yields:
             (index into `chunks`, its cache), as `encode_chunks`.
@@ -104,19 +100,17 @@ class ChunkEncoder:
         before = RecentCaches(ALONE_BYTES)
         lengths = {key: len(ids) for key, ids in chunks.items()}
         needed_later = before.expect(behind.get(key, ()) for key in chunks)
-        for wave in waves(lengths, behind, batch_tokens=self.batch_tokens, is_chained=self.is_chained):
-            self._make_ready(wave, chunks, behind, before)
-            jobs = [self._job(chunks[key], behind.get(key, ()), before) for key in wave]
+        for wave in waves(lengths, behind, batch_tokens=self.batch_tokens, is_chained=is_chained):
+            self._make_ready(wave, chunks, behind, before, is_chained=is_chained)
+            jobs = [self._job(chunks[key], behind.get(key, ()), before, is_chained=is_chained) for key in wave]
             self.state.check()
             for key, cache in zip(wave, encode_behind(self.runner, self.support, self.prefix, jobs), strict=True):
                 check_dtype(cache, self.identity)
                 needed_later.used(behind.get(key, ()))
-                if self.is_chained and needed_later.is_wanted(key):
+                if is_chained and needed_later.is_wanted(key):
                     before.put(key, cache)
                 yield numbers[key], cache
-            if (
-                not self.is_chained
-            ):  # of those, no more are held than the next chunks need; lost, they would be left out
+            if not is_chained:  # of those, no more are held than the next chunks need; lost, they would be left out
                 before.trim()
 
     def encode_again(self, key: str, input_ids: Sequence[int]) -> ChunkCache | None:
@@ -127,19 +121,19 @@ class ChunkEncoder:
         if self.encoding.kind == "plain":
             return None
         try:
-            keys = self.store.behind(key).keys
+            behind = self.store.behind(key)
         except StoreError as error:
             logger.debug("what the chunk %s was encoded behind cannot be told: %s", key, error)
             return None
-        if not keys:
+        if not behind.keys:
             return None
         before = RecentCaches(ALONE_BYTES)
-        for one in keys:
+        for one in behind.keys:
             cache = self._stored(one)
             if cache is None:
                 return None
-            before.put(one, cache if self.is_chained or not cache.behind.keys else self._alone(cache))
-        job = self._job(input_ids, keys, before)
+            before.put(one, cache if behind.is_chained or not cache.behind.keys else self._alone(cache))
+        job = self._job(input_ids, behind.keys, before, is_chained=behind.is_chained)
         self.state.check()
         (cache,) = encode_behind(self.runner, self.support, self.prefix, [job])
         check_dtype(cache, self.identity)
@@ -151,15 +145,17 @@ class ChunkEncoder:
         chunks: Mapping[str, Sequence[int]],
         behind: Mapping[str, Sequence[str]],
         before: RecentCaches,
+        *,
+        is_chained: bool,
     ) -> None:
         """Have the caches of all that this wave stands behind."""
         missing = dict.fromkeys(one for key in wave for one in behind.get(key, ()) if one not in before)
         to_encode: dict[str, Sequence[int]] = {}
         for one in missing:
             cache = self._stored(one)
-            if cache is not None and (self.is_chained or not cache.behind.keys):
+            if cache is not None and (is_chained or not cache.behind.keys):
                 before.put(one, cache)
-            elif not self.is_chained and (cache is not None or one in chunks):
+            elif not is_chained and (cache is not None or one in chunks):
                 to_encode[one] = chunks[one] if one in chunks else cache.input_ids.tolist()  # type: ignore[union-attr]
         keys = list(to_encode)
         for index, cache in self.encode([to_encode[one] for one in keys]):
@@ -178,16 +174,16 @@ class ChunkEncoder:
         ((_, alone),) = self.encode([cache.input_ids.tolist()])
         return alone
 
-    def _job(self, input_ids: Sequence[int], keys: Sequence[str], before: RecentCaches) -> Job:
+    def _job(self, input_ids: Sequence[int], keys: Sequence[str], before: RecentCaches, *, is_chained: bool) -> Job:
         caches = {key: cache for key in keys if (cache := before.get(key)) is not None}
         room = self.context_window - len(input_ids) - len(self.identity.prefix_ids)
         while caches and sum(cache.num_tokens for cache in caches.values()) > room:
             del caches[next(iter(caches))]
             self._tell_of_window()
         through: dict[str, None] = {}
-        if self.is_chained:
+        if is_chained:
             through = dict.fromkeys(key for cache in caches.values() for key in cache.behind.traces)
-        behind = Behind(tuple(caches), tuple(key for key in through if key not in caches), self.is_chained)
+        behind = Behind(tuple(caches), tuple(key for key in through if key not in caches), is_chained)
         return Job(input_ids, tuple(caches.values()), behind)
 
     def _tell_of_window(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from prophetkv_rag.chunks.encode import EncodingPrefix, check_length
 from prophetkv_rag.chunks.encoder import ChunkEncoder
 from prophetkv_rag.chunks.loader import LoadedChunks
+from prophetkv_rag.chunks.placing import Placing
 from prophetkv_rag.chunks.prompt_loader import PromptLoader
 from prophetkv_rag.chunks.writer import ChunkWriter, Wanted
 from prophetkv_rag.config import Encoding, FirstChunk
@@ -21,7 +22,7 @@ from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.forks import around_fork
 from prophetkv_rag.model import ModelState, ModelSupport, TransformersRunner, own_state
 from prophetkv_rag.prompt import ChunkIndex, PromptLayout, Tokens, text_entry
-from prophetkv_rag.store import ALONE, CacheIdentity, ChunkCache, ChunkStore, TextEntry
+from prophetkv_rag.store import CacheIdentity, ChunkCache, ChunkStore, TextEntry
 from prophetkv_rag.text import well_formed
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class ChunkLibrary:
             batch_tokens=batch_tokens,
         )
         self._writer = ChunkWriter(store, identity.fingerprint, model_lock)
+        self._placing = Placing(encoding, store, self._writer.tried, self.key_of)
         opening = replace(identity, prefix_ids=identity.prefix_ids[:opening_length], encoding="")
         self._loader = PromptLoader(store, self._encoder, opening)
         if opening != identity:
@@ -128,11 +130,13 @@ class ChunkLibrary:
         owner: str,
         behind: Sequence[Sequence[str]] | None = None,
         refresh: bool = False,
+        as_neighbours: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """Compute and store what is missing, refer to all of it, and find it in prompts from now on.
 
         Where the store fails that is noted (`ChunkStore.failures`), and this process alone knows the chunks.
+        `as_neighbours` says that `behind` holds nearest neighbours: chunks behind others of their document stay so.
         """
         if isinstance(texts, str):
             msg = "add_chunks got one string; give a list of chunks"
@@ -154,10 +158,13 @@ class ChunkLibrary:
             is_stored = self._writer.tried(self.store.__contains__, key, otherwise=False)
             if not is_stored or (is_unknown_text and not self._learn_text(key, input_ids, entry)):
                 missing[key] = (input_ids, entry)
-        before = self._before(texts, keys, behind)
+        as_neighbours = as_neighbours or self.encoding.kind == "neighbours"
+        before = self._placing.before(texts, keys, behind, as_neighbours=as_neighbours)
         if behind is not None:
-            missing.update({key: wanted[key] for key in before if self._is_wanted_anew(key, before[key], refresh)})
-        failed = self._compute(missing, before, progress)
+            missing.update(
+                {key: wanted[key] for key in before if self._placing.is_wanted_anew(key, before[key], refresh)}
+            )
+        failed = self._compute(missing, before, progress, as_neighbours)
         with self._owners_lock:
             self._writer.refer(owner, wanted)
             for key, (_, entry) in wanted.items():
@@ -166,7 +173,7 @@ class ChunkLibrary:
                     self._registered.discard(key)
         # Another owner may have dropped a cache between the look above and our reference, which holds it from now on.
         known = {key for key in wanted if key in failed or self._writer.tried(self.store.knows, key, otherwise=True)}
-        self._compute({key: chunk for key, chunk in wanted.items() if key not in known}, before, None)
+        self._compute({key: chunk for key, chunk in wanted.items() if key not in known}, before, None, as_neighbours)
         return keys
 
     @own_state()
@@ -190,9 +197,7 @@ class ChunkLibrary:
         check_length("the text", input_ids, self.identity.prefix_ids, self.context_window)
         key = self.identity.key(input_ids)
         with self._owners_lock:
-            if key in self.chunk_index:
-                return None
-            if not self._writer.refer_now(owner, key):
+            if key in self.chunk_index or not self._writer.refer_now(owner, key):
                 return None
             self._registered.add(key)
             self.chunk_index.add(key, entry)
@@ -227,54 +232,28 @@ class ChunkLibrary:
         check_length(f"chunk {number}", input_ids, self.identity.prefix_ids, self.context_window)
         return input_ids, entry
 
-    def _before(
-        self, texts: Sequence[str | Sequence[int]], keys: Sequence[str], behind: Sequence[Sequence[str]] | None
-    ) -> dict[str, tuple[str, ...]]:
-        """Return, for each chunk that is encoded behind others, their keys; those that the store does not know are not.
-
-        Chunks of one call follow each other in one document, where the caller does not say what they stand behind.
-        """
-        count = self.encoding.count
-        if not count:
-            return {}
-        if behind is not None:
-            known = {text: key for text, key in zip(texts, keys, strict=True) if isinstance(text, str)}
-            found = [[known.get(text) or self.key_of(text) for text in before] for before in behind]
-        elif self.encoding.kind == "previous" and self.encoding.is_order_guessed:
-            found = [list(keys[max(0, number - count) : number]) for number in range(len(keys))]
-        else:
-            return {}
-        own = set(keys)
-        others = {key for before in found for key in before} - own
-        nothing: set[str] = set()
-        there = self._writer.tried(self.store.known, others, otherwise=nothing)
-        before: dict[str, tuple[str, ...]] = {}
-        for key, candidates in zip(keys, found, strict=True):
-            chosen = [one for one in candidates if one != key and (one in own or one in there)]
-            if chosen and key not in before:
-                before[key] = tuple(dict.fromkeys(chosen))[-count:]
-        return before
+    def without_order(self, texts: Sequence[str]) -> list[str]:
+        """Return those that stand neither before nor behind others of their document, as far as that was asked for."""
+        keys = [self.key_of(text) for text in texts]
+        in_order = self._placing.in_order(keys)
+        return [text for text, key in zip(texts, keys, strict=True) if key not in in_order]
 
     def key_of(self, text: str) -> str:
         """Return the key of the chunk with this text, whether or not it is known."""
         return self.identity.key(self.tokens.chunk(well_formed(text).strip()))
-
-    def _is_wanted_anew(self, key: str, before: Sequence[str], refresh: bool) -> bool:
-        """Whether a chunk is stored alone; with `refresh` also if most of what it stands behind is not in `before`."""
-        there = self._writer.tried(self.store.behind, key, otherwise=ALONE).keys
-        return 2 * len(set(before).intersection(there)) < len(before) if refresh else not there
 
     def _compute(
         self,
         missing: Wanted,
         before: Mapping[str, Sequence[str]],
         progress: Callable[[int, int], None] | None,
+        as_neighbours: bool,
     ) -> set[str]:
         """Compute and store what is missing; returns the keys that the store failed to take."""
         if before.keys().isdisjoint(missing):
             encode = self._encode_alone
         else:
-            encode = partial(self._encoder.encode_behind, behind=before)
+            encode = partial(self._encoder.encode_behind, behind=before, is_chained=not as_neighbours)
             for key, chunk in missing.items():  # a cache is kept where all that it bears a trace of is known
                 self._writer.note(key, *chunk)
         failed, seconds_per_token = self._writer.write(missing, encode, progress)
@@ -295,3 +274,7 @@ class ChunkLibrary:
     ) -> LoadedChunks:
         """Load the chunks' caches, see `PromptLoader.load`; under `model_lock`, by default the library's own."""
         return self._loader.load(layout, model_lock or self.model_lock, first_chunk)
+
+    def read_ahead(self, rows: Iterable[Sequence[str]]) -> None:
+        """Begin to load what prompts will want: see `PromptLoader.read_ahead`."""
+        self._loader.read_ahead(rows)

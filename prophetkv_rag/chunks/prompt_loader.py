@@ -8,6 +8,7 @@ as long as its chunk is known.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from prophetkv_rag.chunks.loader import ChunkLoader, LoadedChunks, Origin
 from prophetkv_rag.config import FirstChunk, parse_encoding
 from prophetkv_rag.errors import StoreError
 from prophetkv_rag.prompt import ChunkSpan, PromptLayout
-from prophetkv_rag.store import CacheIdentity, ChunkCache, ChunkStore
+from prophetkv_rag.store import CacheIdentity, ChunkCache, ChunkStore, chunk_owner
 
 
 class PromptLoader:
@@ -61,6 +62,22 @@ class PromptLoader:
         caches, origins = self._loader.load(chunks, model_lock)
         is_exact = is_behind_opening and self._identity.prefix_ids == self._opening.prefix_ids
         return LoadedChunks(caches, origins, has_exact_first=is_exact and not caches[0].behind.keys)
+
+    def read_ahead(self, rows: Iterable[Sequence[str]]) -> None:
+        """Begin to load what prompts will want.
+
+        Args:
+            rows: Keys of the chunks that each retrieval found, best first; the best is likely to come first in its
+                prompt, and is loaded from its second cache as well, where it has one.
+        """
+        rows = [row for row in rows if row]
+        try:
+            second = [key for row in rows for key in self._store.references(chunk_owner(row[0]))]
+        except StoreError:
+            second = []
+        self._store.read_ahead(second, fingerprint=self._opening.fingerprint)
+        chunks = dict.fromkeys(key for row in rows for key in row)
+        self._store.read_ahead(chunks, fingerprint=self._identity.fingerprint)
 
     def _is_encoded_so(self, key: str) -> bool:
         """Whether the cache that a chunk has anyway was encoded behind the opening alone."""

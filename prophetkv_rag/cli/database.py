@@ -108,10 +108,12 @@ class Database:
 
     def complete_encoding(self, *, refresh: bool = False) -> None:
         """Encode what has lost a chunk it stood behind, and do the second pass of an encoding behind neighbours."""
-        kind = self.engine.library.encoding.kind
-        if kind == "previous" and not self.engine.store.failures.caches:  # a full disk has no room for these either
+        encoding = self.engine.library.encoding
+        if (
+            encoding.kind == "previous" and not self.engine.store.failures.caches
+        ):  # a full disk has no room for these either
             self.collection.cache_existing()
-        if kind == "neighbours":
+        if encoding.num_neighbours:
             title = "encoding chunks behind their neighbours"
             with progress_bar(title, self.collection.count()) as advance:
                 done = 0

@@ -179,7 +179,7 @@ def _blob_bytes(engine: ProphetKVEngine, store: DiskStore, num_tokens: int) -> i
         torch.zeros(num_tokens, dtype=torch.int32),
         tuple(rows(layer.num_key_value_heads, layer.head_dim) for layer in layers),
         tuple(rows(layer.num_key_value_heads, layer.value_head_dim) for layer in layers),
-        Behind((key,) * engine.library.encoding.count),
+        Behind((key,) * max(engine.library.encoding.count, engine.library.encoding.num_neighbours)),
     )
     return len(store.files.seal(key, encode_blob(cache, key=key, fingerprint=key, blob_format=store.blob_format)))
 

@@ -15,6 +15,7 @@ class RowState(IntEnum):
     A row depends on nothing but the tokens up to its own, so it may be used wherever a prompt begins with those.
 
     - `STALE`: taken from a chunk's cache, encoded behind other tokens than stand before it here, and not recomputed.
+    - `MOVED`: taken from a former prompt where it stood elsewhere, behind other tokens, and not recomputed.
     - `COMPUTED`: run through every layer here, but some row before it is not exact, or was kept from its sight, so its
       numbers are not full prefill's either. A strategy does not choose it again.
     - `EXACT`: run through every layer over exact rows only. Its numbers are full prefill's, but for the rounding of
@@ -22,8 +23,9 @@ class RowState(IntEnum):
     """
 
     STALE = 0
-    COMPUTED = 1
-    EXACT = 2
+    MOVED = 1
+    COMPUTED = 2
+    EXACT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,12 @@ class AnsweredRows:
 
 
 def states_after(
-    held: torch.Tensor, is_stale: torch.Tensor, ran: torch.Tensor, *, is_blind: torch.Tensor | None = None
+    held: torch.Tensor,
+    is_stale: torch.Tensor,
+    ran: torch.Tensor,
+    *,
+    is_moved: torch.Tensor | None = None,
+    is_blind: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the states of a prompt's rows after a prefill.
 
@@ -65,6 +72,7 @@ def states_after(
         held: `[R]`, uint8: states of the rows that were there from a former prompt.
         is_stale: `[N]`, bool: rows that stand in the cache as a chunk's cache had them.
         ran: `[N]`, bool: rows that ran through every layer.
+        is_moved: `[N]`, bool: rows that stand in the cache as a former prompt had them elsewhere; `None` for none.
         is_blind: `[N]`, bool: rows that did not see everything before them; `None` for none.
 
     Returns:
@@ -72,6 +80,8 @@ def states_after(
     """
     states = torch.full(is_stale.shape, int(RowState.EXACT), dtype=torch.uint8)
     states[is_stale] = int(RowState.STALE)
+    if is_moved is not None:
+        states[is_moved] = int(RowState.MOVED)
     states[: held.shape[0]] = held
     states[ran] = int(RowState.EXACT)
     if is_blind is not None:

@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 
+from prophetkv_rag.conversations.insertion import NewRows, insert
+from prophetkv_rag.conversations.moving import MovedRows, find_moved
+from prophetkv_rag.conversations.room import make_room
 from prophetkv_rag.conversations.rows import AnsweredRows, RowState
+from prophetkv_rag.conversations.saved import SavedRows
 from prophetkv_rag.conversations.tree import HeldRows, Node, path_of
 from prophetkv_rag.errors import StoreError
 from prophetkv_rag.forks import around_fork
-from prophetkv_rag.model import RowsLayer, own_state
+from prophetkv_rag.model import ModelSupport, RowsLayer, own_state
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +74,22 @@ class ConversationTier:
             )
         return found.first(length)
 
-    def put_into(self, held: HeldRows, layers: Sequence[RowsLayer]) -> None:
-        """Copy rows that `match` gave into a prompt's cache; none of them is written to meanwhile."""
+    def find_moved(
+        self, token_ids: torch.Tensor, tenant: str, is_free: torch.Tensor, *, changed_at: int, shared: int
+    ) -> Sequence[MovedRows]:
+        """Return the rows of what former prompts of the tenant have at other positions; see `moving.find_moved`."""
+        with self._lock:
+            root = self._roots.get(tenant)
+            return find_moved(root, token_ids, is_free, changed_at=changed_at, shared=shared) if root else ()
+
+    def put_into(
+        self, held: HeldRows, moved: Sequence[MovedRows], layers: Sequence[RowsLayer], support: ModelSupport
+    ) -> None:
+        """Copy rows that were found into a prompt's cache; none of them is written to meanwhile."""
         with self._lock:
             held.put_into(layers)
+            for rows in moved:
+                rows.put_into(layers, support)
 
     def deletable(self, keys: Iterable[str]) -> frozenset[str]:
         """Return those keys that somebody may delete: of chunks that the store knows, or is about to."""
@@ -110,7 +126,7 @@ class ConversationTier:
         try:
             with self._lock:
                 self._insert(answered, layers, token_ids[:length], copies)
-                self._make_room()
+                make_room(self._roots, self.max_bytes, self._clock)
         except (MemoryError, RuntimeError) as error:  # what torch raises where no memory is left
             logger.warning("a conversation is not remembered: %s", error)
 
@@ -120,70 +136,35 @@ class ConversationTier:
         is_exact = bool((answered.states == int(RowState.EXACT)).all())
         state = RowState.EXACT if is_exact else RowState.COMPUTED
         states = torch.cat([answered.states, torch.full((num_new,), int(state), dtype=torch.uint8)])[:length]
-        prompt = (answered.states.shape[0], answered.settings)
+        prompts = frozenset({(answered.states.shape[0], answered.settings)})
         root = self._roots.setdefault(answered.tenant, Node.root())
         self._clock += 1
-        root.used = self._clock
-        node = root
-        for node, shared in path_of(root, token_ids):
-            if node.start + shared < min(node.stop, length):
-                node.split(shared)
-            node.used = self._clock
-            self._improve(node, layers, states)
-            if node.start < prompt[0] <= min(node.stop, length):
-                node.prompts.add(prompt)
-            there = set(node.traces)
-            node.traces += [
-                trace for trace in answered.traces if node.start <= trace.start < node.stop and trace not in there
-            ]
-        start = node.stop
-        if start >= length:
-            return
-        leaf = Node(
-            start,
-            token_ids[start:].clone(),
-            states[start:].clone(),
-            [_owned(layer, start, length, copies) for layer in layers],
-            [trace for trace in answered.traces if start <= trace.start < length],
-            node,
-            prompts={prompt} if start < prompt[0] <= length else set(),
-            used=self._clock,
-        )
-        node.children[int(leaf.token_ids[0])] = leaf
+        insert(root, NewRows(token_ids, states, answered.traces, prompts, layers, copies), self._clock)
 
-    def _improve(self, node: Node, layers: Sequence[Any], states: torch.Tensor) -> None:
-        """Take over the rows that are closer to full prefill than those held, such as stale ones recomputed since."""
-        count = min(node.stop, int(states.shape[0])) - node.start
-        theirs = states[node.start : node.start + count]
-        better = (theirs > node.states[:count]).nonzero()[:, 0]
-        if better.shape[0]:
-            for layer, (keys, values) in zip(layers, node.rows, strict=True):
-                keys[:, better] = layer.keys[0, :, node.start + better.to(layer.keys.device)].to("cpu")
-                values[:, better] = layer.values[0, :, node.start + better.to(layer.values.device)].to("cpu")
-            node.states[better] = theirs[better]
+    def copy_of(self, tenant: str, token_ids: torch.Tensor | None = None) -> SavedRows:
+        """Return a copy of what is remembered of a tenant.
 
-    def _make_room(self) -> None:
-        sizes = {tenant: sum(node.nbytes for node in root.below()) for tenant, root in self._roots.items()}
-        while (excess := sum(sizes.values()) - self.max_bytes) > 0:
-            share = self.max_bytes / len(sizes)
-            leaves = [
-                (node.used, -node.start, tenant, node)
-                for tenant, root in self._roots.items()
-                if sizes[tenant] > share
-                for node in root.below()
-                if not node.children and node.parent is not None
-            ]
-            _, _, tenant, leaf = min(leaves, key=lambda found: found[:3])
-            before, num_rows = leaf.nbytes, int(leaf.token_ids.shape[0])
-            kept = num_rows - -(-excess * num_rows // before)
-            if leaf.used == self._clock and kept > 0:  # just written: as much of its beginning as fits
-                leaf.cut(kept)
-                sizes[tenant] -= before - leaf.nbytes
-                continue
-            sizes[tenant] -= before
-            leaf.remove()
-            if not self._roots[tenant].children:
-                del self._roots[tenant], sizes[tenant]
+        Args:
+            tenant: Whose.
+            token_ids: `[N]`, int64: only what begins with this prompt; where nothing does, the longest beginning of it
+                that is remembered. `None` for all.
+        """
+        self.drop_deleted()
+        with self._lock:
+            return SavedRows.of(self._roots.get(tenant), token_ids)
+
+    @own_state()
+    def add(self, saved: SavedRows, tenant: str) -> None:
+        """Remember what `copy_of` gave, here or elsewhere, as far as there is room and its chunks are still there."""
+        deleted = self._deleted({key for run in saved.runs for trace in run.traces for key in trace.keys})
+        with self._lock:
+            root, begun = self._roots.get(tenant, Node.root()), self._clock
+            for new, used in saved.without(deleted):
+                insert(root, new, begun + used)
+                self._clock = max(self._clock, begun + used)
+            if root.children:
+                self._roots[tenant] = root
+            make_room(self._roots, self.max_bytes, self._clock)
 
     def drop_deleted(self) -> None:
         """Drop what bears the trace of chunks that were deleted since, by whatever process."""
@@ -254,16 +235,3 @@ class ConversationTier:
             return set()
         self._stored |= known
         return known
-
-
-def _owned(layer: Any, start: int, stop: int, copies: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a layer's rows on the CPU in memory of their own: as they are where that is all they hold, else copied."""
-    keys, values = (_own(part[0, :, start:stop].detach(), copies) for part in (layer.keys, layer.values))
-    return keys, values
-
-
-def _own(rows: torch.Tensor, copies: bool) -> torch.Tensor:
-    if rows.device.type != "cpu":
-        return rows.cpu().contiguous()
-    is_whole = rows.is_contiguous() and rows.untyped_storage().nbytes() == rows.nbytes
-    return rows if is_whole and not copies else rows.clone(memory_format=torch.contiguous_format)

@@ -11,7 +11,7 @@ it. Chat messages of any origin become plain ones (`chat_messages.py`), fitted t
 
 from prophetkv_rag.prompt.chat_messages import content_text, plain_messages
 from prophetkv_rag.prompt.chunk_index import ChunkIndex, text_entry
-from prophetkv_rag.prompt.layout import ChunkSpan, PromptLayout
+from prophetkv_rag.prompt.layout import ChunkSpan, MovedSpan, PromptLayout
 from prophetkv_rag.prompt.prompt import AnyPrompt, Prompt
 from prophetkv_rag.prompt.question import question_of
 from prophetkv_rag.prompt.reader import PromptReader
@@ -23,6 +23,7 @@ __all__ = [
     "AnyPrompt",
     "ChunkIndex",
     "ChunkSpan",
+    "MovedSpan",
     "Prompt",
     "PromptLayout",
     "PromptReader",

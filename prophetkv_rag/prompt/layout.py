@@ -24,6 +24,14 @@ class ChunkSpan:
         return self.start + len(self.input_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class MovedSpan:
+    """Tokens of former messages, from `start` up to `stop`, whose rows come from where they stood before."""
+
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class PromptLayout:
     """Token ids and roles of a whole prompt of N tokens.
@@ -37,6 +45,8 @@ class PromptLayout:
         known_prefix: How many of the first tokens, before the context, are those of the encoding prefix, whose rows
             were computed once for all.
         exact_first_chunk: Whether the first chunk follows exactly the prefix that chunks are encoded behind.
+        moved: In order of position, all behind the first chunk: what is taken from former prompts and as stale as the
+            chunks, so it is chosen from like them.
     """
 
     input_ids: torch.Tensor
@@ -45,6 +55,7 @@ class PromptLayout:
     probe_ids: tuple[int, ...] = ()
     known_prefix: int = 0
     exact_first_chunk: bool = False
+    moved: tuple[MovedSpan, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -53,15 +64,20 @@ class PromptLayout:
 
     @cached_property
     def is_chunk(self) -> torch.Tensor:
-        """`[N]` bool: tokens whose rows come from a chunk cache.
+        """`[N]` bool: tokens whose rows come from a chunk cache, or from elsewhere in a former prompt.
 
         A prompt that ends with a chunk still needs its last token computed; that token does not count.
         """
         mask = torch.zeros(self.num_tokens, dtype=torch.bool)
-        for chunk in self.chunks:
-            mask[chunk.start : chunk.stop] = True
+        for span in self.spans:
+            mask[span.start : span.stop] = True
         mask[-1] = False
         return mask
+
+    @cached_property
+    def spans(self) -> tuple[ChunkSpan | MovedSpan, ...]:
+        """Chunks and moved messages in order of position."""
+        return tuple(sorted((*self.chunks, *self.moved), key=lambda span: span.start))
 
     @property
     def context_start(self) -> int:
@@ -70,13 +86,13 @@ class PromptLayout:
 
     @property
     def suffix_start(self) -> int:
-        """First position after the last chunk (at most N - 1)."""
-        return min(self.chunks[-1].stop, self.num_tokens - 1) if self.chunks else 0
+        """First position after the last chunk or moved message (at most N - 1)."""
+        return min(self.spans[-1].stop, self.num_tokens - 1) if self.spans else 0
 
     @property
     def num_chunk_tokens(self) -> int:
-        """Tokens inside chunks."""
-        return sum(len(chunk.input_ids) for chunk in self.chunks)
+        """Tokens inside chunks and moved messages."""
+        return sum(span.stop - span.start for span in self.spans)
 
     def check_fits(self, context_window: int, *, is_reuse: bool, is_answered: bool) -> None:
         """Raise `ContextWindowError` if the prompt is too long for the window.

@@ -25,6 +25,7 @@ class Drawable(Protocol):
     recomputed_tokens: int
     fresh_tokens: int
     remembered_tokens: int
+    moved_tokens: int
     chunks: list[ChunkReport]
     timings_s: Timings
 
@@ -47,6 +48,7 @@ STATUSES = {
     "corrupt": "cache was damaged",
     "unused": "cache not used",
     "remembered": "from the conversation",
+    "moved": "from the conversation, where it stood elsewhere",
 }
 SEGMENTS = {"prefix": "Before the chunks", "glue": "Between chunks", "suffix": "After the chunks: the question"}
 
@@ -112,10 +114,11 @@ def _summary(report: Drawable) -> str:
     hits = sum(chunk.status == "hit" for chunk in report.chunks)
     wanted = sum(chunk.status != "remembered" for chunk in report.chunks)
     remembered = f"<b>{report.remembered_tokens:,} remembered</b> + " if report.remembered_tokens else ""
+    moved = f" ({report.moved_tokens:,} of these two from former messages)" if report.moved_tokens else ""
     return (
         f'<p class="sum"><b>{escape(report.strategy)}</b> at {report.recompute_ratio:.0%}: '
         f"{report.prompt_tokens:,} prompt tokens = {remembered}<b>{report.reused_tokens:,} reused</b> + "
-        f"{report.recomputed_tokens:,} recomputed + {report.fresh_tokens:,} fresh; "
+        f"{report.recomputed_tokens:,} recomputed{moved} + {report.fresh_tokens:,} fresh; "
         f"{hits} of {wanted} chunks from cache; first token after <b>{_time(report.timings_s.ttft)}</b></p>"
     )
 
@@ -153,9 +156,11 @@ def _segments(view: PromptView) -> Iterator[str]:
             number += 1
             yield _chunk(view, segment, number)
         else:
-            is_kept = segment.status == "remembered"
+            is_kept = segment.status != "fresh"
             title = "Earlier in the conversation" if is_kept and number else SEGMENTS[segment.kind]
-            said = STATUSES["remembered"] if is_kept else "computed"
+            said = STATUSES.get(segment.status, "computed")
+            if segment.status == "moved":
+                said += f", {sum(token.recomputed for token in segment.tokens)} recomputed"
             count = _tokens(len(segment.tokens))
             yield (
                 f'<section class="plain{" kept" * is_kept}"><header><h2>{title}</h2><span>{count}, {said}</span>'

@@ -35,7 +35,8 @@ class ReuseReport(_Viewed):
     `prompt_tokens == remembered_tokens + reused_tokens + recomputed_tokens + fresh_tokens` and
     `chunk_tokens == reused_tokens + recomputed_tokens`; fresh tokens are those outside every chunk. Remembered tokens
     came from a former prompt and its answer, chunks in them included, and were not computed again; those of them that
-    were are recomputed tokens.
+    were are recomputed tokens. `moved_tokens` of the chunk tokens are no chunks' but former messages', which stood
+    elsewhere when they were computed, since other chunks stood before them; the question chooses from them alike.
     `recomputed_tokens` ran through every layer. `row_layers` is what really ran: rows x layers at query time, stage I
     and layers run in full included. `charged_ratio` is that as a fraction of full prefill's work on the chunks: all
     rows x layers beyond one pass of the fresh tokens (without those that begin the prompt as they begin the encoding
@@ -60,6 +61,7 @@ class ReuseReport(_Viewed):
     chunks: list[ChunkReport] = field(default_factory=list)
     timings_s: Timings = field(default_factory=Timings)
     remembered_tokens: int = 0
+    moved_tokens: int = 0
 
     def to_html(self, *, title: str = "What was reused", answer: str | None = None) -> str:
         """Return a page of its own, without scripts or anything from elsewhere, that draws the prompt.
@@ -96,8 +98,9 @@ class ReuseReport(_Viewed):
         hits = sum(chunk.status == "hit" for chunk in self.chunks)
         wanted = sum(chunk.status != "remembered" for chunk in self.chunks)
         remembered = f"{self.remembered_tokens} remembered + " if self.remembered_tokens else ""
+        moved = f" ({self.moved_tokens} of these two from former messages)" if self.moved_tokens else ""
         return (
             f"{self.strategy} at {self.recompute_ratio:.0%}: {self.prompt_tokens} prompt tokens = {remembered}"
-            f"{self.reused_tokens} reused + {self.recomputed_tokens} recomputed + {self.fresh_tokens} fresh; "
+            f"{self.reused_tokens} reused + {self.recomputed_tokens} recomputed{moved} + {self.fresh_tokens} fresh; "
             f"{hits}/{wanted} chunks from cache; first token after {self.timings_s.ttft:.2f} s"
         )

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -35,8 +36,8 @@ class ViewedChunk:
 class TokenView:
     """One token: its text, its stage-I score (`None` where none was computed), and whether it was recomputed.
 
-    A character of several tokens is the text of its last one; the others' is empty. `recomputed` is said of chunk
-    tokens only: everything outside chunks is computed anyway.
+    A character of several tokens is the text of its last one; the others' is empty. `recomputed` is said of tokens in
+    chunks and former messages only: everything else is computed anyway.
     """
 
     text: str
@@ -54,7 +55,7 @@ class SegmentView:
         text: Its tokens' text, special tokens included.
         key: A chunk's cache key; else `None`.
         status: A chunk's status, as in `ChunkReport`; for what stands outside chunks `"fresh"`, or `"remembered"` where
-            it was taken over from a former prompt and its answer.
+            it was taken over from a former prompt and its answer, or `"moved"` where it stood elsewhere in those.
         tokens: Their texts, joined, are `text`.
     """
 
@@ -86,6 +87,7 @@ class PromptView:
         scores: `[N]`, fp32: stage I's scores, or `None` where the strategy ran no stage I.
         recomputed: Ascending positions of the chunk tokens that ran through every layer at query time.
         num_remembered: How many of the first tokens were taken over from a former prompt and its answer.
+        moved: Where tokens stand, from and up to, that were found elsewhere in a former prompt and its answer.
     """
 
     def __init__(
@@ -96,7 +98,9 @@ class PromptView:
         recomputed: NDArray[np.int64],
         tokenizer: Any,
         num_remembered: int = 0,
+        moved: Sequence[tuple[int, int]] = (),
     ) -> None:
+        self.moved = tuple(moved)
         self.num_remembered = num_remembered
         self.token_ids = token_ids
         self.chunks = tuple(chunks)
@@ -123,9 +127,10 @@ class PromptView:
     def _outside(
         self, kind: SegmentKind, start: int, stop: int, recomputed: NDArray[np.bool_]
     ) -> Iterator[SegmentView]:
-        """Yield what stands outside chunks, in two where only its beginning was taken over."""
-        middle = min(max(self.num_remembered, start), stop)
-        for first, last in ((start, middle), (middle, stop)):
+        """Yield what stands outside chunks, in several where it came to be in several ways."""
+        edges = {self.num_remembered, *(edge for span in self.moved for edge in span)}
+        cuts = [start, *sorted(edge for edge in edges if start < edge < stop), stop]
+        for first, last in pairwise(cuts):
             if last > first:
                 yield self._segment(kind, first, last, None, recomputed)
 
@@ -138,7 +143,8 @@ class PromptView:
             TokenView(text, float(self.scores[row]) if has_scores else None, bool(recomputed[row]))  # type: ignore[index]
             for row, text in enumerate(pieces, start)
         )
-        outside = "remembered" if start < self.num_remembered else "fresh"
+        is_moved = any(first <= start < last for first, last in self.moved)
+        outside = "remembered" if start < self.num_remembered else "moved" if is_moved else "fresh"
         key, status = (None, outside) if chunk is None else (chunk.key, chunk.status)
         return SegmentView(kind, "".join(pieces), key, status, tokens)
 

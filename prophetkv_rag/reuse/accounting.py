@@ -63,7 +63,7 @@ def report_reuse(
         num_held_recomputed: Those of them that were recomputed.
         attended_share: See `attended_share`.
     """
-    num_loaded = sum(len(chunk.input_ids) for chunk in layout.chunks if chunk.start >= num_held)
+    num_loaded = sum(span.stop - span.start for span in layout.spans if span.start >= num_held)
     num_fresh = layout.num_tokens - num_held - num_loaded
     unavoidable = (num_fresh - max(0, layout.known_prefix - num_held)) * num_layers
     held = [Origin("remembered", "")] * sum(chunk.start < num_held for chunk in layout.chunks)
@@ -76,6 +76,7 @@ def report_reuse(
         recomputed_tokens=num_recomputed,
         fresh_tokens=num_fresh,
         remembered_tokens=num_held - num_held_recomputed,
+        moved_tokens=sum(span.stop - span.start for span in layout.moved if span.start >= num_held),
         row_layers=row_layers,
         charged_ratio=(row_layers - unavoidable) / (max(1, layout.num_chunk_tokens) * num_layers),
         attended_share=attended_share,
@@ -106,9 +107,9 @@ def attach_view(
     report: ReuseReport,
     layout: PromptLayout,
     recomputed: torch.Tensor,
-    scores: torch.Tensor | None = None,
-    *,
+    scores: torch.Tensor | None,
     tokenizer: Any,
+    *,
     num_held: int = 0,
 ) -> None:
     """Keep copies of the few numbers that a view is made of; text is made of them when somebody looks.
@@ -128,6 +129,7 @@ def attach_view(
         ViewedChunk(chunk.key, chunk.start, chunk.stop, found.status)
         for chunk, found in zip(layout.chunks, report.chunks, strict=True)
     ]
+    moved = [(span.start, span.stop) for span in layout.moved if span.start >= num_held]
     kept = None if scores is None else scores.cpu().numpy().copy()
     ids = layout.input_ids.numpy().copy()
-    report.attach_view(PromptView(ids, chunks, kept, rows.numpy().copy(), tokenizer, num_held))
+    report.attach_view(PromptView(ids, chunks, kept, rows.numpy().copy(), tokenizer, num_held, moved))

@@ -2,6 +2,7 @@
 
 Positions and tokens are the former ones, so nothing is rotated: the rows are copied. Chunks among them are not loaded
 again. Those of their tokens that were never recomputed may be chosen by the new question; the rest stays as it is.
+Where other chunks stand in a prompt than did, what followed them is found at its new positions, as stale as a chunk.
 """
 
 from __future__ import annotations
@@ -12,9 +13,18 @@ from typing import Any
 
 import torch
 
-from prophetkv_rag.conversations import AnsweredRows, ConversationTier, HeldRows, RowState, Trace, states_after
-from prophetkv_rag.model import RowsLayer
-from prophetkv_rag.prompt import ChunkSpan, PromptLayout
+from prophetkv_rag.conversations import (
+    SHORTEST,
+    AnsweredRows,
+    ConversationTier,
+    HeldRows,
+    MovedRows,
+    RowState,
+    Trace,
+    states_after,
+)
+from prophetkv_rag.model import ModelSupport, RowsLayer
+from prophetkv_rag.prompt import ChunkSpan, MovedSpan, PromptLayout
 from prophetkv_rag.reuse.selection import QueryContext, Selection, Strategy
 
 
@@ -22,6 +32,7 @@ from prophetkv_rag.reuse.selection import QueryContext, Selection, Strategy
 class Continuation:
     """What a prompt takes over, and where what comes of it is kept; `tier` is `None` where nothing is remembered.
 
+    `held` is what it begins with, `moved` what stood elsewhere.
     `is_repeated` is said of a prompt that was answered before by the same settings, whose rows are all there: nothing
     is chosen, so that its answer is the former one's.
     """
@@ -32,6 +43,7 @@ class Continuation:
     deletable: frozenset[str] = frozenset()
     settings: str = ""
     is_repeated: bool = False
+    moved: Sequence[MovedRows] = ()
 
     @classmethod
     def none(cls) -> Continuation:
@@ -53,19 +65,28 @@ class Continuation:
         """
         if tier is None:
             return cls.none()
-        held = tier.match(layout.input_ids, tenant) if strategy.uses_caches and ratio != 1 else HeldRows.none()
+        takes = strategy.uses_caches and ratio != 1
+        held = tier.match(layout.input_ids, tenant) if takes else HeldRows.none()
+        shared = held.length
         asking = (layout.question_rows[:1], layout.question_rows[-1:], layout.probe_ids)
         settings = f"{strategy if is_dataclass(strategy) else strategy.name} {ratio} {asking}"
         is_repeated = (layout.num_tokens, settings) in held.prompts
         held = held.first(_length_of(layout, held, is_asked=ratio != 0 and not is_repeated))
         is_repeated &= held.length == layout.num_tokens - 1
+        moved = _moved_behind(layout, tier, tenant, held.length, shared) if takes and not is_repeated else ()
         deletable = tier.deletable(chunk.key for chunk in layout.chunks)
-        return cls(tier, tenant, held, deletable, settings, is_repeated)
+        return cls(tier, tenant, held, deletable, settings, is_repeated, moved)
 
     @property
     def length(self) -> int:
-        """How many rows are taken over."""
+        """How many rows are taken over from the prompt's beginning on."""
         return self.held.length
+
+    def seen(self, layout: PromptLayout) -> PromptLayout:
+        """Return the prompt with what was moved, now or in a former turn, and may be chosen from."""
+        is_moved = (self.held.states == int(RowState.MOVED)) & ~layout.is_chunk[: self.length]
+        spans = [*_runs(is_moved), *((rows.start, rows.stop) for rows in self.moved)]
+        return replace(layout, moved=tuple(MovedSpan(*span) for span in spans)) if spans else layout
 
     def new_chunks(self, layout: PromptLayout) -> tuple[ChunkSpan, ...]:
         """Return the chunks that must be loaded."""
@@ -75,10 +96,10 @@ class Continuation:
         """Whether the rows of a chunk that is taken over came from a cache that was encoded behind no other chunk."""
         return all(len(trace.keys) == 1 for trace in self.held.traces if trace.start == chunk.start)
 
-    def put_into(self, layers: Sequence[RowsLayer]) -> None:
+    def put_into(self, layers: Sequence[RowsLayer], support: ModelSupport) -> None:
         """Copy the rows that are taken over to their positions."""
-        if self.tier is not None and self.length:
-            self.tier.put_into(self.held, layers)
+        if self.tier is not None and (self.length or self.moved):
+            self.tier.put_into(self.held, self.moved, layers, support)
 
     def keep_copy(self, answered: AnsweredRows | None, layers: Sequence[Any]) -> None:
         """Keep a prompt that has no answer (yet), as far as it is to be kept."""
@@ -88,7 +109,7 @@ class Continuation:
     def is_settled(self, num_tokens: int) -> torch.Tensor:
         """Return `[N]`, bool: rows that are taken over and not recomputed, whatever is chosen."""
         settled = torch.zeros(num_tokens, dtype=torch.bool)
-        settled[: self.length] = self.is_repeated | (self.held.states != int(RowState.STALE))
+        settled[: self.length] = self.is_repeated | (self.held.states >= int(RowState.COMPUTED))
         return settled
 
     def answered(
@@ -102,7 +123,7 @@ class Continuation:
         """Return what is to be kept of the prompt; `None` if nothing is.
 
         Args:
-            layout: The prompt.
+            layout: The prompt, as it was `seen`.
             ran: `[m]`, ascending: chunk rows that ran through every layer; `None` for all.
             visible: `[N]`, bool: what those saw; `None` for everything before them.
             behind: For the key of a chunk those of the chunks that left a trace in its cache.
@@ -114,13 +135,17 @@ class Continuation:
         has_run[ran.cpu() if ran is not None else slice(None)] = True
         is_blind = None if visible is None or ran is None else has_run & is_chunk
         has_run[self.length :] |= ~is_chunk[self.length :]
-        states = states_after(self.held.states, is_chunk, has_run, is_blind=is_blind)
+        is_moved = torch.zeros_like(is_chunk)
+        for rows in self.moved:
+            is_moved[rows.start : rows.stop] = True
+        states = states_after(self.held.states, is_chunk, has_run, is_moved=is_moved, is_blind=is_blind)
         # What nobody can delete (a chunk of this prompt alone) leaves no trace to look after.
         here = [
             Trace(chunk.start, frozenset({chunk.key, *(behind or {}).get(chunk.key, ())}))
             for chunk in layout.chunks
             if chunk.key in self.deletable
         ]
+        here += [Trace(rows.start, rows.keys) for rows in self.moved if rows.keys]
         traces = tuple(sorted({*self.held.traces, *here}, key=lambda trace: trace.start))
         return AnsweredRows(layout.input_ids.tolist(), states, traces, self.tenant, self.settings)
 
@@ -129,20 +154,57 @@ def _length_of(layout: PromptLayout, held: HeldRows, *, is_asked: bool) -> int:
     """Return how many of the rows a prompt may take over.
 
     Its last token is computed, for the logits. A chunk is taken over whole or not at all. A row that a chunk's cache
-    gave, of a chunk that is not seen in this prompt, cannot be chosen any more, so rows end before it. And where there
-    is something to choose, the tokens that ask are computed.
+    gave, of a chunk that is not seen in this prompt, cannot be chosen any more, so rows end before it; nor can one that
+    was moved, where no chunk stands before it. And where there is something to choose, the tokens that ask are
+    computed.
     """
     length = min(held.length, layout.num_tokens - 1)
-    stray = ((held.states[:length] == int(RowState.STALE)) & ~layout.is_chunk[:length]).nonzero()
+    is_stray = held.states[:length] == int(RowState.STALE)
+    first = min(length, layout.context_start)
+    is_stray[:first] |= held.states[:first] == int(RowState.MOVED)
+    stray = (is_stray & ~layout.is_chunk[:length]).nonzero()
     if stray.shape[0]:
         length = int(stray[0])
     for chunk in layout.chunks:
         if chunk.start < length < chunk.stop:
             length = chunk.start
-    is_open = bool((held.states[:length] == int(RowState.STALE)).any())
+    is_open = bool((held.states[:length] < int(RowState.COMPUTED)).any())
     if is_asked and not layout.probe_ids and layout.chunks and (is_open or layout.chunks[-1].start >= length):
         length = min(length, _first_asking(layout, held, length))
     return length if length > layout.known_prefix else 0
+
+
+def _moved_behind(
+    layout: PromptLayout, tier: ConversationTier, tenant: str, length: int, shared: int
+) -> Sequence[MovedRows]:
+    """Find what stands elsewhere in former prompts, behind the first chunk and before the tokens that ask.
+
+    A prompt without chunks is computed exactly, and so is what stands before them.
+
+    Args:
+        layout: The prompt.
+        tier: Former prompts.
+        tenant: Whose.
+        length: How many rows are taken over from the beginning on.
+        shared: How many would be, if all could.
+    """
+    stop = layout.num_tokens - SHORTEST  # where nobody says what asks, something does
+    if layout.question_rows:
+        stop = min(layout.question_rows[0], layout.num_tokens - 1)
+    if not layout.chunks or stop <= max(length, layout.chunks[0].stop):
+        return ()
+    is_free = ~layout.is_chunk
+    is_free[: max(length, layout.chunks[0].stop)] = False
+    is_free[stop:] = False
+    new = [chunk.stop for chunk in layout.chunks if chunk.start >= length]
+    changed_at = min(new, default=layout.num_tokens)
+    return tier.find_moved(layout.input_ids, tenant, is_free, changed_at=changed_at, shared=shared)
+
+
+def _runs(mask: torch.Tensor) -> list[tuple[int, int]]:
+    """Return where each run of `True` begins and ends."""
+    edges = torch.cat([mask.new_zeros(1), mask, mask.new_zeros(1)]).int().diff().nonzero()[:, 0].tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _first_asking(layout: PromptLayout, held: HeldRows, length: int) -> int:

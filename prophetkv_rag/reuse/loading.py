@@ -59,4 +59,6 @@ def default_ratio(
     is_alone[0] = False
     tokens = [len(chunk.input_ids) for chunk in layout.chunks]
     shares = [ALONE_RATIO if alone else BEHIND_RATIO for alone in is_alone]
+    tokens += [span.stop - span.start for span in layout.moved]  # computed behind others, as what else was said
+    shares += [BEHIND_RATIO] * len(layout.moved)
     return sum(share * count for share, count in zip(shares, tokens, strict=True)) / sum(tokens)

@@ -131,6 +131,7 @@ class Prefiller:
         layout = self.reader.read(prompt, query=query)
         tier = self.conversations if remember else None
         continued = Continuation.of(layout, tier, tenant, chosen, ratio)
+        layout = continued.seen(layout)
         is_reuse = chosen.uses_caches and bool(layout.chunks or continued.length)
         layout.check_fits(self.context_window, is_reuse=is_reuse, is_answered=answer_lock is not None)
         timings = Timings(match=end_stage("match", started, prompt_tokens=layout.num_tokens, chunks=len(layout.chunks)))
@@ -159,7 +160,7 @@ class Prefiller:
         report = report_full_prefill(layout, strategy.name, timings, num_layers=len(self.support.layers))
         filled = resumable_cache([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
         recomputed = layout.is_chunk.nonzero()[:, 0]
-        attach_view(report, layout, recomputed, tokenizer=self.reader.tokens.codec)
+        attach_view(report, layout, recomputed, None, self.reader.tokens.codec)
         answered = continued.answered(layout)
         return PrefillResult(filled, input_ids, logits, report, recomputed.to(logits.device), answered=answered)
 
@@ -200,7 +201,7 @@ class Prefiller:
                 known_prefix=layout.known_prefix,
             )
             del caches
-            continued.put_into(layers)
+            continued.put_into(layers, self.support)
             timings.assemble = time.perf_counter() - mark
 
             mark = time.perf_counter()
@@ -252,8 +253,7 @@ class Prefiller:
             num_layers=len(self.support.layers),
             attended_share=1.0 if visible is None else attended_share(done.rows, context.is_chunk, visible),
         )
-        codec = self.reader.tokens.codec
-        attach_view(report, layout, recomputed, context.scores, tokenizer=codec, num_held=continued.length)
+        attach_view(report, layout, recomputed, context.scores, self.reader.tokens.codec, num_held=continued.length)
         cache = resumable_cache([layer.keys for layer in layers], [layer.values for layer in layers])
         seen = None if visible is None else visible.nonzero()[:, 0]
         answered = continued.answered(layout, done.rows, visible=visible, behind=behind)

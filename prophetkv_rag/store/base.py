@@ -90,6 +90,10 @@ class ChunkStore(ABC):
         """What a chunk's cache is encoded behind, or was, if it is gone since; of the plain ones and unknown: none."""
 
     @abstractmethod
+    def followed(self, keys: Iterable[str]) -> set[str]:
+        """Those of the keys that other chunks are chained behind: that come before those in their document."""
+
+    @abstractmethod
     def known(self, keys: Iterable[str]) -> set[str]:
         """Those of the keys that are chunks of this store, with or without a cache."""
 
@@ -205,6 +209,22 @@ class ChunkStore(ABC):
     def describe(self, fingerprint: str, *, model: str, namespace: str, seconds_per_token: float | None) -> None:
         """Note what a fingerprint stands for and what its caches cost, for statistics and for eviction."""
         return None
+
+    def seal(self, name: str, data: bytes) -> bytes:
+        """Return what is written for a file beside the store: the data itself, or encrypted where blobs are.
+
+        Raises:
+            StoreError: If the store cannot be used with the key that it was given.
+        """
+        return data
+
+    def unseal(self, name: str, data: bytes) -> bytes:
+        """Return what `seal` was given under this name.
+
+        Raises:
+            BlobError: If it was changed, or is encrypted otherwise than blobs are.
+        """
+        return data
 
     def close(self) -> None:
         """Release files and connections; the store cannot be used afterwards."""

@@ -127,6 +127,12 @@ class MemoryStore(ChunkStore):
             chunk = self._chunks.get(key)
             return ALONE if chunk is None else chunk.behind
 
+    def followed(self, keys: Iterable[str]) -> set[str]:
+        """See `ChunkStore.followed`."""
+        with self._lock:
+            there = {key for chunk in self._chunks.values() if chunk.behind.is_chained for key in chunk.behind.keys}
+        return there.intersection(keys)
+
     def drop_caches(self, keys: Iterable[str]) -> None:
         """See `ChunkStore.drop_caches`."""
         with self._lock:

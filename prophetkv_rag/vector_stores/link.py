@@ -67,9 +67,9 @@ class StoreLink(OwnedCaches):
         self.ledger: RecordLedger = ledger_of(engine.store)
         self._pending: dict[int, set[str]] = {}  # by the write that is under way
         self.num_writes = 0
-        if engine.library.encoding.kind == "neighbours":
+        if engine.library.encoding.num_neighbours:
             logger.warning(
-                "chunks of %s are encoded alone: neighbours are looked for in Chroma collections only (encoding %s)",
+                "chunks of %s are encoded without neighbours, which are looked for in Chroma collections only (%s)",
                 self.label,
                 engine.library.encoding,
             )

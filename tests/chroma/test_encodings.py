@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from typing import Any
@@ -17,6 +18,7 @@ from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
 TEXTS = list(CORPUS[:5])
 NAMES = [f"r{number}" for number in range(5)]
 EMBEDDINGS = [[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [0.8, 0.2]]
+NUMBERS = itertools.count()
 NEAREST = [[4, 1], [4, 0], [4, 3], [4, 2], [0, 1]]
 """Of each, its two nearest by cosine, the nearest last; written by hand."""
 
@@ -26,7 +28,7 @@ def collection(encoding: str, **options: Any) -> KVCachingCollection:
         tiny_llama(), tiny_tokenizer(), config=ProphetKVConfig(encoding=encoding), store=MemoryStore()
     )
     client = chromadb.EphemeralClient()
-    name = f"encodings_{id(engine)}"
+    name = f"encodings_{next(NUMBERS)}"
     plain = client.create_collection(name, metadata={"hnsw:space": "cosine"}, embedding_function=None)
     return KVCachingCollection(plain, engine, **options)
 
@@ -105,6 +107,18 @@ def test_neighbours_are_the_nearest_records_in_a_thread_after_the_write() -> Non
     caching.add(ids=NAMES, embeddings=EMBEDDINGS, documents=TEXTS)
     caching.encode_behind_neighbours()
     assert [before(caching, text) for text in TEXTS] == [[TEXTS[n] for n in nearest] for nearest in NEAREST]
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_records_that_are_a_whole_document_stand_behind_neighbours_the_others_behind_each_other(in_background) -> None:
+    caching = collection("previous:2+neighbours:2", in_background=in_background)
+    parts = [node("r0", None), node("r1", "r0"), *({"source": f"{number}"} for number in (2, 3, 4))]
+    caching.add(ids=NAMES, embeddings=EMBEDDINGS, documents=TEXTS, metadatas=parts)
+    for _ in range(2):
+        caching.encode_behind_neighbours()
+        nearest = [[TEXTS[n] for n in nearest] for nearest in NEAREST]
+        assert [before(caching, text) for text in TEXTS] == [[], [TEXTS[0]], *nearest[2:]]
+        caching.cache_existing()
 
 
 def test_without_a_thread_they_are_encoded_when_that_is_asked_for() -> None:

@@ -188,6 +188,57 @@ def test_neighbours_at_once_are_as_in_two_passes(store: ChunkStore) -> None:
         assert_same(list(zip(one.keys, one.values, strict=True)), list(zip(two.keys, two.values, strict=True)))
 
 
+MIXED = ProphetKVConfig(encoding="previous:2+neighbours:2", first_chunk="cached")
+ORDER = [[], [DOCUMENT[0]], [], [], []]
+
+
+def mixed_on(store: ChunkStore) -> ProphetKVEngine:
+    """The first two are a document, the others one each."""
+    engine = engine_on(store, MIXED)
+    engine.add_chunks(DOCUMENT, behind=ORDER)
+    engine.library.add(DOCUMENT, owner="engine", behind=NEAREST, as_neighbours=True)
+    return engine
+
+
+def test_neighbours_stand_before_what_is_a_whole_document_and_nothing_else(store: ChunkStore) -> None:
+    engine = mixed_on(store)
+    keys = [engine.library.key_of(text) for text in DOCUMENT]
+    found = [stored(engine, text).behind for text in DOCUMENT]
+    assert [behind.keys for behind in found] == [(), (keys[0],), (keys[1],), (), (keys[0], keys[2])]
+    assert [behind.is_chained for behind in found if behind.keys] == [True, False, False]
+    assert [behind.through for behind in found] == [()] * 5  # the neighbour that stands behind another stood alone
+    plain = engine_on(MemoryStore(), ProphetKVConfig(encoding="plain"))
+    plain.add_chunks(DOCUMENT)
+    for number, nearest in ((2, [DOCUMENT[1]]), (4, [DOCUMENT[0], DOCUMENT[2]])):
+        wanted = by_hand(engine, DOCUMENT[number], [stored(plain, one) for one in nearest])
+        assert_same(rotated(engine, stored(engine, DOCUMENT[number]), place(engine, nearest)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("deleted", "gone"), [(0, [1, 4]), (1, [2]), (2, [4]), (3, [])], ids=["first", "second", "alone", "nobody's"]
+)
+def test_a_trace_goes_on_through_chained_caches_only(store: ChunkStore, deleted: int, gone: list[int]) -> None:
+    engine = mixed_on(store)
+    store.flush()
+    engine.remove_chunks([engine.library.key_of(DOCUMENT[deleted])])
+    there = [number for number in range(5) if found(engine, DOCUMENT[number]) is None]
+    assert there == sorted([deleted, *gone])
+    assert engine.identity.encoding == "previous:2+neighbours:2"
+
+
+def test_what_comes_later_is_chained_to_what_stands_behind_neighbours(store: ChunkStore) -> None:
+    """Its cache bears their trace, so it goes with them."""
+    engine = mixed_on(store)
+    later = CORPUS[5]
+    engine.add_chunks([later], behind=[[DOCUMENT[4]]])
+    keys = [engine.library.key_of(text) for text in DOCUMENT]
+    assert set(stored(engine, later).behind.traces) == {keys[4], keys[0], keys[2]}
+    store.flush()
+    engine.remove_chunks([keys[2]])
+    assert found(engine, later) is None
+    assert found(engine, DOCUMENT[1]) is not None
+
+
 @pytest.mark.parametrize("config", [PREVIOUS, NEIGHBOURS], ids=str)
 def test_ratio_one_is_full_prefill_and_the_report_says_what_stood_before(config: ProphetKVConfig) -> None:
     engine = engine_on(MemoryStore(), config)
@@ -212,7 +263,11 @@ def test_engines_of_different_encodings_share_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "nearest", "previous:", "previous:0", "previous:17", "plain:1", "neighbours:x", "previous:-1"]
+    "name",
+    [
+        *("", "nearest", "previous:", "previous:0", "previous:17", "plain:1", "neighbours:x", "previous:-1"),
+        *("neighbours+previous", "previous+", "previous+neighbours+neighbours", "auto+neighbours", "previous+plain"),
+    ],
 )
 def test_an_encoding_that_is_none(name: str) -> None:
     with pytest.raises(InputError, match="allowed: auto, plain, previous, neighbours"):

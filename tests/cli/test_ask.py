@@ -21,6 +21,7 @@ REPORT_KEYS = {
     "recomputed_tokens",
     "fresh_tokens",
     "remembered_tokens",
+    "moved_tokens",
     "chunks",
     "timings_s",
 }

@@ -99,11 +99,15 @@ class Engines:
         if corpus is None or encoding.kind == "plain":
             return engine.add_chunks(chunks, owner=owner)
         behind = corpus.behind(chunks, encoding, self._embed)
-        keys: list[str] = []
-        if encoding.kind == "neighbours":  # as in a collection: each alone first
-            known = [*behind, *(text for texts in behind.values() for text in texts)]
-            keys = engine.add_chunks(list(dict.fromkeys(known)), owner=owner)
-        return keys + engine.add_chunks(list(behind), behind=list(behind.values()), owner=owner)
+        if not encoding.num_neighbours:
+            return engine.add_chunks(list(behind), behind=list(behind.values()), owner=owner)
+        # As in a collection: each alone, or behind what stands before it, first.
+        chained = corpus.behind(chunks, replace(encoding, otherwise=0), self._embed)
+        before = chained if encoding.kind == "previous" else {}
+        known = dict.fromkeys([*behind, *(text for texts in behind.values() for text in texts)])
+        keys = engine.add_chunks(list(known), behind=[before.get(text, ()) for text in known], owner=owner)
+        near = {text: texts for text, texts in behind.items() if not before.get(text)}
+        return keys + engine.library.add(list(near), behind=list(near.values()), owner=owner, as_neighbours=True)
 
     def _around(self, arm: Arm, task: str) -> Surroundings | None:
         has_opening, has_lead_in, _ = parse_behind(arm.encoding)

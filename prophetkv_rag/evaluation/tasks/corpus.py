@@ -41,11 +41,18 @@ class Corpus:
             embed: Called at most once, for neighbours.
         """
         wanted = [chunk.strip() for chunk in chunks]
+        found: dict[str, list[str]] = {chunk: [] for chunk in wanted}
         if encoding.kind == "previous":
-            return self._previous(wanted, encoding.count)
+            found = self._previous(wanted, encoding.count)
+        return {chunk: before or self._neighbours(chunk, encoding, embed) for chunk, before in found.items()}
+
+    def _neighbours(self, chunk: str, encoding: Encoding, embed: Embed) -> list[str]:
+        is_first_of_several = any(chunk == one[0] and len(one) > 1 for one in self.documents)
+        if not encoding.num_neighbours or (encoding.kind == "previous" and is_first_of_several):
+            return []
         if self._nearest is None:
             self._nearest = _nearest(self.chunks, embed)
-        return {chunk: self._nearest.get(chunk, [])[: encoding.count][::-1] for chunk in wanted}
+        return self._nearest.get(chunk, [])[: encoding.num_neighbours][::-1]
 
     def _previous(self, wanted: Sequence[str], count: int) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}

@@ -35,13 +35,13 @@ class Epic(Strategy):
         num_chunk_tokens = int(context.is_chunk.sum())
         if context.budget >= num_chunk_tokens:
             return Selection(context.is_chunk.nonzero()[:, 0])
-        chunks = context.layout.chunks[int(context.layout.exact_first_chunk) :]
+        chunks = context.layout.spans[int(context.layout.exact_first_chunk) :]
         # Round r takes the r-th token of every chunk that has one.
         rounds = [
             chunk.start + offset
-            for offset in range(max((len(chunk.input_ids) for chunk in chunks), default=0))
+            for offset in range(max((chunk.stop - chunk.start for chunk in chunks), default=0))
             for chunk in chunks
-            if offset < len(chunk.input_ids)
+            if offset < chunk.stop - chunk.start
         ]
         if self.k is None or context.recompute_ratio == 0:
             chosen = rounds[: context.budget]

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from prophetkv_rag.errors import BlobError
 from prophetkv_rag.store import (
     TEMPORARY_SUFFIX,
     ChunkCache,
@@ -24,7 +25,7 @@ from prophetkv_rag.store import (
 )
 from prophetkv_rag.store.blobs.file import decode_file, read_blob, read_header, read_token_ids
 from prophetkv_rag.store.blobs.header import BlobHeader
-from prophetkv_rag.store.encryption import EncryptionKey, LockedBlobError, seal
+from prophetkv_rag.store.encryption import EncryptionKey, LockedBlobError, is_sealed, seal, unseal
 
 _SUFFIX = ".safetensors"
 _MARK = ".new"
@@ -93,6 +94,18 @@ class BlobFiles:
     def seal(self, key: str, data: bytes) -> bytes:
         """Return what is to be written for a blob: itself, or encrypted where there is a key."""
         return data if self.encryption_key is None else seal(data, self.encryption_key, key=key)
+
+    def unseal(self, key: str, data: bytes) -> bytes:
+        """Return what `seal` was given; `BlobError` if it was changed, or is not encrypted as blobs are here."""
+        if not is_sealed(data):
+            if self.encryption_key is None:
+                return data
+            msg = "it is not encrypted, but this store has a key"
+            raise BlobError(msg)
+        if self.encryption_key is None:
+            msg = "it is encrypted, and no key was given"
+            raise LockedBlobError(msg)
+        return unseal(data, self.encryption_key, key=key)
 
     def write(self, key: str, data: bytes) -> None:
         """Write a blob completely or not at all."""

@@ -12,7 +12,7 @@ from prophetkv_rag.errors import StoreError
 from prophetkv_rag.store import Behind, EntryColumns, TextEntry, chunk_owner
 from prophetkv_rag.store.catalog.file import CatalogFile
 from prophetkv_rag.store.catalog.kept import no_longer_kept
-from prophetkv_rag.store.catalog.traces import behind_of, doom_remote, drop_traced, note_behind, traced
+from prophetkv_rag.store.catalog.traces import behind_of, doom_remote, drop_traced, followed, note_behind, traced
 
 UNKNOWN_OWNER = ""
 """Owner of chunks that were found without a catalog: whoever drops such a chunk deletes it."""
@@ -116,6 +116,11 @@ class Catalog(CatalogFile):
         """What a chunk's cache is encoded behind, or was when it had one; without what it bears `through` that."""
         with self.transaction(is_write=False) as run:
             return behind_of(run, key)
+
+    def followed(self, keys: Sequence[str]) -> set[str]:
+        """Those of the keys that other chunks are chained behind."""
+        with self.transaction(is_write=False) as run:
+            return followed(run, keys)
 
     def add_references(self, owner: str, keys: Iterable[str]) -> None:
         """Note that `owner` refers to these keys."""

@@ -27,18 +27,22 @@ def behind_of(run: sqlite3.Connection, key: str) -> Behind:
     return Behind(tuple(neighbour for neighbour, _ in rows), is_chained=any(chained for _, chained in rows))
 
 
+def followed(run: sqlite3.Connection, keys: Sequence[str]) -> set[str]:
+    """Return those of these keys that other chunks are chained behind."""
+    query = "SELECT neighbour FROM behind WHERE is_chained AND neighbour IN (SELECT value FROM json_each(?))"
+    return {key for (key,) in run.execute(query, (json.dumps(keys),))}
+
+
 def traced(run: sqlite3.Connection, keys: Sequence[str]) -> list[str]:
     """Return the keys of all other chunks whose caches bear the trace of one of these."""
     seen, found, new = set(keys), list[str](), list(keys)
+    query = "SELECT DISTINCT key FROM behind WHERE neighbour IN (SELECT value FROM json_each(?))"
     while new:
-        rows = run.execute(
-            "SELECT key, max(is_chained) FROM behind WHERE neighbour IN (SELECT value FROM json_each(?)) GROUP BY key",
-            (json.dumps(new),),
-        ).fetchall()
-        fresh = [(key, chained) for key, chained in rows if key not in seen]
-        seen.update(key for key, _ in fresh)
-        found += [key for key, _ in fresh]
-        new = [key for key, chained in fresh if chained]
+        new = [key for (key,) in run.execute(query, (json.dumps(new),)) if key not in seen]
+        seen.update(new)
+        found += new
+        if "is_chained" not in query:  # from here on: whose cache was made of theirs as they are stored
+            query += " AND is_chained"
     return found
 
 

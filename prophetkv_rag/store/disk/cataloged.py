@@ -45,6 +45,16 @@ class CatalogedStore(ChunkStore):
     def drop_from_memory(self, keys: Iterable[str]) -> None:
         """Forget caches that this process holds in RAM or is about to write."""
 
+    def seal(self, name: str, data: bytes) -> bytes:
+        """See `ChunkStore.seal`."""
+        if self.files.locked_by is not None:
+            raise StoreError(self.files.locked_by)
+        return self.files.seal(name, data)
+
+    def unseal(self, name: str, data: bytes) -> bytes:
+        """See `ChunkStore.unseal`."""
+        return self.files.unseal(name, data)
+
     def knows(self, key: str) -> bool:
         """See `ChunkStore.knows`."""
         return key in self.catalog
@@ -60,6 +70,10 @@ class CatalogedStore(ChunkStore):
             return self.catalog.behind(key)
         except StoreError:  # opened read-only, and made by an older version
             return ALONE
+
+    def followed(self, keys: Iterable[str]) -> set[str]:
+        """See `ChunkStore.followed`."""
+        return self.catalog.followed(list(keys))
 
     def note(self, key: str, *, fingerprint: str, num_tokens: int, entry: TextEntry | None) -> None:
         """See `ChunkStore.note`."""

@@ -104,6 +104,14 @@ def test_a_question_file_has_no_previous_chunks():
     assert previous == pytest.approx(alone, abs=1e-9)
 
 
+def test_of_both_kinds_a_document_has_the_one_and_a_question_file_the_other():
+    document, questions = engines_of(example()), engines_of(example(is_document=False))
+    for engines, same in ((document, "previous:2"), (questions, "neighbours:2")):
+        one, both = measured(engines, f"full_reuse@{same}", "full_reuse@previous:2+neighbours:2")
+        assert both == pytest.approx(one, abs=1e-7)
+    assert abs(measured(document, "full_reuse@neighbours:2")[0] - measured(document, "full_reuse@previous:2")[0]) > 1e-7
+
+
 def test_kept_caches_are_computed_once():
     engines = engines_of(toy=Corpus((tuple(CHUNKS),), is_kept=True))
     arm = Arm("full_reuse@previous:2", 0.0)
@@ -136,6 +144,7 @@ def test_the_chain_before_a_chunk_is_encoded_too():
         ("prompt", (True, False, "plain")),
         ("prompt+corpus+previous:3", (True, True, "previous:3")),
         ("neighbours", (False, False, "neighbours:3")),
+        ("prompt+previous+neighbours:2", (True, False, "previous:2+neighbours:2")),
     ],
 )
 def test_what_stands_behind_the_at(text, expected):
@@ -145,7 +154,7 @@ def test_what_stands_behind_the_at(text, expected):
 
 @pytest.mark.parametrize(
     "text",
-    ["corpus+prompt", "prompt+prompt", "previous:2+prompt", "previous:1+neighbours:2", "plain", "previous:0", "x"],
+    ["corpus+prompt", "prompt+prompt", "previous:2+prompt", "neighbours:2+previous:1", "plain", "previous:0", "x"],
 )
 def test_what_does_not(text):
     with pytest.raises(InputError, match=r"unknown encoding .*; allowed: prompt, corpus, and previous:N"):

@@ -82,3 +82,23 @@ def test_tenants_of_one_engine_and_switching_off() -> None:
         for call in calls
     ]
     assert found[0] == found[1] == found[3] == 0 < found[2]
+
+
+def test_a_history_behind_context_that_changes_is_moved() -> None:
+    """The context stands in the system message: of other chunks the history is found behind them all the same."""
+    engine = make_engine(remember=True)
+    model = ChatProphetKV(engine=engine, max_tokens=8)
+    town_store(engine)
+    prompt = ChatPromptTemplate.from_messages(
+        [("system", "Context:\n\n{context}"), ("placeholder", "{history}"), ("human", "{input}")]
+    )
+    history: list[Any] = []
+    for number, question in enumerate(QUESTIONS):
+        context = "\n\n".join(TOWN[number : number + 2])
+        answer = (prompt | model).invoke({"history": history, "context": context, "input": question})
+        report = answer.response_metadata["prophetkv"]
+        told = "".join(message.text for message in history)
+        assert report["fresh_tokens"] < 60
+        assert report["moved_tokens"] >= len(engine.tokenizer(told)["input_ids"])
+        assert (report["moved_tokens"] > 0) == (number > 0)
+        history += [HumanMessage(question), AIMessage("Well then: " + question)]

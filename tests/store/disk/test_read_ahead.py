@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import chromadb
 import pytest
 
-from prophetkv_rag import Prompt, ProphetKVEngine
+from prophetkv_rag import Prompt, ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.chroma import KVCachingCollection
+from prophetkv_rag.prompt import Tokens
 from prophetkv_rag.store.disk.store import DiskStore
 from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
 
@@ -52,6 +55,24 @@ def test_what_was_found_is_in_ram_when_the_prompt_comes(collection, tmp_path):
     report = engine.prefill(Prompt("Read: ", texts, " So?")).report
     assert [chunk.status for chunk in report.chunks] == ["hit", "hit"]
     assert engine.prefill(Prompt("Read: ", TEXTS[2:], " So?")).report.chunks[0].status == "miss"
+
+
+def test_what_was_found_first_is_in_ram_by_its_second_cache_too(collection, tmp_path):
+    config = ProphetKVConfig(lead_in=CORPUS[5])
+
+    def opened_so():
+        return ProphetKVEngine(MODEL, tiny_tokenizer(), config=config, store=DiskStore(tmp_path / "led"))
+
+    with closing(opened_so().store) as store:
+        engine = ProphetKVEngine(MODEL, tiny_tokenizer(), config=config, store=store)
+        KVCachingCollection(collection, engine).cache_existing()
+        prompt = Prompt(Tokens(engine.tokenizer).default_encoding_prefix(), TEXTS[:2], " So?")
+        assert [chunk.status for chunk in engine.prefill(prompt).report.chunks] == ["miss", "hit"]
+    engine = opened_so()
+    ask(collection, engine)
+    remove_blobs(tmp_path / "led")
+    assert [chunk.status for chunk in engine.prefill(prompt).report.chunks] == ["hit", "hit"]
+    engine.store.close()
 
 
 def test_without_a_query_nothing_is_read(collection, tmp_path):
