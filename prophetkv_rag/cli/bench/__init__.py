@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from prophetkv_rag.cli.bench import formats, kernels, load, quality, store, ttft
+from prophetkv_rag.cli.bench import formats, kernels, load, quality, reuse, store, ttft
 
 app = typer.Typer(help="Measure speed and fidelity on your own machine, model and data.", no_args_is_help=True)
 app.command()(ttft.ttft)
@@ -13,3 +13,4 @@ app.command()(kernels.kernels)
 app.command()(formats.formats)
 app.command()(store.store)
 app.command()(load.load)
+app.command()(reuse.reuse)

@@ -62,7 +62,7 @@ def choose_ggufs(
                 found.append(GgufModel("Q4_1", fetch_default_gguf(tell)))
         except FetchError as error:
             left_out.append(f"llama.cpp on the default model's GGUF file: {error}")
-    own, reason = _own_weights(engine.model, folder, prompt_cache=not found)
+    own, reason = own_weights(engine.model, folder, prompt_cache=not found)
     if own is not None:
         found.append(own)
     elif found:
@@ -72,7 +72,8 @@ def choose_ggufs(
     return found, left_out
 
 
-def _own_weights(model: Any, folder: Path, *, prompt_cache: bool) -> tuple[GgufModel | None, str | None]:
+def own_weights(model: Any, folder: Path, *, prompt_cache: bool) -> tuple[GgufModel | None, str | None]:
+    """Write a model's own weights for llama.cpp; returns the file, or why there is none."""
     from prophetkv_rag.evaluation.speed import GgufModel, format_of, why_not_gguf, write_gguf
 
     reason = why_not_gguf(model)

@@ -1,9 +1,10 @@
 """Time to first token against full prefill and against other ways, what limits it, memory, kernels.
 
-Begin reading with `ttft.py`; `peers.py` and `llama_cpp.py` are the other ways, `flops.py` counts what could be at best,
-`results.py` and `growth.py` sum up.
+Begin reading with `ttft.py`; `peers.py` and `llama_cpp.py` are the other ways, `cache_reuse.py` is what one of them
+does to answers, `flops.py` counts what could be at best, `results.py` and `growth.py` sum up.
 """
 
+from prophetkv_rag.evaluation.speed.cache_reuse import measure_cache_reuse
 from prophetkv_rag.evaluation.speed.gguf_export import format_of, why_not_gguf, write_gguf
 from prophetkv_rag.evaluation.speed.growth import cost_per_token
 from prophetkv_rag.evaluation.speed.index_speed import measure_index_throughput
@@ -23,6 +24,7 @@ __all__ = [
     "count_lines",
     "format_of",
     "has_device",
+    "measure_cache_reuse",
     "measure_index_throughput",
     "measure_kernels",
     "measure_ttft",
