@@ -55,8 +55,8 @@ def index(
         str | None,
         typer.Option(
             help="Which other chunks a chunk is encoded behind: plain (none), previous (of its file) or neighbours "
-            "(nearest in the collection), with a number of them, or both, as in previous:2+neighbours:3 (these for files "
-            "of one chunk); by default the database's, else previous:2 "
+            "(nearest in the collection), with a number of them, or both (previous:2+neighbours:3: these for files of "
+            "one chunk); by default the database's, else previous:2 "
             "(docs/encodings.md). Another one means that all KV caches are computed again.",
         ),
     ] = None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -45,6 +45,11 @@ class TextCodec:
         self._names = {index: token for token, index in controls.items()}
         longest_first = sorted(controls, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    @property
+    def control_ids(self) -> Collection[int]:
+        """Ids of the special tokens, which no text becomes: a chat template puts them around messages."""
+        return self._names.keys()
 
     @property
     def chat(self) -> ChatAbility:

@@ -45,6 +45,7 @@ class PromptLayout:
         known_prefix: How many of the first tokens, before the context, are those of the encoding prefix, whose rows
             were computed once for all.
         exact_first_chunk: Whether the first chunk follows exactly the prefix that chunks are encoded behind.
+        marks: Positions of control tokens, such as a chat template puts around messages.
         moved: In order of position, all behind the first chunk: what is taken from former prompts and as stale as the
             chunks, so it is chosen from like them.
     """
@@ -55,6 +56,7 @@ class PromptLayout:
     probe_ids: tuple[int, ...] = ()
     known_prefix: int = 0
     exact_first_chunk: bool = False
+    marks: tuple[int, ...] = ()
     moved: tuple[MovedSpan, ...] = ()
 
     @property

@@ -147,6 +147,7 @@ class PromptReader:
             probe_ids=probe_ids,
             known_prefix=_shared_length(prefix, self.identity.prefix_ids),
             exact_first_chunk=bool(pieces.chunks) and prefix == self.identity.prefix_ids,
+            marks=self.tokens.marks(pieces.ids),
         )
 
 

@@ -44,6 +44,11 @@ class Tokens:
         """Whether chat messages can be rendered."""
         return self.codec is not None and self.codec.chat.renders != ""
 
+    def marks(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+        """Return the positions of control tokens, such as a chat template puts around messages."""
+        controls = () if self.codec is None else self.codec.control_ids
+        return tuple(position for position, token in enumerate(token_ids) if token in controls)
+
     def _require(self, what: str) -> TextCodec:
         if self.codec is None:
             msg = f"{what} was given as text, but the engine has no tokenizer; give token ids, or make it with one"

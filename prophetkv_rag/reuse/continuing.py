@@ -174,9 +174,10 @@ def _length_of(layout: PromptLayout, held: HeldRows, *, is_asked: bool) -> int:
 
 
 def _moved_behind(layout: PromptLayout, tier: ConversationTier, tenant: str, length: int) -> Sequence[MovedRows]:
-    """Find what stands elsewhere in former prompts, behind the first chunk and before the tokens that ask.
+    """Find which messages stand elsewhere in former prompts, behind the first chunk's and before the one that asks.
 
-    A prompt without chunks is computed exactly, and so is what stands before them.
+    A prompt without chunks is computed exactly, and so is what stands before them. So are the messages that hold chunks
+    or ask: what they say besides is an application's instructions, which are in every prompt and no conversation.
 
     Args:
         layout: The prompt.
@@ -187,11 +188,14 @@ def _moved_behind(layout: PromptLayout, tier: ConversationTier, tenant: str, len
     stop = layout.num_tokens - SHORTEST  # where nobody says what asks, something does
     if layout.question_rows:
         stop = min(layout.question_rows[0], layout.num_tokens - 1)
-    if not layout.chunks or stop <= max(length, layout.chunks[0].stop):
+    last = max((mark for mark in layout.marks if mark < stop), default=0)
+    if not layout.chunks or last <= max(length, layout.chunks[0].stop):
         return ()
     is_free = ~layout.is_chunk
     is_free[: max(length, layout.chunks[0].stop)] = False
-    is_free[stop:] = False
+    is_free[last:] = False
+    for chunk in layout.chunks:
+        is_free[chunk.start : next(mark for mark in (*layout.marks, layout.num_tokens) if mark >= chunk.stop)] = False
     starts = [chunk.start for chunk in layout.chunks]
     return tier.find_moved(layout.input_ids, tenant, is_free, chunk_starts=starts, held=length)
 

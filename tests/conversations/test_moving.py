@@ -53,9 +53,10 @@ def messages(chunks: Any, said: Any = SAID, question: str = QUESTION) -> list[di
 
 
 def history_of(engine: ProphetKVEngine, sent: list[dict[str, str]]) -> tuple[int, int]:
-    """Where the history stands: behind the last chunk, before the question."""
+    """Where the messages stand between the one that holds the chunks and the one that asks."""
     layout = engine.read(sent)
-    return layout.chunks[-1].stop, layout.question_rows[0]
+    start = next(mark for mark in layout.marks if mark >= layout.chunks[-1].stop)
+    return start, max(mark for mark in layout.marks if mark < layout.question_rows[0])
 
 
 def sum_of(report: Any) -> int:
@@ -69,7 +70,7 @@ def test_the_history_behind_changed_context_is_found_and_not_computed_again(engi
     start, stop = history_of(engine, sent)
     with counted_rows(engine) as rows:
         report = engine.generate(sent, max_new_tokens=4).report
-    assert report.moved_tokens == stop - start > 100  # all of it, to the question
+    assert report.moved_tokens == stop - start > 100  # all of it
     assert sum_of(report) == report.prompt_tokens
     assert report.chunk_tokens == report.reused_tokens + report.recomputed_tokens
     assert report.chunk_tokens == report.moved_tokens + sum(chunk.tokens for chunk in report.chunks)
@@ -78,6 +79,28 @@ def test_the_history_behind_changed_context_is_found_and_not_computed_again(engi
     unavoidable = report.prompt_tokens - report.remembered_tokens - report.chunk_tokens
     ran = report.row_layers - unavoidable * LAYERS
     assert report.charged_ratio == pytest.approx(ran / (report.chunk_tokens * LAYERS), abs=0.1)
+
+
+INSTRUCTIONS = (
+    "\nGiven the context information above and not prior knowledge, answer the query in one sentence.\nQuery: "
+)
+
+
+@pytest.mark.parametrize("role", ["system", "user", None], ids=["context apart", "one message", "no template"])
+def test_what_every_prompt_says_is_no_conversation(engine: ProphetKVEngine, role: str | None) -> None:
+    """The instructions behind the context would be found in any former prompt, computed behind its chunks."""
+
+    def sent(chunks: Any, question: str) -> Any:
+        context = "Read: " + "\n\n".join(chunks) + INSTRUCTIONS
+        if role is None:
+            return context + question
+        return [user(context + question)] if role == "user" else [{"role": role, "content": context}, user(question)]
+
+    engine.generate(sent(CONTEXTS[0], "How many planes shall be produced?"), max_new_tokens=2)
+    report = engine.generate(sent(CONTEXTS[1], "Who watches the fox jump?"), max_new_tokens=2).report
+    assert report.moved_tokens == 0
+    assert report.fresh_tokens > 40
+    assert len(report.chunks) == 2
 
 
 def test_ratio_bounds_what_is_recomputed_of_it(engine: ProphetKVEngine) -> None:
@@ -500,12 +523,12 @@ def test_a_prompt_made_to_be_slow_is_not() -> None:
     assert all(one.stop - one.start == 40 for one in found)
 
 
-def test_prompts_of_token_ids_alone_work() -> None:
+def test_without_a_tokenizer_nobody_knows_where_messages_begin() -> None:
     engine = ProphetKVEngine(tiny_llama(), None)
     chunks = [list(range(100, 130)), list(range(200, 230))]
     engine.add_chunks(chunks)
     said = [5, 9, 33, 8, 51, 4, 77, 60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 72]
     engine.prefill(Prompt([1, 3], [chunks[0]], [*said, 80, 81], query=[80, 81]), remember=True)
     report = engine.prefill(Prompt([1, 3], [chunks[1]], [*said, 90, 91], query=[90, 91]), remember=True).report
-    assert report.moved_tokens == len(said)
+    assert report.moved_tokens == 0
     assert sum_of(report) == report.prompt_tokens

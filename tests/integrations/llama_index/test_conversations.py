@@ -75,10 +75,10 @@ def test_what_a_turn_computes(name: str, top_k: int, new_vector_store: Any, call
     for before, report in pairwise(answers):
         parts = ("remembered_tokens", "reused_tokens", "recomputed_tokens", "fresh_tokens")
         assert report["prompt_tokens"] == sum(report[part] for part in parts)
-        assert report["fresh_tokens"] < 60
+        assert report["fresh_tokens"] < (60 if top_k != CHANGING else 140)  # with what is said behind the context
         if top_k == CHANGING:  # the context stands before the history, which is found behind the other chunk
             assert report["remembered_tokens"] < report["prompt_tokens"] / 2
-            assert report["moved_tokens"] > 40
+            assert report["moved_tokens"] > 20
         else:
             assert [chunk["status"] for chunk in report["chunks"]] == ["remembered"] * top_k
             assert report["reused_tokens"] == 0
