@@ -159,7 +159,7 @@ def _is_behind_others(
         there += [trace.start for trace in node.traces]
         node = node.parent
     assert node is not None
-    shared = common[id(node)]
+    shared = max(common.values()) if node is last else common[id(node)]  # what the prompt itself said before, or others
     there += [trace.start for trace in node.traces]
     here = min(shared, held)
     return any(shared <= at < start for at in there) or any(here <= at < place for at in chunk_starts)
