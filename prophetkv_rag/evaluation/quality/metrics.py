@@ -211,4 +211,4 @@ def try_metrics(names: Iterable[str]) -> None:
         MissingExtraError: If it is not installed.
     """
     for name in names:
-        METRICS[name]("a", ["a"], ["a"])
+        METRICS[name]("1", ["Paragraph 1, 段落1"], ["Paragraph 1"])

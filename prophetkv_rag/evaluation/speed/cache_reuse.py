@@ -6,7 +6,7 @@ compared in the same way with the model's own (`quality/fidelity.py`), on the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -195,7 +195,13 @@ def measure_cache_reuse(
                 found.setdefault((f"ours, {strategy}", ratio), []).append((fidelity.kl, fidelity.top1_agreement))
             on_step(1)
     return [
-        ReuseRow(name, ratio, *(sum(values) / len(values) for values in zip(*rows, strict=True)), len(rows))
+        ReuseRow(
+            name,
+            ratio,
+            kl=sum(kl for kl, _ in rows) / len(rows),
+            top1_agreement=sum(same for _, same in rows) / len(rows),
+            prompts=len(rows),
+        )
         for (name, ratio), rows in found.items()
     ]
 
@@ -207,7 +213,7 @@ def _chunk_ids(layout: PromptLayout) -> list[int]:
 
 
 def _answer(
-    cache: LlamaCppCache, logits: torch.Tensor, num_tokens: int, ends: Sequence[int], most: int
+    cache: LlamaCppCache, logits: torch.Tensor, num_tokens: int, ends: Collection[int], most: int
 ) -> tuple[list[int], torch.Tensor]:
     """Decode greedily; returns the answer and the logits `[answer, vocab]` that it was chosen by."""
     rows, answer = [logits], [int(logits.argmax(-1))]

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.evaluation.quality.metrics import METRICS, normalize_answer, score
+from prophetkv_rag.evaluation.quality.metrics import METRICS, normalize_answer, score, try_metrics
 from prophetkv_rag.evaluation.tasks.example import TaskExample
 
 NEEDS = {"qa_f1_zh": "jieba", "rouge_l": "rouge", "rouge_l_zh": "jieba"}
@@ -196,6 +196,13 @@ def test_every_metric_with_nothing_to_compare(metric: str) -> None:
         pytest.importorskip(NEEDS[metric])
     assert marked(metric, "something 1") == 0.0
     assert marked(metric, "") == 0.0
+
+
+def test_every_metric_can_be_tried() -> None:
+    """Those of paragraph numbers need one in a reference."""
+    for metric in METRICS:
+        pytest.importorskip(NEEDS.get(metric, "json"))
+    try_metrics(METRICS)
 
 
 def test_an_unknown_metric_lists_the_allowed_ones() -> None:
