@@ -64,7 +64,7 @@ def parse_encoding(text: str) -> Encoding:
             return replace(first, is_order_guessed=False, otherwise=second.count)
     msg = (
         f"encoding is {text!r}; allowed: auto, plain, previous, neighbours, or with a number of chunks from 1 to "
-        f"{_MOST_CHUNKS}, such as previous:2, or two of them, such as previous:2+neighbours:3"
+        f"{_MOST_CHUNKS}, such as previous:2, or both, such as previous:2+neighbours:3"
     )
     raise InputError(msg)
 
