@@ -81,7 +81,7 @@ def test_calibrate_on_a_database(run: Run, texts: Path, questions: Path, tmp_pat
     [
         (("index", "docs", "--fidelity", "0.9", "--encoding", "plain"), "--fidelity picks the encoding"),
         (("index", "docs", "--fidelity", "0.9", "--questions", "none.txt"), "none.txt cannot be read as questions"),
-        (("calibrate", "model", "--db", ".prophetkv"), "leave MODEL and --data out"),
+        (("calibrate", "model", "--db", ".prophetkv"), "leave MODEL, --dtype and --data out"),
         (("index", "docs", "--questions", "none.txt"), "--questions goes with --fidelity"),
         (("calibrate", "--apply"), "--questions and --apply go with --db"),
         (("calibrate", "--db", ".prophetkv"), "there is no database at .prophetkv"),

@@ -555,7 +555,7 @@ def test_neighbours_are_chromas_alone(caplog: pytest.LogCaptureFixture) -> None:
     engine = ProphetKVEngine(tiny_llama(), tiny_tokenizer(), config=ProphetKVConfig(encoding="neighbours:2"))
     with caplog.at_level(logging.WARNING):
         store = with_kv_caches(InMemoryVectorStore(HashingEmbeddings()), engine)
-    assert "encoded alone: neighbours" in caplog.text
+    assert "encoded without neighbours" in caplog.text
     store.add_texts([A, B])
     check(store, A, B)
 
