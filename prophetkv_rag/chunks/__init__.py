@@ -3,8 +3,8 @@
 In come texts; out come their caches, in the store when they are written and loaded when a prompt has them (or computed
 again, where the store cannot give them). Begin reading with `library.py` (`opening.py` makes it); `encode.py` runs the
 model, `encoder.py` behind other chunks, too (`placing.py` says which, `order.py` in which order, `recent.py` holds
-their caches meanwhile), `writer.py` stores while it runs, `loader.py` brings caches back, and `prompt_loader.py` those of a whole
-prompt.
+their caches meanwhile), `writer.py` stores while it runs, `loader.py` brings caches back, and `prompt_loader.py` those
+of a whole prompt.
 """
 
 from prophetkv_rag.chunks.encode import EncodingPrefix, encode_chunks, encode_prefix
