@@ -139,6 +139,9 @@ class ProphetKVConfig:
             next turn of a conversation, a prompt that is sent again) computes only what is new; a call's own
             `remember=` overrides it. docs/conversations.md says what is taken over.
         remember_bytes: Most bytes of RAM for that, the least recently used go first.
+        max_batch: Most answers that are decoded together, in one forward a token, where several calls are made at once
+            (threads, async calls, a framework's batch, `generate_batch`); further ones begin as others end, so it also
+            bounds how many prompts' caches there are at a time. 1: one answer after the other.
         max_prompt_tokens: Own limit on a prompt's length, in tokens; `None` for the model's context window.
 
     Raises:
@@ -158,6 +161,7 @@ class ProphetKVConfig:
     lead_in_tokens: int = LEAD_IN_TOKENS
     encoding: str = "auto"
     index_batch_tokens: int = 2048
+    max_batch: int = 8
     max_prompt_tokens: int | None = None
     remember: bool = True
     remember_bytes: int = REMEMBER_BYTES
@@ -182,6 +186,9 @@ class ProphetKVConfig:
             raise ValueError(msg)
         if self.index_batch_tokens < 1:
             msg = f"index_batch_tokens is {self.index_batch_tokens}; it must be at least 1"
+            raise ValueError(msg)
+        if isinstance(self.max_batch, bool) or self.max_batch < 1:
+            msg = f"max_batch is {self.max_batch}; it must be at least 1 (one answer after the other)"
             raise ValueError(msg)
         if isinstance(self.remember_bytes, bool) or self.remember_bytes < 0:
             msg = f"remember_bytes is {self.remember_bytes}; it must be 0 (nothing is remembered) or more bytes"

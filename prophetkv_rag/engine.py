@@ -14,15 +14,15 @@ from prophetkv_rag.chunks import open_library
 from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.conversations import ConversationTier, SavesConversations
 from prophetkv_rag.generation import (
-    GenerationResult,
+    AnswersPrompts,
     Grammar,
     GrammarCompiler,
     InterruptibleLock,
     SamplingSettings,
     StreamChunk,
+    Turns,
     end_token_ids,
     stream_answer,
-    whole_answer,
 )
 from prophetkv_rag.model import ModelState, RowsLayer, load_model, model_fingerprint, model_lock, own_state, probe_model
 from prophetkv_rag.profile import Profile, with_profile
@@ -32,7 +32,7 @@ from prophetkv_rag.store import ChunkStore, MemoryStore
 from prophetkv_rag.waiting import advise
 
 
-class ProphetKVEngine(SavesConversations):
+class ProphetKVEngine(AnswersPrompts, SavesConversations):
     """Caches chunks at index time; reuses and partly recomputes them at query time.
 
     Engines may be used from many threads, several on one model too: it runs for one caller at a time, step by step.
@@ -94,6 +94,7 @@ class ProphetKVEngine(SavesConversations):
         self._grammars = GrammarCompiler(tokenizer, self.end_tokens)
         self._reader = PromptReader(self.tokens, self.identity, self.chunk_index)
         self.conversations = ConversationTier(self.config.remember_bytes, self.store.known, self.chunk_index)
+        self.turns = Turns(self.model_lock, model, self.library.state.check_adapters, most=self.config.max_batch)
         self._prefiller = Prefiller.over(self.library, self.config, self._reader, self.conversations)
 
     max_concurrent = 1
@@ -273,7 +274,7 @@ class ProphetKVEngine(SavesConversations):
         settings = SamplingSettings(
             max_new_tokens=max_new_tokens, stop=stop, temperature=temperature, top_p=top_p, seed=seed
         )
-        lock = InterruptibleLock(self.model_lock, cancel, deadline_s)
+        lock = InterruptibleLock(self.model_lock, cancel, deadline_s, self.turns)
         constraint = None if grammar is None else self._grammars.start(grammar)
         kept = self.config.remember if remember is None else remember
         prefill = partial(self._prefiller.run, prompt, strategy, recompute_ratio, query, remember=kept, tenant=tenant)
@@ -288,8 +289,5 @@ class ProphetKVEngine(SavesConversations):
             check=self.library.state.check_adapters,
             constraint=constraint,
             keep=self.conversations.keep,
+            layers=self.support.layers,
         )
-
-    def generate(self, prompt: AnyPrompt, **settings: Any) -> GenerationResult:
-        """Answer a prompt at once; takes the arguments of `stream`."""
-        return whole_answer(self.stream(prompt, **settings))

@@ -14,7 +14,8 @@ from prophetkv_rag.generation.constraint import Constraint
 from prophetkv_rag.generation.decode import StreamChunk, decode_tokens
 from prophetkv_rag.generation.interrupt import Interrupted, InterruptibleLock
 from prophetkv_rag.generation.sampling import SamplingSettings
-from prophetkv_rag.model import complete_cache
+from prophetkv_rag.generation.steps import Steps
+from prophetkv_rag.model import LayerSupport, complete_cache
 from prophetkv_rag.report import ReuseReport, trace_generation
 
 
@@ -58,6 +59,7 @@ def stream_answer(
     check: Callable[[], None] = lambda: None,
     constraint: Constraint | None = None,
     keep: Keep | None = None,
+    layers: Sequence[LayerSupport] = (),
 ) -> Generator[StreamChunk, None, None]:
     """Prefill a prompt and generate from it.
 
@@ -69,9 +71,10 @@ def stream_answer(
         end_tokens: Tokens that end the answer.
         to_text: Turns generated tokens into text.
         model_lock: Of this call; says when it must stop.
-        check: See `decode_tokens`.
+        check: See `Steps`.
         constraint: See `decode_tokens`.
         keep: Called once the answer has ended, in whatever way.
+        layers: See `Steps`.
 
     Yields:
         Pieces of the answer; the last one has a finish reason. The span of the decoding is ended with it.
@@ -81,22 +84,23 @@ def stream_answer(
     """
     try:
         filled = prefill()
-    except Interrupted as interrupted:
+    except BaseException as error:
+        model_lock.leave()
+        if not isinstance(error, Interrupted):
+            raise
+        interrupted = error
         yield _stopped_before_prefill(interrupted)
         return
     room = context_window - filled.report.prompt_tokens
     cache, answered = complete_cache(filled.past_key_values), filled.answered
     pieces = decode_tokens(
-        model,
-        cache,
+        Steps(model, cache, model_lock, check, layers),
         filled.input_ids,
         filled.logits,
         replace(settings, max_new_tokens=min(settings.max_new_tokens, room)),
         end_tokens=end_tokens,
         to_text=to_text,
-        model_lock=model_lock,
         report=filled.report,
-        check=check,
         constraint=constraint,
     )
     del filled  # decoding replaces the cache's tensors; the prompt's must not be kept beside them
@@ -107,6 +111,7 @@ def stream_answer(
                 token_ids = piece.token_ids
                 yield piece
     finally:
+        model_lock.leave()
         if keep is not None and answered is not None:
             keep(answered, cache.layers, token_ids)
 

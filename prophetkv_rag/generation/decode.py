@@ -14,9 +14,10 @@ from typing import Any, Literal
 import torch
 
 from prophetkv_rag.generation.constraint import Constraint
-from prophetkv_rag.generation.interrupt import Interrupted, InterruptibleLock
+from prophetkv_rag.generation.interrupt import Interrupted
 from prophetkv_rag.generation.sampling import Sampler, SamplingSettings
-from prophetkv_rag.model import own_state, plain_forward
+from prophetkv_rag.generation.steps import Steps
+from prophetkv_rag.model import own_state
 from prophetkv_rag.report import ReuseReport
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
@@ -88,32 +89,26 @@ class _TextBuffer:
 
 
 def decode_tokens(
-    model: Any,
-    cache: Any,
+    steps: Steps,
     input_ids: torch.Tensor,
     logits: torch.Tensor,
     settings: SamplingSettings,
     *,
     end_tokens: frozenset[int],
     to_text: Callable[[Sequence[int]], str],
-    model_lock: InterruptibleLock,
     report: ReuseReport,
-    check: Callable[[], None] = lambda: None,
     constraint: Constraint | None = None,
 ) -> Generator[StreamChunk, None, None]:
     """Generate from a filled cache.
 
     Args:
-        model: The language model; each step takes `model_lock` for its forward only.
-        cache: KV cache of the whole prompt; grows by one row a step.
+        steps: Runs the model on from a cache of the whole prompt; each step takes the model for its forward only.
         input_ids: `[1, N]`, the prompt.
         logits: `[1, vocab]` of the prompt's last token.
         settings: How tokens are chosen and when to stop.
         end_tokens: Tokens that end the answer.
         to_text: Turns generated tokens into text.
-        model_lock: Held while the model runs; says when the call must stop.
         report: Passed through to every piece.
-        check: Called before the model runs, under its lock; raises if it must not.
         constraint: Says which tokens may come next. What it forces is taken without asking the model. The answer has
             the reason `"stop"` only if it is whole: a stop string counts where it may end, and go on.
 
@@ -124,15 +119,14 @@ def decode_tokens(
     unread: list[int] = []  # generated, and not in the cache yet
     finish_reason: FinishReason | None = None
     while finish_reason is None:
-        finish_reason = model_lock.reason
+        finish_reason = steps.model_lock.reason
         if finish_reason is None and unread:
             try:
                 # Entered anew at each step: between them the thread is the caller's.
-                with own_state(), model_lock:
-                    check()
+                with own_state():
                     step = torch.tensor([unread], device=input_ids.device)
+                    logits = steps.run(step, input_ids.shape[1])
                     input_ids = torch.cat([input_ids, step], dim=1)
-                    logits = plain_forward(model, step, cache)
             except Interrupted as interrupted:
                 finish_reason = interrupted.reason
         if finish_reason is None:

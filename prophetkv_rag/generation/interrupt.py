@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Literal
 
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.generation.turns import Turns
 
 InterruptReason = Literal["cancelled", "deadline"]
 
@@ -33,7 +34,11 @@ class InterruptibleLock(AbstractContextManager[None]):
     """A model's lock as one call sees it: taking it raises `Interrupted` once the call must stop."""
 
     def __init__(
-        self, lock: threading.RLock, cancel: threading.Event | None = None, deadline_s: float | None = None
+        self,
+        lock: threading.RLock,
+        cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
+        turns: Turns | None = None,
     ) -> None:
         """Wrap a lock for one call.
 
@@ -41,6 +46,7 @@ class InterruptibleLock(AbstractContextManager[None]):
             lock: The model's lock.
             cancel: Stops the call when set.
             deadline_s: Seconds from now; 0 or less has passed already. `None` for no deadline.
+            turns: Those of the calls on the model, which are taken along with the lock.
 
         Raises:
             InputError: If the deadline is not a number.
@@ -51,6 +57,8 @@ class InterruptibleLock(AbstractContextManager[None]):
         self._lock = lock
         self._cancel = cancel
         self._ends_at = math.inf if deadline_s is None else time.monotonic() + deadline_s
+        self.turns = turns
+        self._has_turn: list[bool] = []
 
     @property
     def reason(self) -> InterruptReason | None:
@@ -59,20 +67,55 @@ class InterruptibleLock(AbstractContextManager[None]):
             return "cancelled"
         return "deadline" if time.monotonic() >= self._ends_at else None
 
-    def __enter__(self) -> None:
-        is_plain = self._cancel is None and self._ends_at == math.inf
-        while True:
-            reason = self.reason
-            if reason is not None:
-                raise Interrupted(reason)
-            wait = -1 if is_plain else max(0.0, min(WAIT_SLICE_S, self._ends_at - time.monotonic()))
-            if self._lock.acquire(timeout=wait):
-                break
-        if (reason := self.reason) is not None:  # set while we waited for the last slice
-            self._lock.release()
+    def check(self) -> None:
+        """Do nothing while the call may go on.
+
+        Raises:
+            Interrupted: If it must stop.
+        """
+        if (reason := self.reason) is not None:
             raise Interrupted(reason)
+
+    def slice_s(self) -> float | None:
+        """Return how long to wait before looking again whether the call must stop; `None` if it never must."""
+        if self._cancel is None and self._ends_at == math.inf:
+            return None
+        return max(0.0, min(WAIT_SLICE_S, self._ends_at - time.monotonic()))
+
+    def acquire(self) -> None:
+        """Take the lock alone, without a turn.
+
+        Raises:
+            Interrupted: If the call must stop.
+        """
+        while True:
+            self.check()
+            wait = self.slice_s()
+            if self._lock.acquire(timeout=-1 if wait is None else wait):
+                break
+        try:
+            self.check()  # set while we waited for the last slice
+        except Interrupted:
+            self._lock.release()
+            raise
+
+    def leave(self) -> None:
+        """Say that the call takes no more turns."""
+        if self.turns is not None:
+            self.turns.leave(self)
+
+    def __enter__(self) -> None:
+        has_turn = self.turns is not None and not self.turns.is_held_here
+        if self.turns is not None and has_turn:
+            self.turns.begin(self)
+        else:
+            self.acquire()
+        self._has_turn.append(has_turn)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.release()
+        if self._has_turn.pop() and self.turns is not None:
+            self.turns.end(self)
+        else:
+            self._lock.release()

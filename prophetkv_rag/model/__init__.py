@@ -5,7 +5,8 @@ own forward with our attention, over caches that take rows in place. No model cl
 with `attention.py` (how a layer's call reaches us), then `cache_layers.py` (where its rows go), `encode_pass.py`,
 `rows_pass.py`, `norm_pass.py` and `sparse_pass.py` (what is done with them), `forward.py` (how a pass is run:
 `ambient.py` and `uncompiled.py` keep away what the caller has set and compiled, `state.py` notices what he changes),
-`runner.py` (what a pass needs of whoever runs the model) and `probe/` (why a model may be trusted with all that).
+`runner.py` (what a pass needs of whoever runs the model), `packed_pass.py` (several prompts' passes in one forward,
+`step_pass.py` for an answer's next tokens) and `probe/` (why a model may be trusted with all that).
 """
 
 from prophetkv_rag.model.ambient import own_state
@@ -19,12 +20,14 @@ from prophetkv_rag.model.forward import backbone, decoder_layers, plain_forward,
 from prophetkv_rag.model.gguf_files import one_gguf, split_digits_first
 from prophetkv_rag.model.loading import load_model
 from prophetkv_rag.model.norm_pass import NormScoringPass
+from prophetkv_rag.model.packed_pass import run_packed
 from prophetkv_rag.model.probe import find_rotation, probe_model
 from prophetkv_rag.model.rope import RopeTables, Rotation
 from prophetkv_rag.model.rows_pass import RowsPass, ScoringPass
 from prophetkv_rag.model.runner import PassJob, Runner, TransformersRunner
 from prophetkv_rag.model.sparse_pass import SparsePass
 from prophetkv_rag.model.state import ModelState
+from prophetkv_rag.model.step_pass import StepPass
 from prophetkv_rag.model.support import LayerSupport, ModelSupport
 
 __all__ = [
@@ -45,6 +48,7 @@ __all__ = [
     "Runner",
     "ScoringPass",
     "SparsePass",
+    "StepPass",
     "TransformersRunner",
     "backbone",
     "cache_argument",
@@ -62,6 +66,7 @@ __all__ = [
     "plain_forward",
     "probe_model",
     "resumable_cache",
+    "run_packed",
     "run_pass",
     "split_digits_first",
     "tokenizer_fingerprint",

@@ -77,6 +77,37 @@ class ResumableLayer(DynamicLayer):
         super().crop(tokens_to_remove)
 
 
+class GrowingLayer(DynamicLayer):
+    """A filled layer with room behind its rows, so that a step writes one row and does not copy all others."""
+
+    ROOM = 64
+    """Least rows of room that are made at a time; else an eighth of the rows there are."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+        self._room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append rows; `keys` and `values` are those written so far."""
+        start = self.keys.shape[-2]
+        stop = start + key_states.shape[-2]
+        is_ours = self._room is not None and self._room[0].data_ptr() == self.keys.data_ptr()  # nobody replaced them
+        if self._room is None or not is_ours or self._room[0].shape[-2] < stop:
+            room = stop + max(self.ROOM, stop // 8)
+            keys, values = (part.new_empty(*part.shape[:-2], room, part.shape[-1]) for part in (self.keys, self.values))
+            keys[:, :, :start], values[:, :, :start] = self.keys, self.values
+            self._room = keys, values
+        keys, values = self._room
+        keys[:, :, start:stop], values[:, :, start:stop] = key_states, value_states
+        self.keys, self.values = keys[:, :, :stop], values[:, :, :stop]
+        return self.keys, self.values
+
+
 def resumable_cache(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> DynamicCache:
     """Return a transformers cache of `ResumableLayer`s over per-layer `[1, Hkv, N, D]` tensors, not copied."""
     cache = DynamicCache()
@@ -87,12 +118,7 @@ def resumable_cache(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
 def complete_cache(cache: Cache) -> DynamicCache:
     """Return a plain cache of all N rows of a `resumable_cache`, to feed the next token to; nothing is copied."""
     complete = DynamicCache()
-    for filled in cache.layers:
-        layer = DynamicLayer()
-        layer.dtype, layer.device = filled.keys.dtype, filled.keys.device
-        layer.keys, layer.values = filled.keys, filled.values
-        layer.is_initialized = True
-        complete.layers.append(layer)
+    complete.layers.extend(GrowingLayer(filled.keys, filled.values) for filled in cache.layers)
     return complete
 
 

@@ -13,6 +13,7 @@ import torch
 from prophetkv_rag.generation.decode import StreamChunk, decode_tokens
 from prophetkv_rag.generation.interrupt import InterruptibleLock
 from prophetkv_rag.generation.sampling import SamplingSettings
+from prophetkv_rag.generation.steps import Steps
 
 END = 0
 
@@ -40,14 +41,12 @@ def pieces(data: bytes, *, stop: tuple[str, ...] = (), max_new_tokens: int = 100
         return SimpleNamespace(logits=logits_at(len(past_key_values))[:, None])
 
     stream = decode_tokens(
-        model,
-        [],
+        Steps(model, [], InterruptibleLock(threading.RLock()), lambda: None),
         torch.tensor([[5]]),
         logits_at(0),
         SamplingSettings(stop=stop, max_new_tokens=max_new_tokens),
         end_tokens=frozenset([END]),
         to_text=byte_fallback,
-        model_lock=InterruptibleLock(threading.RLock()),
         report=cast(Any, None),
     )
     return list(stream)
