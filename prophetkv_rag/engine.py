@@ -94,7 +94,13 @@ class ProphetKVEngine(AnswersPrompts, SavesConversations):
         self._grammars = GrammarCompiler(tokenizer, self.end_tokens)
         self._reader = PromptReader(self.tokens, self.identity, self.chunk_index)
         self.conversations = ConversationTier(self.config.remember_bytes, self.store.known, self.chunk_index)
-        self.turns = Turns(self.model_lock, model, self.library.state.check_adapters, most=self.config.max_batch)
+        self.turns = Turns(
+            self.model_lock,
+            model,
+            self.library.state.check_adapters,
+            most=self.config.max_batch,
+            shares_passes=self.config.batch_prefill,
+        )
         self._prefiller = Prefiller.over(self.library, self.config, self._reader, self.conversations)
 
     max_concurrent = 1

@@ -3,7 +3,7 @@
     OMP_WAIT_POLICY=PASSIVE python benchmarks/performance/batches.py
     OMP_WAIT_POLICY=PASSIVE python benchmarks/performance/batches.py --prompts 4 --answer-tokens 64 --repeats 5
 
-Each prompt has passages of its own, as `accumulate`, `tree_summarize` and `map_reduce` make them. Both ways are run in
+Each prompt has passages of its own, as `accumulate`, `tree_summarize` and `map_reduce` make them. All ways are run in
 turn, in one process, and the ratios of neighbouring runs are printed: those hold on a machine that does other things
 too, as far as anything does. The passages are of the shipped speeches.
 """
@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
-from prophetkv_rag import GenerationResult, ProphetKVConfig, ProphetKVEngine
+from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.defaults import fetch_default_model, read_speeches
+from prophetkv_rag.model import load_model
+from prophetkv_rag.store import ChunkStore
 
 
 def prompts_of(engine: ProphetKVEngine, count: int, tokens: int, size: int) -> list[list[dict[str, str]]]:
@@ -43,7 +45,7 @@ def spread(values: list[float]) -> str:
 
 
 def main() -> None:
-    """Run both ways in turn and print a line for each number of prompts and length of answers."""
+    """Run all ways in turn and print a line for each number of prompts and length of answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Name or directory; SmolLM2-135M-Instruct by default.")
     parser.add_argument("--prompts", type=int, nargs="+", default=[2, 4, 8])
@@ -52,41 +54,48 @@ def main() -> None:
     parser.add_argument("--passage-tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    engine = ProphetKVEngine.from_pretrained(
-        options.model or fetch_default_model(),
-        dtype=torch.float32,
-        config=ProphetKVConfig(remember=False),
-    )
-    engine.end_tokens = frozenset()  # answers as long as they are asked for
-    prompts = prompts_of(engine, max(options.prompts), options.tokens, options.passage_tokens)
-    for prompt in prompts:  # what the first prompt with a chunk computes once
-        engine.prefill(prompt)
-
-    def at_once(count: int, **settings: Any) -> list[GenerationResult]:
-        return engine.generate_batch(prompts[:count], **settings)
-
-    def one_by_one(count: int, **settings: Any) -> list[GenerationResult]:
-        return [engine.generate(prompt, **settings) for prompt in prompts[:count]]
-
-    sys.stdout.write(
-        "| prompts | answer | one by one, s | times sooner at once | same tokens |\n|---|---|---|---|---|\n"
-    )
+    first = engine_of(*load_model(options.model or fetch_default_model(), dtype=torch.float32))
+    engines = {
+        "one by one": first,
+        "decoded together": engine_of(first.model, first.tokenizer, first.store, batch_prefill=False),
+        "stages too": engine_of(first.model, first.tokenizer, first.store, batch_prefill=True),
+    }
+    prompts = prompts_of(first, max(options.prompts), options.tokens, options.passage_tokens)
+    for engine in engines.values():
+        engine.end_tokens = frozenset()  # answers as long as they are asked for
+        for prompt in prompts:  # what the first prompt with a chunk first computes once
+            engine.prefill(prompt)
+    heads = ["prompts", "answer tokens", "one by one, s", "decoded together", "stages too", "same tokens"]
+    sys.stdout.write("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|\n")
     for answer_tokens in options.answer_tokens:
         for count in options.prompts:
-            ratios, seconds, same = [], [], True
-            for _ in range(options.repeats):
-                taken, answers = [], []
-                for way in (one_by_one, at_once):
-                    started = time.perf_counter()
-                    answers.append(way(count, max_new_tokens=answer_tokens))
-                    taken.append(time.perf_counter() - started)
-                ratios.append(taken[0] / taken[1])
-                seconds.append(taken[0])
-                one, other = ([answer.token_ids for answer in found] for found in answers)
-                same &= one == other
-            line = f"| {count} | {answer_tokens} | {min(seconds):.1f} | {spread(ratios)} | {'yes' if same else 'no'} |"
-            sys.stdout.write(line + "\n")
+            runs = [run(engines, prompts[:count], answer_tokens) for _ in range(options.repeats)]
+            base = [seconds["one by one"][0] for seconds in runs]
+            ratios = [spread([one["one by one"][0] / one[name][0] for one in runs]) for name in list(engines)[1:]]
+            same = all(one[name][1] == one["one by one"][1] for one in runs for name in engines)
+            cells = [count, answer_tokens, f"{min(base):.1f}", *ratios, "yes" if same else "no"]
+            sys.stdout.write("| " + " | ".join(map(str, cells)) + " |\n")
             sys.stdout.flush()
+
+
+def engine_of(model: Any, tokenizer: Any, store: ChunkStore | None = None, **settings: Any) -> ProphetKVEngine:
+    """Return an engine that remembers nothing."""
+    return ProphetKVEngine(model, tokenizer, config=ProphetKVConfig(remember=False, **settings), store=store)
+
+
+def run(
+    engines: dict[str, ProphetKVEngine], prompts: list[Any], answer_tokens: int
+) -> dict[str, tuple[float, list[tuple[int, ...]]]]:
+    """Answer the prompts in each way; return its seconds and tokens."""
+    found = {}
+    for name, engine in engines.items():
+        started = time.perf_counter()
+        if name == "one by one":
+            answers = [engine.generate(prompt, max_new_tokens=answer_tokens) for prompt in prompts]
+        else:
+            answers = engine.generate_batch(prompts, max_new_tokens=answer_tokens)
+        found[name] = time.perf_counter() - started, [answer.token_ids for answer in answers]
+    return found
 
 
 if __name__ == "__main__":

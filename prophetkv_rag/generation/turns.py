@@ -20,6 +20,9 @@ import torch
 from prophetkv_rag.forks import around_fork
 from prophetkv_rag.model import PassJob, run_packed
 
+MOST_ROWS = 1024
+"""Most rows in a forward that several calls share; beyond that it gains nothing, and takes memory."""
+
 PATIENCE = 0.25
 PATIENCE_S = 0.05
 """How long a turn waits for calls that had the last one and choose their tokens: a share of that one's time, and so
@@ -49,12 +52,14 @@ class Step:
     Attributes:
         job: Its rows, to be run beside others'.
         alone: Runs it where nobody else wants one.
-        undo: Puts the job's layers back, for another try.
+        undo: Puts the job's pass and layers back, for another try.
+        logits: Whether the last row's logits are wanted.
     """
 
     job: PassJob
-    alone: Callable[[], torch.Tensor]
+    alone: Callable[[], torch.Tensor | None]
     undo: Callable[[], None]
+    logits: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +68,7 @@ class _Turn:
     step: Step | None
     thread: int = field(default_factory=threading.get_ident)
     is_done: bool = False
+    has_run: bool = False
     logits: torch.Tensor | None = None
     error: BaseException | None = None
 
@@ -78,16 +84,21 @@ class Turns:
         model: The language model.
         check: Called before it runs several steps; raises if it must not.
         most: Most steps in one forward.
+        shares_passes: Whether the stages of several prompts share forwards too.
     """
 
-    def __init__(self, lock: threading.RLock, model: Any, check: Callable[[], None], *, most: int) -> None:
+    def __init__(
+        self, lock: threading.RLock, model: Any, check: Callable[[], None], *, most: int, shares_passes: bool = False
+    ) -> None:
         self.most = most
+        self.shares_passes = shares_passes and most > 1
         self.lock = lock
         self._model, self._check = model, check
         self._mutex = threading.Lock()
         self._changed = threading.Condition(self._mutex)
         self._waiting: deque[_Turn] = deque()
         self._is_busy = False
+        self._prefilling: set[Caller] = set()
         self._away: dict[Caller, int] = {}  # calls that will be back soon, and the thread that each ran in last
         self._away_until = self._began_at = 0.0
         around_fork(self, "_mutex", in_child=Turns._begin_anew)
@@ -97,6 +108,7 @@ class Turns:
         self._changed = threading.Condition(self._mutex)
         self._waiting.clear()
         self._away.clear()
+        self._prefilling.clear()
         self._is_busy = False
 
     @property
@@ -107,6 +119,18 @@ class Turns:
         except RuntimeError:
             return False
         return True
+
+    def admit(self, caller: Caller) -> None:
+        """Count a prompt as under way whose passes are steps, until it is `prefilled`; called in a turn alone."""
+        with self._mutex:
+            self._prefilling.add(caller)
+
+    def prefilled(self, caller: Caller) -> None:
+        """Say that a prompt that was admitted has run all its passes, or will not."""
+        with self._changed:
+            self._prefilling.discard(caller)
+            self._away[caller] = threading.get_ident()
+            self._away_until = max(self._away_until, time.monotonic() + PATIENCE_S)
 
     def begin(self, caller: Caller) -> None:
         """Wait for a turn alone and take the model's lock; `end` gives both back.
@@ -126,8 +150,8 @@ class Turns:
         self.lock.release()
         self._end([_Turn(caller, None, is_done=True)])
 
-    def run(self, step: Step, caller: Caller) -> torch.Tensor:
-        """Run a step, with others' that wait; returns its `[1, vocab]` logits.
+    def run(self, step: Step, caller: Caller) -> torch.Tensor | None:
+        """Run a step, with others' that wait; returns its `[1, vocab]` logits, if they are wanted.
 
         Raises:
             Interrupted: If the call must stop before its step runs.
@@ -145,7 +169,6 @@ class Turns:
                 raise error
             finally:
                 del error
-        assert logits is not None
         return logits
 
     def leave(self, caller: Caller) -> None:
@@ -185,13 +208,14 @@ class Turns:
         """Return whose turn it is; `None` while it pays to wait for more."""
         if self._away and time.monotonic() >= self._away_until:
             self._away.clear()
-        num_answering = sum(turn.step is not None for turn in self._waiting) + len(self._away)
+        steps = [turn.caller for turn in self._waiting if turn.step is not None]
+        num_answering = len({*steps, *self._away, *self._prefilling})
         for turn in self._waiting:
             if turn.step is None:
                 if num_answering < self.most:
                     return turn
                 continue
-            is_full = num_answering - len(self._away) >= self.most
+            is_full = len(steps) >= self.most
             # Two streams that one thread reads in turn never wait for each other.
             others = any(thread != turn.thread for thread in self._away.values())
             return None if others and not is_full else turn
@@ -203,15 +227,23 @@ class Turns:
             turn.caller.acquire()
             try:
                 with self._mutex:
-                    others = [other for other in self._waiting if other.step is not None][: self.most - 1]
-                    for other in others:
-                        self._waiting.remove(other)
-                    pack += others
+                    self._fill(pack)
                 self._run(pack)
             finally:
                 self.lock.release()
         finally:
             self._end(pack)
+
+    def _fill(self, pack: list[_Turn]) -> None:
+        """Take steps that wait into a pack, the first to come first, as long as there is room for the next."""
+        rows = sum(turn.step.job.input_ids.shape[1] for turn in pack if turn.step is not None)
+        for turn in list(self._waiting):
+            if turn.step is not None:
+                rows += turn.step.job.input_ids.shape[1]
+                if rows > MOST_ROWS or len(pack) == self.most:
+                    break
+                self._waiting.remove(turn)
+                pack.append(turn)
 
     def _run(self, pack: Sequence[_Turn]) -> None:
         """Run the steps of a pack, each of which then has its logits or an error of its own."""
@@ -219,9 +251,10 @@ class Turns:
         try:
             if len(pack) > 1:
                 self._check()
-                found = run_packed(self._model, [step.job for step in steps], logits=[True] * len(steps))
+                wanted = [step.logits for step in steps]
+                found = run_packed(self._model, [step.job for step in steps], logits=wanted)
                 for turn, logits in zip(pack, found, strict=True):
-                    turn.logits = logits
+                    turn.logits, turn.has_run = logits, True
                 return
         except Exception:  # for want of memory, for one; or one of them is at fault, and shall have it alone
             for step in steps:
@@ -232,7 +265,7 @@ class Turns:
             raise
         for turn, step in zip(pack, steps, strict=True):
             try:
-                turn.logits = step.alone()
+                turn.logits, turn.has_run = step.alone(), True
             except Exception as error:
                 turn.error = error
 
@@ -242,7 +275,7 @@ class Turns:
             now = time.monotonic()
             self._away_until = now + min(PATIENCE * (now - self._began_at), PATIENCE_S)
             for turn in pack:
-                turn.is_done |= turn.logits is not None or turn.error is not None
+                turn.is_done |= turn.has_run or turn.error is not None
                 if turn.is_done:
                     self._away[turn.caller] = turn.thread
             self._waiting.extendleft(turn for turn in reversed(pack[1:]) if not turn.is_done)

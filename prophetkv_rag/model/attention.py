@@ -112,6 +112,9 @@ class AttentionPass(ABC):
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """Return the attention output, `[b, m, H, Dv]`."""
 
+    def restart(self) -> None:  # noqa: B027  # most have nothing to forget
+        """Forget what was added up in a forward that failed: the pass is run once more."""
+
 
 def _prophetkv_attention(
     module: torch.nn.Module,

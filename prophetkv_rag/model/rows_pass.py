@@ -143,6 +143,10 @@ class ScoringPass(RowsPass):
             total += mass.sum(0).div_(num_heads * int(self.scoring_rows.sum()))
         return total
 
+    def restart(self) -> None:
+        """See `AttentionPass`."""
+        self._mass.clear()
+
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """Attend, adding this layer's mass to that of the layers before it."""
         if call.layer_idx not in self.counted:

@@ -19,6 +19,7 @@ from prophetkv_rag.model import (
     CACHE_NAME,
     ModelSupport,
     RowsLayer,
+    Runner,
     TransformersRunner,
     own_state,
     plain_forward,
@@ -34,10 +35,11 @@ from prophetkv_rag.reuse.accounting import (
     report_reuse,
 )
 from prophetkv_rag.reuse.assemble import assemble_caches
-from prophetkv_rag.reuse.continuing import Continuation, choose
+from prophetkv_rag.reuse.continuing import Continuation, choose, visible_keys
 from prophetkv_rag.reuse.loading import default_ratio, load_new
 from prophetkv_rag.reuse.recompute import recompute_rows
-from prophetkv_rag.reuse.selection import QueryContext, Selection, Strategy, make_strategy
+from prophetkv_rag.reuse.running import passes
+from prophetkv_rag.reuse.selection import QueryContext, Strategy, make_strategy
 from prophetkv_rag.reuse.selection.base import token_budget
 
 
@@ -187,8 +189,7 @@ class Prefiller:
             ratio = default_ratio(continued, layout, caches, has_exact_first=has_exact)
         behind = {chunk.key: cache.behind.traces for chunk, cache in zip(new_chunks, caches, strict=True)}
 
-        with self.model_lock:
-            self.library.state.check()
+        with passes(self.model, self.model_lock, self.library.state.check, strategy) as runner:
             mark = time.perf_counter()
             layers = assemble_caches(
                 self.support,
@@ -205,7 +206,7 @@ class Prefiller:
             timings.assemble = time.perf_counter() - mark
 
             mark = time.perf_counter()
-            context = self.query_context(layout, layers, ratio)
+            context = self.query_context(layout, layers, ratio, runner)
             context.held_rows = continued.length
             context.exact_rows = max(layout.known_prefix, min(continued.length, layout.context_start))
             settled = continued.is_settled(layout.num_tokens).to(device)
@@ -217,7 +218,7 @@ class Prefiller:
             wanted[: max(context.exact_rows, continued.length)] = False
             always = wanted.nonzero()[:, 0]
             wanted[selection.positions] = True
-            visible = _visible_keys(context, selection)
+            visible = visible_keys(context.is_chunk, selection)
             for layer in layers:
                 layer.keys = layer.keys[:, :, : layout.num_tokens]
                 layer.values = layer.values[:, :, : layout.num_tokens]
@@ -260,7 +261,11 @@ class Prefiller:
         return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed, seen, answered)
 
     def query_context(
-        self, layout: PromptLayout, layers: Sequence[RowsLayer], ratio: float | None = None
+        self,
+        layout: PromptLayout,
+        layers: Sequence[RowsLayer],
+        ratio: float | None = None,
+        runner: Runner | None = None,
     ) -> QueryContext:
         """Return what a strategy sees of a prompt over the given caches; by default at the configured ratio."""
         if ratio is None:
@@ -270,7 +275,7 @@ class Prefiller:
         if layout.exact_first_chunk and not self.config.first_chunk_eligible:
             eligible[layout.chunks[0].start : layout.chunks[0].stop] = False
         return QueryContext(
-            runner=TransformersRunner(self.model),
+            runner=runner or TransformersRunner(self.model),
             support=self.support,
             layers=layers,
             layout=layout,
@@ -281,16 +286,6 @@ class Prefiller:
             recompute_ratio=ratio,
             config=self.config,
         )
-
-
-def _visible_keys(context: QueryContext, selection: Selection) -> torch.Tensor | None:
-    """Return `[N]`, bool: what recomputed chunk tokens see; `None` for everything."""
-    if selection.visible is None or selection.positions.shape[0] == 0:
-        return None
-    visible = ~context.is_chunk
-    visible[selection.positions] = True
-    visible[selection.visible] = True
-    return visible
 
 
 def _settled(logits: torch.Tensor) -> torch.Tensor:

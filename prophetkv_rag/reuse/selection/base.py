@@ -45,6 +45,11 @@ class Strategy(ABC):
     name: ClassVar[str]
     uses_caches: ClassVar[bool] = True
 
+    @property
+    def shares_passes(self) -> bool:
+        """Whether its passes may run beside those of other prompts: it neither prunes nor runs the model itself."""
+        return False
+
     @abstractmethod
     def select(self, context: QueryContext) -> Selection:
         """Choose at most `context.budget` chunk tokens (ProphetKV may add the prompt's first chunk to them)."""

@@ -41,6 +41,11 @@ class ProphetKV(Strategy):
         if self.first_chunk is not None:
             check_first_chunk(self.first_chunk)
 
+    @property
+    def shares_passes(self) -> bool:
+        """See `Strategy`: of this class alone, not of those that change how it scores."""
+        return type(self) is ProphetKV
+
     def select(self, context: QueryContext) -> Selection:
         """Select the `context.budget` eligible tokens of highest fused score, and a first chunk if so set."""
         eligible = context.eligible
