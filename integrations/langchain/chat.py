@@ -11,7 +11,7 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
@@ -23,6 +23,7 @@ from prophetkv_rag.integrations.langchain.messages import holds_document_repr, t
 from prophetkv_rag.integrations.langchain.responses import metadata, usage
 from prophetkv_rag.integrations.langchain.settings import EngineModel, cancel_on_leave
 from prophetkv_rag.integrations.langchain.structured import structured_output
+from prophetkv_rag.integrations.langchain.together import generate_together
 from prophetkv_rag.integrations.langchain.tool_calls import split_calls
 from prophetkv_rag.integrations.shared import iterate_in_thread
 from prophetkv_rag.tools import ToolRun, check_choice, check_tools, find_tool_format, response_schema
@@ -153,6 +154,17 @@ class ChatProphetKV(EngineModel, BaseChatModel):
         shown = [convert_to_openai_tool(tool) for tool in tools or ()]
         tokens = self._ready_engine().library.tokens
         return len(self.get_token_ids(tokens.render(to_template_messages(messages), tools=shown)))
+
+    def generate(self, messages: list[list[BaseMessage]], *args: Any, **kwargs: Any) -> LLMResult:
+        """As LangChain's own; several prompts are answered together."""
+        if len(messages) < 2:
+            return super().generate(messages, *args, **kwargs)
+        whole = super().generate
+
+        def one(prompt: list[list[BaseMessage]], run_id: Any) -> LLMResult:
+            return whole(prompt, *args, **{**kwargs, "run_id": run_id})
+
+        return generate_together(one, messages, kwargs.get("run_id"), most=self._ready_engine().turns.most)
 
     def _generate(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from contextlib import aclosing, closing
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from prophetkv_rag.integrations.langchain.settings import EngineModel, cancel_on
 from prophetkv_rag.integrations.shared import iterate_in_thread, last_item
 
 if TYPE_CHECKING:
-    from prophetkv_rag.generation import StreamChunk
+    from prophetkv_rag.generation import GenerationResult, StreamChunk
     from prophetkv_rag.prompt import AnyPrompt
 
 
@@ -45,12 +46,11 @@ class ProphetKVLLM(EngineModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        last, settings = [], self._engine_settings(stop, kwargs)
-        for prompt in prompts:
-            with closing(self._chunks(prompt, settings)) as chunks:
-                *_, chunk = chunks
-            last.append(chunk)
-        return self._result(last)
+        settings = self._engine_settings(stop, kwargs)
+        shown = [self._prompt(prompt) for prompt in prompts]
+        answers: list[GenerationResult] = self._ready_engine().generate_batch(shown, **settings)
+        self._last_report = answers[-1].report if answers else self._last_report
+        return self._result(answers)
 
     async def _agenerate(
         self,
@@ -59,12 +59,20 @@ class ProphetKVLLM(EngineModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        last = []
-        for prompt in prompts:
-            settings = self._engine_settings(stop, kwargs)  # each with an event of its own, set when its answer ends
-            leave = cancel_on_leave(settings)
-            last.append(await last_item(self._chunks(prompt, settings), on_leave=leave))
-        return self._result(last)
+        room = asyncio.Semaphore(self._ready_engine().turns.most)
+
+        async def answer(prompt: str) -> StreamChunk:
+            async with room:
+                settings = self._engine_settings(stop, kwargs)  # each with an event of its own, set when it ends
+                leave = cancel_on_leave(settings)
+                return await last_item(self._chunks(prompt, settings), on_leave=leave)
+
+        tasks = [asyncio.ensure_future(answer(prompt)) for prompt in prompts]
+        try:
+            return self._result(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:  # where one fails, the others are stopped
+                task.cancel()
 
     def _stream(
         self,
@@ -97,18 +105,20 @@ class ProphetKVLLM(EngineModel, BaseLLM):
                 yield piece
 
     def _chunks(self, text: str, settings: dict[str, Any]) -> Generator[StreamChunk, None, None]:
-        is_chat = self.use_chat_template and self._ready_engine().has_chat_template
-        prompt: AnyPrompt = [{"role": "user", "content": text}] if is_chat else text
-        return self._run(prompt, settings)
+        return self._run(self._prompt(text), settings)
 
-    def _info(self, chunk: StreamChunk) -> dict[str, Any]:
+    def _prompt(self, text: str) -> AnyPrompt:
+        is_chat = self.use_chat_template and self._ready_engine().has_chat_template
+        return [{"role": "user", "content": text}] if is_chat else text
+
+    def _info(self, chunk: StreamChunk | GenerationResult) -> dict[str, Any]:
         return {**metadata(chunk, self.model_name), "usage_metadata": usage(chunk)}
 
     def _piece(self, chunk: StreamChunk) -> GenerationChunk:
         info = None if chunk.finish_reason is None else self._info(chunk)
         return GenerationChunk(text=chunk.delta, generation_info=info)
 
-    def _result(self, chunks: Sequence[StreamChunk]) -> LLMResult:
+    def _result(self, chunks: Sequence[StreamChunk | GenerationResult]) -> LLMResult:
         prompt_tokens = sum(chunk.report.prompt_tokens for chunk in chunks)
         completion_tokens = sum(len(chunk.token_ids) for chunk in chunks)
         return LLMResult(

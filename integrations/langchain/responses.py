@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 
 if TYPE_CHECKING:
-    from prophetkv_rag.generation import StreamChunk
+    from prophetkv_rag.generation import GenerationResult, StreamChunk
 
 
-def usage(chunk: StreamChunk) -> UsageMetadata:
+def usage(chunk: StreamChunk | GenerationResult) -> UsageMetadata:
     """Token counts of a finished answer.
 
     `input_token_details["cache_read"]` (LangChain's name) counts tokens taken as they are from chunk caches and from
@@ -31,7 +31,9 @@ def usage(chunk: StreamChunk) -> UsageMetadata:
     )
 
 
-def metadata(chunk: StreamChunk, model_name: str, finish_reason: str | None = None) -> dict[str, Any]:
+def metadata(
+    chunk: StreamChunk | GenerationResult, model_name: str, finish_reason: str | None = None
+) -> dict[str, Any]:
     """`response_metadata` of a finished answer; the whole reuse report is in `["prophetkv"]`."""
     return {
         "model_name": model_name,

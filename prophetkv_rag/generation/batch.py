@@ -82,6 +82,8 @@ class AnswersPrompts:
             raise InputError(msg)
         if not prompts:
             return []
+        if len(prompts) == 1 and not return_exceptions:
+            return [self.generate(prompts[0], **{**settings, **own[0]})]
         left = threading.Event()
 
         def answer(prompt: Any, more: Mapping[str, Any]) -> GenerationResult | Exception:

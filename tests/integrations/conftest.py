@@ -109,6 +109,13 @@ def forwards(chat_engine: ProphetKVEngine) -> Iterator[list[int]]:
 
 
 @pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards wait for all calls that will be back, so that what shares one does not hang on the machine's load."""
+    monkeypatch.setattr("prophetkv_rag.generation.turns.PATIENCE", 1e9)
+    monkeypatch.setattr("prophetkv_rag.generation.turns.PATIENCE_S", 60.0)
+
+
+@pytest.fixture
 async def turns(chat_engine: ProphetKVEngine) -> AsyncIterator[list[int]]:
     """Every pass of the model waits until the event loop has turned, which a blocked one never does; notes it."""
     loop, seen = asyncio.get_running_loop(), list[int]()
