@@ -61,10 +61,10 @@ def main() -> None:
         "stages too": engine_of(first.model, first.tokenizer, first.store, batch_prefill=True),
     }
     prompts = prompts_of(first, max(options.prompts), options.tokens, options.passage_tokens)
+    for prompt in prompts:  # what the first prompt with a chunk first computes once, for the store of all
+        first.prefill(prompt)
     for engine in engines.values():
         engine.end_tokens = frozenset()  # answers as long as they are asked for
-        for prompt in prompts:  # what the first prompt with a chunk first computes once
-            engine.prefill(prompt)
     heads = ["prompts", "answer tokens", "one by one, s", "decoded together", "stages too", "same tokens"]
     sys.stdout.write("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|\n")
     for answer_tokens in options.answer_tokens:

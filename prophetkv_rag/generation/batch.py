@@ -6,31 +6,29 @@ import contextvars
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, overload
 
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.generation.decode import GenerationResult, StreamChunk, whole_answer
 from prophetkv_rag.generation.turns import Turns
 
 
-class _Engine(Protocol):
-    turns: Turns
-
-    def stream(self, prompt: Any, **settings: Any) -> Generator[StreamChunk, None, None]: ...
-
-    def generate(self, prompt: Any, **settings: Any) -> GenerationResult: ...
-
-
 class AnswersPrompts:
     """The half of an engine that gives answers at once."""
 
-    def generate(self: _Engine, prompt: Any, **settings: Any) -> GenerationResult:
+    turns: Turns
+
+    def stream(self, *args: Any, **settings: Any) -> Generator[StreamChunk, None, None]:
+        """Answer a prompt piece by piece."""
+        raise NotImplementedError
+
+    def generate(self, prompt: Any, **settings: Any) -> GenerationResult:
         """Answer a prompt at once; takes the arguments of `stream`."""
         return whole_answer(self.stream(prompt, **settings))
 
     @overload
     def generate_batch(
-        self: _Engine,
+        self,
         prompts: Sequence[Any],
         *,
         each: Sequence[Mapping[str, Any]] | None = ...,
@@ -40,7 +38,7 @@ class AnswersPrompts:
 
     @overload
     def generate_batch(
-        self: _Engine,
+        self,
         prompts: Sequence[Any],
         *,
         each: Sequence[Mapping[str, Any]] | None = ...,
@@ -49,7 +47,7 @@ class AnswersPrompts:
     ) -> list[GenerationResult | Exception]: ...
 
     def generate_batch(
-        self: _Engine,
+        self,
         prompts: Sequence[Any],
         *,
         each: Sequence[Mapping[str, Any]] | None = None,

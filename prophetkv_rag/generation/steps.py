@@ -48,7 +48,9 @@ class Steps:
 
         rows = torch.arange(start, start + token_ids.shape[1], device=token_ids.device)
         job = PassJob(StepPass(self.layers, rows), token_ids, rows[None], self.cache.layers)
-        return turns.run(Step(job, lambda: self._alone(token_ids), undo), self.model_lock)
+        logits = turns.run(Step(job, lambda: self._alone(token_ids), undo), self.model_lock)
+        assert logits is not None
+        return logits
 
     def _alone(self, token_ids: torch.Tensor) -> torch.Tensor:
         self.check()
