@@ -94,13 +94,9 @@ class ProphetKVEngine(AnswersPrompts, SavesConversations):
         self._grammars = GrammarCompiler(tokenizer, self.end_tokens)
         self._reader = PromptReader(self.tokens, self.identity, self.chunk_index)
         self.conversations = ConversationTier(self.config.remember_bytes, self.store.known, self.chunk_index)
-        self.turns = Turns(
-            self.model_lock,
-            model,
-            self.library.state.check_adapters,
-            most=self.config.max_batch,
-            shares_passes=self.config.batch_prefill,
-        )
+        most, shares = self.config.max_batch, self.config.batch_prefill
+        shares = model.device.type != "cpu" if shares is None else shares
+        self.turns = Turns(self.model_lock, model, self.library.state.check_adapters, most=most, shares_passes=shares)
         self._prefiller = Prefiller.over(self.library, self.config, self._reader, self.conversations)
 
     max_concurrent = 1

@@ -55,12 +55,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     first = engine_of(*load_model(options.model or fetch_default_model(), dtype=torch.float32))
+    prompts = prompts_of(first, max(options.prompts), options.tokens, options.passage_tokens)
     engines = {
         "one by one": first,
         "decoded together": engine_of(first.model, first.tokenizer, first.store, batch_prefill=False),
         "stages too": engine_of(first.model, first.tokenizer, first.store, batch_prefill=True),
     }
-    prompts = prompts_of(first, max(options.prompts), options.tokens, options.passage_tokens)
     for prompt in prompts:  # what the first prompt with a chunk first computes once, for the store of all
         first.prefill(prompt)
     for engine in engines.values():

@@ -46,7 +46,8 @@ EACH = [{"max_new_tokens": length} for length in LENGTHS]
 
 
 def make_engine(**settings: Any) -> ProphetKVEngine:
-    made = ProphetKVEngine(tiny_llama(), tiny_tokenizer(), config=ProphetKVConfig(remember=False, **settings))
+    config = ProphetKVConfig(**({"remember": False, "batch_prefill": True} | settings))
+    made = ProphetKVEngine(tiny_llama(), tiny_tokenizer(), config=config)
     made.end_tokens = frozenset()  # answers are as long as they are asked for
     made.add_chunks(CORPUS[:6])
     for prompt in PROMPTS:  # what the first prompt with a chunk first computes once
@@ -251,6 +252,12 @@ def test_a_forward_that_fails_is_tried_alone(engine: ProphetKVEngine, monkeypatc
     for answer, own in zip(answers, alone, strict=True):
         if own.report.view.scores is not None:  # the stages were among those that failed
             torch.testing.assert_close(answer.report.view.scores, own.report.view.scores, atol=1e-5, rtol=1e-4)
+
+
+def test_on_a_cpu_each_prompt_is_prefilled_by_itself() -> None:
+    assert not ProphetKVEngine(tiny_llama(), tiny_tokenizer()).turns.shares_passes
+    assert make_engine(batch_prefill=True).turns.shares_passes
+    assert not make_engine(batch_prefill=True, max_batch=1).turns.shares_passes
 
 
 def test_bad_input_is_told(engine: ProphetKVEngine) -> None:
