@@ -142,8 +142,8 @@ class ProphetKVConfig:
         max_batch: Most answers that are decoded together, in one forward a token, where several calls are made at once
             (threads, async calls, a framework's batch, `generate_batch`); further ones begin as others end, so it also
             bounds how many prompts' caches there are at a time. 1: one answer after the other.
-        batch_prefill: Whether the stages of such prompts share forwards, too. `None`: not on a CPU, where that was
-            measured to gain nothing (docs/performance.md); elsewhere yes.
+        batch_prefill: Whether the stages of such prompts share forwards, too. `None`: not on a CPU, where
+            what it gains is not sure (docs/performance.md); elsewhere yes.
         max_prompt_tokens: Own limit on a prompt's length, in tokens; `None` for the model's context window.
 
     Raises:
