@@ -9,9 +9,9 @@ Documents are cut into chunks of `--chunk-tokens` tokens, embedded by the shippe
 `--encoding`; each question retrieves its nearest `--top-k` chunks of the whole collection, nearest first, and is asked
 with LlamaIndex's default prompt. Every arm is compared with full prefill of the same prompt: KL over its own greedy
 answer, the F1 of both answers, and the budget really charged. With `--out` an interrupted run goes on where it stopped.
-`control:shuffled` and `control:random` are `neighbours:3` with the neighbours' order turned round, and with chunks drawn
-at random instead of them; `control:tokens` takes the nearest by tf-idf over tokens instead of by embeddings. An encoding
-may name a strategy of its own: `previous:2/prophetkv:context_share=0.5`.
+`control:shuffled` and `control:random` are `neighbours:3` with the neighbours' order turned round, and with chunks
+drawn at random instead of them; `control:tokens` takes the nearest by tf-idf over tokens instead of by embeddings. An
+encoding may name a strategy of its own: `previous:2/prophetkv:context_share=0.5`.
 """
 
 from __future__ import annotations
