@@ -65,7 +65,7 @@ class PromptLoader:
         return LoadedChunks(caches, origins, has_exact_first=is_exact and not caches[0].behind.keys)
 
     def missing_second(self, key: str, input_ids: Sequence[int]) -> str | None:
-        """Return the key of a chunk's second cache, which is kept with it from now on; `None` if it needs none or has it.
+        """Return the key of a chunk's second cache, kept with it from now on; `None` if it needs none or has it.
 
         Args:
             key: The chunk's.
