@@ -16,7 +16,6 @@ from typing import Any
 
 from prometheus_client import REGISTRY, generate_latest
 from vllm import AsyncEngineArgs, SamplingParams
-from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from prophetkv_rag.config import check_recompute_ratio
@@ -24,6 +23,7 @@ from prophetkv_rag.errors import ContextWindowError, DeadlineError, InputError, 
 from prophetkv_rag.generation import FinishReason, Grammar, StreamChunk
 from prophetkv_rag.integrations.vllm.identity import load_tokenizer, open_identity
 from prophetkv_rag.integrations.vllm.reports import report_of
+from prophetkv_rag.integrations.vllm.sampling import BACKEND, Sampling
 from prophetkv_rag.integrations.vllm.settings import NAME, ConnectorSettings, transfer_config
 from prophetkv_rag.prompt import AnyPrompt, ChunkIndex, PromptLayout, PromptReader, Tokens, text_entry
 from prophetkv_rag.store import ChunkStore
@@ -31,6 +31,7 @@ from prophetkv_rag.store.disk import open_disk_store
 from prophetkv_rag.text import well_formed
 
 _RATIOS: dict[str | None, float | None] = {None: None, "prophetkv": None, "full_reuse": 0.0}
+_DEFAULTS = {"disable_log_stats": False, "structured_outputs_config": {"backend": BACKEND}}
 _POLL_S = 0.05
 
 
@@ -53,7 +54,7 @@ class VLLMEngine:
     def __init__(self, model: str, settings: ConnectorSettings, engine_args: Mapping[str, Any]) -> None:
         given = {"model": model, "kv_transfer_config": transfer_config(settings)}
         try:
-            arguments = AsyncEngineArgs(**{"disable_log_stats": False, **engine_args, **given})
+            arguments = AsyncEngineArgs(**{**_DEFAULTS, **engine_args, **given})
         except TypeError as error:
             msg = f"vLLM does not take these settings: {error}; see `vllm serve --help`, with _ for -"
             raise InputError(msg) from error
@@ -72,6 +73,7 @@ class VLLMEngine:
         self.chunk_index = ChunkIndex()
         self.chunk_index.load(self.store.entry_columns(self.identity.fingerprint))
         self.context_window = int(config.model_config.max_model_len)
+        self._sampling = Sampling(self.tokens.tokenizer, config.structured_outputs_config.backend)
         self._reader = PromptReader(self.tokens, self.identity, self.chunk_index)
 
     @property
@@ -159,14 +161,12 @@ class VLLMEngine:
         """Answer a prompt piece by piece; see `ProphetKVEngine.stream`.
 
         Raises:
-            InputError: For an empty prompt, a strategy that vLLM does not run, a grammar, or a ratio outside [0, 1].
+            InputError: For an empty prompt, a strategy that vLLM does not run, a ratio outside [0, 1], or a grammar that
+                cannot be kept.
             DeadlineError: If the deadline passes before the first token.
         """
         if strategy not in (*_RATIOS, "full_prefill"):
             msg = f"strategy is {strategy!r}; with vLLM: prophetkv, full_reuse, full_prefill"
-            raise InputError(msg)
-        if grammar is not None:
-            msg = "tools and JSON schemas are not supported with vLLM; leave them out, or use --engine transformers"
             raise InputError(msg)
         ends_at = None if deadline_s is None else time.monotonic() + deadline_s
         layout = self.read(prompt, query=query)
@@ -177,14 +177,14 @@ class VLLMEngine:
             ours["recompute_ratio"] = check_recompute_ratio(ratio)
         if layout.probe_ids:
             ours["question_ids"] = list(layout.probe_ids)
-        sampling = SamplingParams(
+        sampling = self._sampling.of(
+            ours,
+            max_tokens=min(max_new_tokens, self.context_window - layout.num_tokens),
+            stop=stop,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
-            stop=list(stop),
-            max_tokens=min(max_new_tokens, self.context_window - layout.num_tokens),
-            output_kind=RequestOutputKind.DELTA,
-            extra_args={"kv_transfer_params": {NAME: ours}},
+            grammar=grammar,
         )
         text, token_ids, said = "", (), None
         started, first_at = time.monotonic(), None
