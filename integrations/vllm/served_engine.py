@@ -19,16 +19,16 @@ from vllm import AsyncEngineArgs, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from prophetkv_rag.config import check_recompute_ratio
-from prophetkv_rag.errors import ContextWindowError, DeadlineError, InputError, StoreError
+from prophetkv_rag.errors import DeadlineError, InputError
 from prophetkv_rag.generation import FinishReason, Grammar, StreamChunk
 from prophetkv_rag.integrations.vllm.identity import load_tokenizer, open_identity
 from prophetkv_rag.integrations.vllm.reports import report_of
 from prophetkv_rag.integrations.vllm.sampling import BACKEND, Sampling
+from prophetkv_rag.integrations.vllm.served_chunks import ServedChunks
 from prophetkv_rag.integrations.vllm.settings import NAME, ConnectorSettings, transfer_config
-from prophetkv_rag.prompt import AnyPrompt, ChunkIndex, PromptLayout, PromptReader, Tokens, text_entry
+from prophetkv_rag.prompt import AnyPrompt, ChunkIndex, PromptLayout, PromptReader, Tokens
 from prophetkv_rag.store import ChunkStore
 from prophetkv_rag.store.disk import open_disk_store
-from prophetkv_rag.text import well_formed
 
 _RATIOS: dict[str | None, float | None] = {None: None, "prophetkv": None, "full_reuse": 0.0}
 _DEFAULTS = {"disable_log_stats": False, "structured_outputs_config": {"backend": BACKEND}}
@@ -75,6 +75,15 @@ class VLLMEngine:
         self.context_window = int(config.model_config.max_model_len)
         self._sampling = Sampling(self.tokens.tokenizer, config.structured_outputs_config.backend)
         self._reader = PromptReader(self.tokens, self.identity, self.chunk_index)
+        self._chunks = ServedChunks(
+            self.store,
+            self.identity,
+            self.tokens,
+            self.chunk_index,
+            settings.placed,
+            most_tokens=config.scheduler_config.max_num_batched_tokens - len(self.identity.prefix_ids),
+            register=self._register,
+        )
 
     @property
     def has_chat_template(self) -> bool:
@@ -83,58 +92,30 @@ class VLLMEngine:
 
     def key_of(self, text: str) -> str:
         """Return the key of the chunk with this text, whether or not it is known."""
-        return self.identity.key(self.tokens.chunk(well_formed(text).strip()))
+        return self._chunks.key_of(text)
 
     def add_chunks(
         self,
         texts: Sequence[str],
         *,
         owner: str = "engine",
+        behind: Sequence[Sequence[str]] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Have vLLM's workers encode and store what is missing; see `ProphetKVEngine.add_chunks`.
-
-        Raises:
-            InputError: If a chunk is empty, or longer than one step of vLLM may be.
-            StoreError: If the store does not take them.
-        """
-        stripped = [well_formed(text).strip() for text in texts]
-        chunks = [self.tokens.chunk(text) if text else [] for text in stripped]
-        keys: list[str] = []
-        for number, ids in enumerate(chunks):
-            if not ids:
-                msg = f"chunk {number} is empty; leave it out"
-                raise InputError(msg)
-            keys.append(self.identity.key(ids))
-        missing = {key: ids for key, ids in zip(keys, chunks, strict=True) if key not in self.store}
-        for done, (key, ids) in enumerate(missing.items()):
-            if progress is not None:
-                progress(done, len(missing))
-            self._register(key, ids)
-        for key, ids, text in zip(keys, chunks, stripped, strict=True):
-            entry = text_entry(text)
-            if entry is not None:
-                self.store.note(key, fingerprint=self.identity.fingerprint, num_tokens=len(ids), entry=entry)
-                self.chunk_index.add(key, entry)
-        self.store.add_references(owner, keys)
-        return keys
-
-    def _register(self, key: str, ids: Sequence[int]) -> None:
-        sampling = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {NAME: {"register": [list(ids)]}}})
-        for output in self._outputs([ids[0]], sampling, None, None):
-            said = (output.kv_transfer_params or {}).get(NAME, {})
-            if "error" in said:
-                raise ContextWindowError(said["error"])
-            if "errors" in said:
-                msg = f"a chunk could not be encoded or stored: {said['errors'].get(key)}"
-                raise StoreError(msg)
+        """Have vLLM's workers encode and store what is missing; see `ServedChunks.add`."""
+        return self._chunks.add(texts, owner=owner, behind=behind, progress=progress)
 
     def remove_chunks(self, keys: Iterable[str], *, owner: str = "engine") -> list[str]:
         """See `ProphetKVEngine.remove_chunks`."""
-        deleted = self.store.drop_references(owner, list(keys))
-        for key in deleted:
-            self.chunk_index.remove(key)
-        return deleted
+        return self._chunks.remove(keys, owner=owner)
+
+    def _register(self, said: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Send chunks in a request of their own, and return what it was answered."""
+        sampling = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {NAME: said}})
+        answered: Mapping[str, Any] = {}
+        for output in self._outputs([0], sampling, None, None):
+            answered = (output.kv_transfer_params or {}).get(NAME, answered)
+        return answered
 
     def read(self, prompt: AnyPrompt, *, query: str | None = None) -> PromptLayout:
         """Return a prompt's token ids and where its known chunks lie."""
@@ -161,8 +142,8 @@ class VLLMEngine:
         """Answer a prompt piece by piece; see `ProphetKVEngine.stream`.
 
         Raises:
-            InputError: For an empty prompt, a strategy that vLLM does not run, a ratio outside [0, 1], or a grammar that
-                cannot be kept.
+            InputError: For an empty prompt, a strategy that vLLM does not run, a ratio outside [0, 1], or a grammar
+                that cannot be kept.
             DeadlineError: If the deadline passes before the first token.
         """
         if strategy not in (*_RATIOS, "full_prefill"):
@@ -172,6 +153,8 @@ class VLLMEngine:
         layout = self.read(prompt, query=query)
         layout.check_fits(self.context_window, is_reuse=bool(layout.chunks), is_answered=True)
         ours: dict[str, Any] = {"enabled": strategy != "full_prefill"}
+        if strategy == "full_reuse":
+            ours["first_chunk"] = "cached"
         ratio = recompute_ratio if _RATIOS.get(strategy) is None else _RATIOS[strategy]
         if ratio is not None:
             ours["recompute_ratio"] = check_recompute_ratio(ratio)

@@ -15,6 +15,7 @@ COUNTERS = {
     "failed_requests": "Requests left to vLLM because a cache was missing or bad.",
     "too_long": "Requests left to vLLM because one forward could not hold their rows.",
     "encoded_chunks": "Chunks encoded and stored.",
+    "second_caches": "Second caches, of chunks that came first in a prompt, encoded and stored.",
     "stage_seconds": "Time that steps spent in stage I and II, summed over their requests.",
 }
 

@@ -8,8 +8,19 @@ of a whole prompt.
 """
 
 from prophetkv_rag.chunks.encode import EncodingPrefix, encode_chunks, encode_prefix
+from prophetkv_rag.chunks.encoder import ChunkEncoder
 from prophetkv_rag.chunks.library import ChunkLibrary
 from prophetkv_rag.chunks.loader import Origin
 from prophetkv_rag.chunks.opening import open_library
+from prophetkv_rag.chunks.placing import Placing
 
-__all__ = ["ChunkLibrary", "EncodingPrefix", "Origin", "encode_chunks", "encode_prefix", "open_library"]
+__all__ = [
+    "ChunkEncoder",
+    "ChunkLibrary",
+    "EncodingPrefix",
+    "Origin",
+    "Placing",
+    "encode_chunks",
+    "encode_prefix",
+    "open_library",
+]

@@ -105,7 +105,7 @@ def serve(
 ) -> None:
     """Serve the model with OpenAI's chat API, reusing the KV caches of chunks found in prompts."""
     create_app = _import_server()
-    from prophetkv_rag.config import ALONE_RATIO, ProphetKVConfig
+    from prophetkv_rag.config import ProphetKVConfig
     from prophetkv_rag.reuse import make_strategy
     from prophetkv_rag.server import ServerSettings
 
@@ -168,7 +168,7 @@ def serve(
                 model,
                 cache_dir,
                 served_caches.disk_bytes,
-                ALONE_RATIO if recompute_ratio is None else recompute_ratio,
+                recompute_ratio,
                 max_stage_tokens,
                 arguments,
             )

@@ -57,7 +57,7 @@ def open_in_vllm(
     model: str | None,
     cache_dir: Path,
     max_bytes: int | None,
-    recompute_ratio: float,
+    recompute_ratio: float | None,
     max_stage_tokens: int | None,
     arguments: Mapping[str, Any],
 ) -> Iterator[tuple[VLLMEngine, str]]:

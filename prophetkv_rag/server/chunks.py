@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from prophetkv_rag.config import MOST_CHUNKS
 from prophetkv_rag.errors import ContextWindowError, InputError
 from prophetkv_rag.server.conversations import ConversationService
 from prophetkv_rag.server.errors import ApiError, shutting_down
@@ -36,8 +37,13 @@ class ChunkService:
                 if ticket.cancel.is_set():
                     raise shutting_down()
 
+            behind = None
+            if body.in_order:  # the engine takes as many of them as its encoding says
+                behind = [body.chunks[max(0, number - MOST_CHUNKS) : number] for number in range(len(body.chunks))]
             try:
-                yield self.engine.add_chunks(body.chunks, owner=_owner(body.namespace), progress=stop_if_shut_down)
+                yield self.engine.add_chunks(
+                    body.chunks, owner=_owner(body.namespace), behind=behind, progress=stop_if_shut_down
+                )
             except ContextWindowError as error:
                 raise ApiError(str(error), param="chunks", code="context_length_exceeded") from error
 

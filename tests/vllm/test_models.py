@@ -161,7 +161,7 @@ def test_caches_outlive_the_server_and_deleted_ones_are_not_used(serve):
     served = serve()
     prompts = prompts_of(served, count=1)
     (expected,) = served.answers(prompts, 0.25)
-    store, keys = served.planner._store, list(served.planner._index._ids)
+    store, keys = served.planner._store, list(served.planner.chunks._index._ids)
     served.close()
     again = serve()
     again.engine.add_chunks([text_of(70, seed=seed) for seed in range(4)])
