@@ -7,6 +7,7 @@ loop runs in a thread of its own here, its core in a process of its own; any num
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import time
@@ -30,9 +31,11 @@ from prophetkv_rag.prompt import AnyPrompt, ChunkIndex, PromptLayout, PromptRead
 from prophetkv_rag.store import ChunkStore
 from prophetkv_rag.store.disk import open_disk_store
 
+logger = logging.getLogger(__name__)
+
 _RATIOS: dict[str | None, float | None] = {None: None, "prophetkv": None, "full_reuse": 0.0}
 _DEFAULTS = {"disable_log_stats": False, "structured_outputs_config": {"backend": BACKEND}}
-_POLL_S = 0.05
+_POLL_S, _LOOK_S = 0.05, 1.0
 
 
 class VLLMEngine:
@@ -58,6 +61,8 @@ class VLLMEngine:
         except TypeError as error:
             msg = f"vLLM does not take these settings: {error}; see `vllm serve --help`, with _ for -"
             raise InputError(msg) from error
+        self.has_died = False
+        self._closing = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="prophetkv-vllm", daemon=True)
         self._thread.start()
@@ -218,6 +223,19 @@ class VLLMEngine:
         finally:
             task.cancel()  # which aborts the request in vLLM, if it is not done
 
+    def watch(self, ended: Callable[[], None]) -> None:
+        """Call `ended`, in a thread, should vLLM die: from then on every request is an error."""
+
+        def look() -> None:
+            while not self._closing.wait(_LOOK_S):
+                if self._llm.errored:
+                    self.has_died = True
+                    logger.critical("vLLM has died; its own log says why")
+                    ended()
+                    return
+
+        threading.Thread(target=look, name="prophetkv-vllm-watch", daemon=True).start()
+
     def more_metrics(self) -> bytes:
         """Return vLLM's own metrics, as Prometheus reads them."""
         return bytes(generate_latest(REGISTRY))
@@ -227,6 +245,7 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Stop vLLM and close the store."""
+        self._closing.set()
         self._wait(_stopped(self._llm))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from prophetkv_rag.integrations.vllm.plans import layout_of, stage_one_rows, sta
 from prophetkv_rag.integrations.vllm.rank_caches import RankCaches
 from prophetkv_rag.integrations.vllm.runner import VLLMRunner
 from prophetkv_rag.integrations.vllm.settings import ConnectorSettings
+from prophetkv_rag.integrations.vllm.together import run_together
 from prophetkv_rag.model import ModelSupport
 from prophetkv_rag.reuse import Assembly, QueryContext, RowsJob, ask_together, make_strategy, rows_job, token_budget
 from prophetkv_rag.store import CacheIdentity, ChunkCache
@@ -97,10 +99,9 @@ class WorkerStages:
             else:
                 self._fail(load, "a chunk's cache is missing or bad", report)
         for group in _groups(ready, lambda query: query.num_rows, self._max_rows):
-            try:
-                self._fill(group, plan.identity)
-            except Exception as error:
-                logger.exception("ProphetKV leaves %d requests to vLLM", len(group))
+            error = run_together(partial(self._fill, group, plan.identity))
+            if error is not None:
+                logger.error("ProphetKV leaves %d requests to vLLM", len(group), exc_info=error)
                 for query in group:
                     self._fail(query.load, f"{type(error).__name__}: {error}", report)
 
@@ -128,31 +129,33 @@ class WorkerStages:
     def _encode(self, plan: StepPlan, report: StepReport) -> None:
         """Encode and store; what stands behind others by their caches, as they are stored."""
         self._store.drop_from_memory(plan.encode)  # all ranks shall read what rank 0 writes now
-        try:
-            encoder = ChunkEncoder(
-                self._runner,
-                self.support,
-                self._prefix(plan.identity),
-                plan.identity,
-                self._encoding,
-                self._caches,
-                state=None,
-                context_window=self.support.context_window,
-                batch_tokens=self._max_rows,
-            )
-            jobs = {key: job for key, job in plan.encode.items() if not job.kept_with}
-            chunks = {key: job.input_ids for key, job in jobs.items()}
-            behind = {key: job.behind for key, job in jobs.items() if job.behind}
-            encoded = encoder.encode_behind(chunks, behind, is_chained=True) if behind else None
-            for index, part in encoded or encoder.encode(list(chunks.values())):
-                self._keep(list(jobs)[index], part, plan.identity, report)
-            jobs = {key: job for key, job in plan.encode.items() if job.kept_with}
-            for index, part in encoder.encode([job.input_ids for job in jobs.values()]):
-                key = list(jobs)[index]
-                self._keep(key, part, opening_of(plan.identity), report, kept_with=jobs[key].kept_with)
-        except Exception as error:
-            logger.exception("chunks could not be encoded")
+        error = run_together(partial(self._encode_and_keep, plan, report))
+        if error is not None:
+            logger.error("chunks could not be encoded", exc_info=error)
             report.not_encoded |= {key: str(error) for key in plan.encode if key not in report.encoded}
+
+    def _encode_and_keep(self, plan: StepPlan, report: StepReport) -> None:
+        encoder = ChunkEncoder(
+            self._runner,
+            self.support,
+            self._prefix(plan.identity),
+            plan.identity,
+            self._encoding,
+            self._caches,
+            state=None,
+            context_window=self.support.context_window,
+            batch_tokens=self._max_rows,
+        )
+        jobs = {key: job for key, job in plan.encode.items() if not job.kept_with}
+        chunks = {key: job.input_ids for key, job in jobs.items()}
+        behind = {key: job.behind for key, job in jobs.items() if job.behind}
+        encoded = encoder.encode_behind(chunks, behind, is_chained=True) if behind else None
+        for index, part in encoded or encoder.encode(list(chunks.values())):
+            self._keep(list(jobs)[index], part, plan.identity, report)
+        jobs = {key: job for key, job in plan.encode.items() if job.kept_with}
+        for index, part in encoder.encode([job.input_ids for job in jobs.values()]):
+            key = list(jobs)[index]
+            self._keep(key, part, opening_of(plan.identity), report, kept_with=jobs[key].kept_with)
 
     def _keep(
         self, key: str, part: ChunkCache, identity: CacheIdentity, report: StepReport, *, kept_with: str = ""

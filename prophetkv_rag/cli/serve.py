@@ -164,15 +164,8 @@ def serve(
     with (
         _bound_socket(host, port) as listening,
         (
-            open_in_vllm(
-                model,
-                cache_dir,
-                served_caches.disk_bytes,
-                recompute_ratio,
-                max_stage_tokens,
-                arguments,
-            )
-            if is_vllm and cache_dir is not None
+            open_in_vllm(model, served_caches, recompute_ratio, max_stage_tokens, arguments)
+            if is_vllm
             else open_served(served_caches, model, config, dtype=dtype, device=device)
         ) as (served, name),
     ):

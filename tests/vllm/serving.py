@@ -35,7 +35,16 @@ class Served:
         directory: Where vLLM's caches are.
     """
 
-    def __init__(self, model: Path, directory: Path, *, extra: dict[str, Any] | None = None, **given: Any) -> None:
+    def __init__(
+        self,
+        model: Path,
+        directory: Path,
+        *,
+        extra: dict[str, Any] | None = None,
+        engine_model: Path | None = None,
+        **given: Any,
+    ) -> None:
+        """Load a model in both; `engine_model` is for ours where it cannot be the same."""
         self.directory = directory
         self.llm = LLM(
             str(model),
@@ -52,7 +61,7 @@ class Served:
             ),
         )
         dtype = getattr(torch, given.get("dtype", "float32"))
-        self.engine = ProphetKVEngine.from_pretrained(model, config=AS_IN_VLLM, dtype=dtype)
+        self.engine = ProphetKVEngine.from_pretrained(engine_model or model, config=AS_IN_VLLM, dtype=dtype)
         self.texts: list[str] = []
 
     @property

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from tests.tiny import text_of, tiny_llama, tiny_tokenizer
+from tests.tiny import save_tiny, text_of, tiny_llama, tiny_tokenizer
+from tests.vllm.quantized import quantize
 from tests.vllm.serving import Served, reuse, tokens
 
 SHAPE = {
@@ -184,3 +185,33 @@ def test_bfloat16_agrees_with_the_engine(serve):
         ours = set(served.engine.prefill(one, recompute_ratio=0.25).recomputed.tolist())
         assert len(found) == len(ours)
         assert len(found & ours) >= 0.95 * len(ours)  # rounding moves the last of them
+
+
+def test_a_quantised_checkpoint(tmp_path):
+    """8-bit weights and activations: chunks are encoded by the quantised layers, and recomputed by them."""
+    plain = save_tiny(tmp_path / "plain", **SHAPE)
+    served = Served(
+        quantize(save_tiny(tmp_path / "model", **SHAPE)),
+        tmp_path / "caches",
+        engine_model=plain,
+        dtype="bfloat16",
+        block_size=32,
+    )
+    try:
+        prompts = prompts_of(served)
+        assert "int8" in str(
+            {module.weight.dtype for module in served.stages._runner.model.modules() if hasattr(module, "weight")}
+        )
+        with served.selections() as selected:
+            outputs = served.run([served.ids(one) for one in prompts], [{"recompute_ratio": 0.25}] * 2)
+        assert [reuse(output)["status"] for output in outputs] == ["reused"] * 2
+        # Close to the unquantised model's choice, as rounding goes; and by ratio 1 the quantised model's own prefill.
+        for one, found in zip(prompts, selected, strict=True):
+            ours = set(served.engine.prefill(one, recompute_ratio=0.25).recomputed.tolist())
+            assert len(found) == len(ours)
+            assert len(found & ours) >= 0.8 * len(ours)
+        served.forget_prefixes()
+        everything = served.answers(prompts, 1.0)
+        assert [one[:4] for one in everything] == [one[:4] for one in served.full(prompts)]
+    finally:
+        served.close()
