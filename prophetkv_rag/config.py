@@ -20,8 +20,7 @@ PLACEHOLDER = re.compile(r"\{context\w*\}")
 
 EncodingKind = Literal["plain", "previous", "neighbours"]
 _DEFAULT_COUNTS: dict[EncodingKind, int] = {"plain": 0, "previous": 2, "neighbours": 3}
-MOST_CHUNKS = 16
-"""Most chunks that one may stand behind."""
+_MOST_CHUNKS = 16
 
 ALONE_RATIO = 0.2
 """Share that is recomputed by default of chunks that were encoded alone; the paper's p (arXiv 2602.02579)."""
@@ -65,7 +64,7 @@ def parse_encoding(text: str) -> Encoding:
             return replace(first, is_order_guessed=False, otherwise=second.count)
     msg = (
         f"encoding is {text!r}; allowed: auto, plain, previous, neighbours, or with a number of chunks from 1 to "
-        f"{MOST_CHUNKS}, such as previous:2, or both, such as previous:2+neighbours:3"
+        f"{_MOST_CHUNKS}, such as previous:2, or both, such as previous:2+neighbours:3"
     )
     raise InputError(msg)
 
@@ -73,7 +72,7 @@ def parse_encoding(text: str) -> Encoding:
 def _one_encoding(text: str) -> Encoding | None:
     kind, colon, number = text.partition(":")
     known = get_args(EncodingKind)
-    is_counted = number.isdecimal() and 1 <= int(number) <= MOST_CHUNKS and kind != "plain"
+    is_counted = number.isdecimal() and 1 <= int(number) <= _MOST_CHUNKS and kind != "plain"
     if kind not in known or (colon and not is_counted):
         return None
     return Encoding(kind, int(number) if colon else _DEFAULT_COUNTS[kind])  # type: ignore[arg-type,index]

@@ -28,6 +28,9 @@ from prophetkv_rag.store.disk import DiskStore
 
 logger = logging.getLogger(__name__)
 
+_MOST_PARTS = 8
+"""Forwards that stage II of one request may take; a request with more rows is left to vLLM, which spreads it out."""
+
 
 @dataclass
 class _Known:
@@ -129,7 +132,10 @@ class Planner:
             ratio = ratio_by_encoding(lengths, is_alone, has_exact_first=layout.exact_first_chunk)
         one, two = stage_one_rows(layout), stage_two_rows(layout, ratio, first_chunk)
         longest = max((len(job.input_ids) for job in found.missing.values()), default=0)
-        if max(one, two, longest) > self._max_rows or len(ids) + len(options.question_ids) > self._max_positions:
+        if (
+            max(one, longest, two // _MOST_PARTS) > self._max_rows
+            or len(ids) + len(options.question_ids) > self._max_positions
+        ):
             self._count("too_long", 1)
             return
         plan = LoadPlan(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import takewhile
+from typing import TypeVar
 
 import torch
 
@@ -12,6 +13,8 @@ from prophetkv_rag.config import FirstChunk
 from prophetkv_rag.integrations.vllm.messages import LoadPlan
 from prophetkv_rag.prompt import ChunkSpan, PromptLayout, TokenMatch
 from prophetkv_rag.reuse import token_budget
+
+T = TypeVar("T")
 
 
 def make_layout(
@@ -60,3 +63,17 @@ def stage_two_rows(layout: PromptLayout, recompute_ratio: float, first_chunk: Fi
     """Rows that stage II runs: all but vLLM's own, the last."""
     fresh = layout.num_tokens - 1 - int(layout.is_chunk.sum()) - layout.known_prefix
     return fresh + num_recomputed(layout, recompute_ratio, first_chunk)
+
+
+def groups_of(items: Sequence[T], rows: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Group what runs together: so many rows at most, but one item always."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        if group and total + rows(item) > most:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += rows(item)
+    if group:
+        yield group

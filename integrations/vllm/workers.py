@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from prophetkv_rag.integrations.vllm.heads import whole_heads
 from prophetkv_rag.integrations.vllm.identity import opening_of
 from prophetkv_rag.integrations.vllm.messages import LoadPlan, StepPlan, StepReport
 from prophetkv_rag.integrations.vllm.pages import PagedLayer, Pages
-from prophetkv_rag.integrations.vllm.plans import layout_of, stage_one_rows, stage_two_rows
+from prophetkv_rag.integrations.vllm.plans import groups_of, layout_of, stage_one_rows, stage_two_rows
 from prophetkv_rag.integrations.vllm.rank_caches import RankCaches
 from prophetkv_rag.integrations.vllm.runner import VLLMRunner
 from prophetkv_rag.integrations.vllm.settings import ConnectorSettings
@@ -98,7 +97,7 @@ class WorkerStages:
                 ready.append(_Query(load, caches, plan.identity))
             else:
                 self._fail(load, "a chunk's cache is missing or bad", report)
-        for group in _groups(ready, lambda query: query.num_rows, self._max_rows):
+        for group in groups_of(ready, lambda query: query.num_rows, self._max_rows):
             error = run_together(partial(self._fill, group, plan.identity))
             if error is not None:
                 logger.error("ProphetKV leaves %d requests to vLLM", len(group), exc_info=error)
@@ -115,9 +114,13 @@ class WorkerStages:
         for query in queries:
             query.prepare(self, prefix)
         asking = [query.context for query in queries if query.has_choice]
-        for contexts in _groups(asking, lambda context: stage_one_rows(context.layout), self._max_rows):
+        for contexts in groups_of(asking, lambda context: stage_one_rows(context.layout), self._max_rows):
             ask_together(contexts)
-        jobs = [job for query in queries if (job := query.rows(self)) is not None]
+        if len(queries) == 1:
+            for part in queries[0].jobs(self, self._max_rows):
+                self._runner.run([part])
+            return
+        jobs = [job for query in queries for job in query.jobs(self, self._max_rows)]  # one of each: they fit together
         if jobs:
             self._runner.run(jobs)
 
@@ -228,8 +231,11 @@ class WorkerStages:
             device=self._runner.device,
         )
 
-    def job(self, context: QueryContext, layers: Sequence[PagedLayer]) -> RowsJob | None:
-        """Return stage II of a query; `None` if it has no row to compute: its stale rows are written then."""
+    def jobs(self, context: QueryContext, layers: Sequence[PagedLayer], most: int) -> Iterator[RowsJob]:
+        """Yield stage II of a query, in ascending parts of so many rows; each must have run before the next is made.
+
+        Rows see no later ones, so parts give what one pass would. Without a row to compute stale ones are written.
+        """
         layout = context.layout
         selection = self._strategy.select(context)
         wanted = ~context.is_chunk
@@ -242,13 +248,17 @@ class WorkerStages:
         if rows.shape[0] == 0:
             for layer in layers:
                 layer.write_stale()
-            return None
+            return
         visible = None
         if selection.visible is not None and selection.positions.shape[0]:
             visible = ~context.is_chunk
             visible[selection.positions] = True
             visible[selection.visible] = True
-        return rows_job(self.support, layers, context.input_ids, rows, always=always, visible=visible)
+        for start in range(0, rows.shape[0], most):
+            part = rows[start : start + most]
+            for layer in layers:
+                layer.is_last = bool(part[-1] == rows[-1])
+            yield rows_job(self.support, layers, context.input_ids, part, always=always, visible=visible)
 
 
 class _Query:
@@ -274,18 +284,5 @@ class _Query:
         """Whether stage I decides anything."""
         return 0 < self.context.budget < int(self.context.eligible.sum())
 
-    def rows(self, stages: WorkerStages) -> RowsJob | None:
-        return stages.job(self.context, stages.paged(self._assembly, stages.pages(self)))
-
-
-def _groups(items: Sequence[Any], rows: Callable[[Any], int], most: int) -> Iterator[list[Any]]:
-    group: list[Any] = []
-    total = 0
-    for item in items:
-        if group and total + rows(item) > most:
-            yield group
-            group, total = [], 0
-        group.append(item)
-        total += rows(item)
-    if group:
-        yield group
+    def jobs(self, stages: WorkerStages, most: int) -> Iterator[RowsJob]:
+        return stages.jobs(self.context, stages.paged(self._assembly, stages.pages(self)), most)

@@ -7,7 +7,7 @@ their caches meanwhile), `writer.py` stores while it runs, `loader.py` brings ca
 of a whole prompt.
 """
 
-from prophetkv_rag.chunks.encode import EncodingPrefix, encode_chunks, encode_prefix
+from prophetkv_rag.chunks.encode import EncodingPrefix, encode_prefix
 from prophetkv_rag.chunks.encoder import ChunkEncoder
 from prophetkv_rag.chunks.library import ChunkLibrary
 from prophetkv_rag.chunks.loader import Origin
@@ -20,7 +20,6 @@ __all__ = [
     "EncodingPrefix",
     "Origin",
     "Placing",
-    "encode_chunks",
     "encode_prefix",
     "open_library",
 ]

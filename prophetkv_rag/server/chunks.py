@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prophetkv_rag.config import MOST_CHUNKS
 from prophetkv_rag.errors import ContextWindowError, InputError
 from prophetkv_rag.server.conversations import ConversationService
 from prophetkv_rag.server.errors import ApiError, shutting_down
@@ -16,6 +15,10 @@ from prophetkv_rag.server.work_queue import Ticket, WorkQueue
 
 if TYPE_CHECKING:
     from prophetkv_rag.server.served import ServedEngine
+
+
+_BEFORE = 16
+"""Chunks before each one of a document that the engine is told of; it takes no more than its encoding says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class ChunkService:
 
             behind = None
             if body.in_order:  # the engine takes as many of them as its encoding says
-                behind = [body.chunks[max(0, number - MOST_CHUNKS) : number] for number in range(len(body.chunks))]
+                behind = [body.chunks[max(0, number - _BEFORE) : number] for number in range(len(body.chunks))]
             try:
                 yield self.engine.add_chunks(
                     body.chunks, owner=_owner(body.namespace), behind=behind, progress=stop_if_shut_down
