@@ -107,21 +107,22 @@ class Registrations:
         self.reserved = 0
         left = min(room, self._max_tokens)
         for request_id, batch in sorted(self._batches.items(), key=lambda item: not item[1].is_prompt):
-            served = False
+            is_full = False
             for key, job in batch.missing.items():
                 if key in self._running or key in chosen:
                     continue
                 if any(one in self._running for one in job.behind):
                     break
-                if left < len(job.input_ids) and (chosen or self._running or room < self._max_tokens):
+                is_full = left < len(job.input_ids) and bool(chosen or self._running or room < self._max_tokens)
+                if is_full:
                     self.reserved = 0 if chosen else min(len(job.input_ids), self._max_tokens)
-                    self._running.update(chosen)
-                    return chosen
+                    break
                 chosen[key] = job
                 left -= len(job.input_ids)
-                served = True
-            if served:
+            if not chosen.keys().isdisjoint(batch.missing):
                 self._batches[request_id] = self._batches.pop(request_id)  # others are first in the next step
+            if is_full:
+                break
         self._running.update(chosen)
         return chosen
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -20,9 +22,7 @@ failed as well."""
 def run_together(work: Callable[[], None]) -> Exception | None:
     """Do work on this rank; returns its exception if it failed on all ranks. Every rank must call this.
 
-    Raises:
-        SystemExit: If it failed on some ranks only: the others cannot be called back, so this process ends, which vLLM
-            notices and says.
+    If it failed on some ranks only, the others cannot be called back, so this process ends: vLLM notices, and says so.
     """
     error: Exception | None = None
     try:
@@ -41,9 +41,14 @@ def run_together(work: Callable[[], None]) -> Exception | None:
         else:
             asked.wait(timedelta(seconds=PATIENCE_S))
     except Exception as lost:
-        logger.critical("this rank ends, as the ranks of vLLM are not in step any more: %s", error or lost)
-        raise SystemExit(1) from (error or lost)
+        _end(f"the ranks of vLLM are not in step any more: {error or lost}")
     if int(failed) not in (0, group.world_size):
-        logger.critical("this rank ends, as %d of %d ranks failed: %s", int(failed), group.world_size, error)
-        raise SystemExit(1) from error
+        _end(f"{int(failed)} of {group.world_size} ranks failed: {error}")
     return error
+
+
+def _end(reason: str) -> NoReturn:
+    """End this process at once: an ordinary exit would wait for the other ranks."""
+    logger.critical("this rank ends, as %s", reason)
+    logging.shutdown()
+    os._exit(1)
