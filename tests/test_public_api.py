@@ -78,6 +78,7 @@ PUBLIC = {
         "assemble_caches",
         "available_strategies",
         "make_strategy",
+        "ratio_by_encoding",
         "recompute_rows",
         "register_strategy",
         "rows_job",
