@@ -186,7 +186,7 @@ def index(
         settings = with_choice(settings, choice)
         if not as_json:
             print_choice(choice, fidelity)
-    with joined(ray, ray_workers, settings) as cluster:
+    with joined(ray, ray_workers, settings, device) as cluster:
         report = _index(db, settings, directory, documents, device, cluster, is_new=remembered is None)
     report["picked"] = None if choice is None else asdict(choice)
     if as_json:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,9 @@ class JoinedCluster:
 
 
 @contextmanager
-def joined(address: str | None, num_workers: int | None, settings: DatabaseSettings) -> Iterator[JoinedCluster | None]:
+def joined(
+    address: str | None, num_workers: int | None, settings: DatabaseSettings, device: str
+) -> Iterator[JoinedCluster | None]:
     """Be in the cluster while the block runs; yields `None` where none is asked for.
 
     Raises:
@@ -82,6 +85,7 @@ def joined(address: str | None, num_workers: int | None, settings: DatabaseSetti
     from prophetkv_rag.distributed import connect
 
     with ExitStack() as ends:
+        ends.enter_context(redirect_stdout(sys.stderr))  # Ray prints what it thinks of a dead worker among our results
         with status(f"joining Ray ({address})"):
             cluster = ends.enter_context(connect(address))
         if cluster.num_nodes > 1 and not settings.remote:
@@ -90,7 +94,7 @@ def joined(address: str | None, num_workers: int | None, settings: DatabaseSetti
                 "write to; give one with --remote URL (s3://bucket/prefix, or file:///path of a share that all mount)"
             )
             raise InputError(msg)
-        cluster.share(num_workers, uses_gpus=True)
+        cluster.share(num_workers, uses_gpus=device != "cpu")  # before a model is loaded
         yield JoinedCluster(cluster, num_workers)
 
 

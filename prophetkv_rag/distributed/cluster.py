@@ -89,7 +89,6 @@ def connect(address: str = LOCAL) -> Iterator[Cluster]:
     """
     check_address(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported and started
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     with needs("ray", "ray", what="indexing on several workers"):
         import ray
     if ray.is_initialized():

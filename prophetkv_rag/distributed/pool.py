@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
@@ -54,8 +55,10 @@ class WorkerPool:
     """
 
     def __init__(self, cluster: Cluster, settings: WorkerSettings, name: str, num_workers: int | None = None) -> None:
-        self._start = (settings, name)
         self.num_workers, self._resources = cluster.share(num_workers, uses_gpus=settings.device != "cpu")
+        if not self._resources["num_gpus"] and settings.device == "auto":  # a GPU that Ray does not count is not theirs
+            settings = replace(settings, device="cpu")
+        self._start = (settings, name)
         self._starting: dict[Any, Any] = {}
         self._ready: dict[Any, int] = {}
         self.deaths = 0
