@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -224,6 +226,21 @@ def test_caches_without_a_database_and_a_full_remote_tier(counted: Path, tiny_mo
             assert ours.behind.traces == wanted.behind.traces
             torch.testing.assert_close(ours.keys, wanted.keys, atol=1e-5, rtol=1e-4)
     store.close()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_example_of_the_docs_runs_as_printed(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "ray.md").read_text("utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for ours, printed in ((tiny_model, "Qwen/Qwen2.5-7B-Instruct"), (f"file://{tmp_path}/r", "s3://bucket/caches")):
+        assert code.count(printed) == 1
+        code = code.replace(printed, str(ours))
+    script = tmp_path / "example.py"
+    script.write_text(code, "utf-8")
+    runpy.run_path(str(script))
+    assert capsys.readouterr().out.strip().endswith("3 chunks: 3 computed, 0 were there")
 
 
 def test_several_machines_need_a_remote_tier(fails: Run, docs: Path, cluster: Any) -> None:
