@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from prophetkv_rag.store.disk import DiskStore
 
 COLLECTION = "documents"
+_BATCH = 1000  # records that are read at once
 
 
 def check_writable(path: Path) -> None:
@@ -128,6 +129,12 @@ class Database:
                     done = now
 
                 self.collection.encode_behind_neighbours(progress, refresh=refresh)
+
+    def add_second_caches(self, progress: Callable[[int, int], None]) -> None:
+        """Compute what chunks are read from where a prompt begins with them; see `ChunkLibrary.add_second`."""
+        for offset in range(0, self.collection.count(), _BATCH):
+            texts = self.collection.get(limit=_BATCH, offset=offset, include=["documents"])["documents"]
+            self.engine.library.add_second((text for text in texts if text and text.strip()), progress=progress)
 
     def close(self) -> None:
         """Release Chroma's and the caches' files."""
