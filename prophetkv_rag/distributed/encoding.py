@@ -75,7 +75,7 @@ class Documents:
         )
 
 
-class _DocumentJobs(Schedule):
+class DocumentJobs(Schedule):
     """A `Schedule` that makes jobs of its documents.
 
     Args:
@@ -158,9 +158,10 @@ def encode_documents(
         WorkerError: If workers die again and again.
         StoreError: If caches could not be kept: the remote tier is full, or does not take them.
     """
-    jobs = _DocumentJobs(
+    jobs = DocumentJobs(
         documents, encoding, traces, embedder=embedder, num_workers=pool.num_workers, batch_tokens=batch_tokens
     )
+    left = set(range(len(documents.keys)))
     for job, result in pool.run(encode, jobs, jobs.argument):
         totals.add(result)
         if result.not_kept:
@@ -171,3 +172,5 @@ def encode_documents(
             raise StoreError(msg)
         yield job, result.vectors
         jobs.done(job)
+        left.difference_update(job)
+    assert not left, "documents were never sent out"

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from prophetkv_rag import InputError, ProphetKVConfig, ProphetKVEngine
-from prophetkv_rag.distributed import ChunkWorker, Cluster, WorkerSettings, left_for_workers
+from prophetkv_rag.config import parse_encoding
+from prophetkv_rag.distributed import ChunkWorker, Cluster, Documents, WorkerSettings, left_for_workers
+from prophetkv_rag.distributed.encoding import DocumentJobs
 from prophetkv_rag.distributed.worker import EncodeJob, Failed, encode, start
 from prophetkv_rag.store.disk import TieredStore
 from tests.tiny import save_tiny, save_tiny_encoder, text_of, tiny_llama, tiny_tokenizer
@@ -147,6 +149,42 @@ def test_what_is_there_is_not_computed_and_what_stands_behind_it_is_encoded_behi
     third = another.store.find(keys[2], fingerprint=engine.identity.fingerprint, input_ids=None).cache
     assert third is not None
     assert third.behind.keys == (keys[0], keys[1])
+    another.close(None)
+
+
+def test_what_stands_behind_another_documents_chunk_is_encoded_behind_it(
+    worker: ChunkWorker, settings: WorkerSettings, caller: ProphetKVEngine
+) -> None:
+    """By another worker than that document was, as on one machine."""
+    shared, own = [TEXTS[0], TEXTS[1]], ["A text of its own.", TEXTS[1], "What follows it."]
+    documents = Documents.of([shared, own], caller.tokens.chunk, caller.identity.key)
+    jobs = DocumentJobs(
+        documents, parse_encoding("previous:2"), lambda key: (), embedder="", num_workers=2, batch_tokens=0
+    )
+    first = jobs.take()
+    assert (first, jobs.take()) == ([0], None)
+    assert not isinstance(meet(worker, settings, caller), Failed)
+    assert worker.encode(jobs.argument(first)).computed == 2
+    jobs.done(first)
+    second = jobs.take()
+    assert second == [1]
+    another = ChunkWorker()
+    assert not isinstance(meet(another, settings, caller), Failed)
+    found = another.encode(jobs.argument(second))
+    assert (found.computed, found.chunks) == (2, 2)  # the shared one counts for the document that it came with
+
+    alone = ProphetKVEngine(tiny_llama(), tiny_tokenizer(), config=CONFIG)
+    alone.add_chunks(shared)
+    alone.add_chunks(own)
+    for text in (own[0], own[2]):
+        key, fingerprint = alone.key_of(text), alone.identity.fingerprint
+        caches = [
+            store.find(key, fingerprint=fingerprint, input_ids=None).cache for store in (another.store, alone.store)
+        ]
+        ours, wanted = caches
+        assert ours is not None
+        assert wanted is not None
+        assert ours.behind.keys == wanted.behind.keys
     another.close(None)
 
 
