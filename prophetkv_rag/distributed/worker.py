@@ -145,6 +145,9 @@ class ChunkWorker:
             store.note(key, fingerprint=engine.identity.fingerprint, num_tokens=0, entry=None)
         texts, behind = self._placed(job)
         keys = {engine.key_of(text): text not in job.given for text in texts}
+        if store.remote is not None:  # the caller may have deleted there since, or another worker written
+            store.drop_from_memory(keys)
+            store.remote.records.remove(keys)
         computed, left = 0, list(keys)
         for number in range(_ROUNDS):
             done = 0

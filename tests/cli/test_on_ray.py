@@ -33,6 +33,7 @@ cluster_utils = pytest.importorskip("ray.cluster_utils")
 
 pytestmark = pytest.mark.usefixtures("offline", "one_embedding_model")
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_memory_monitor_refresh_ms": "0"}
+COMPUTED = encoder.encode_chunks, encoder.encode_behind
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -136,6 +137,18 @@ def test_two_workers_make_what_index_makes_though_one_dies(
         )
         assert metadata["prophetkv_id"] == onray[name][1]["prophetkv_id"]
         torch.testing.assert_close(torch.tensor(embedding), torch.tensor(onray[name][2]), atol=1e-5, rtol=1e-4)
+
+    # What stood behind a chunk that goes is computed anew, and not by this process either.
+    text = (long_docs / "0.txt").read_text()
+    (long_docs / "0.txt").write_text("Another beginning. " + text[text.index(" ", 150) :])
+    again = index_tiny(run, long_docs, "--db", "onray", "--ray", "--ray-workers", 1)
+    assert (again["indexed"], again["caches_not_kept"]) == (["0.txt"], 0)
+    assert again["caches"]["chunks"] == again["total_chunks"]
+    with monkeypatch.context() as patched:
+        patched.setattr(encoder, "encode_chunks", COMPUTED[0])
+        patched.setattr(encoder, "encode_behind", COMPUTED[1])
+        index_tiny(run, long_docs, "--db", "anew")
+    assert_same_caches(Path("anew"), Path("onray"))
 
 
 def test_a_killed_driver_is_started_again_and_only_the_rest_is_computed(

@@ -152,6 +152,19 @@ def test_what_is_there_is_not_computed_and_what_stands_behind_it_is_encoded_behi
     another.close(None)
 
 
+def test_what_the_caller_has_deleted_meanwhile_is_computed_and_uploaded_again(
+    worker: ChunkWorker, settings: WorkerSettings, caller: ProphetKVEngine, tmp_path: Path
+) -> None:
+    assert not isinstance(meet(worker, settings, caller), Failed)
+    assert worker.encode(EncodeJob((TEXTS,))).computed == 4
+    assert worker.encode(EncodeJob((TEXTS,))).computed == 0
+    blob = next((tmp_path / "remote").rglob(f"{caller.key_of(TEXTS[1])}.safetensors"))
+    blob.unlink()
+    found = worker.encode(EncodeJob((TEXTS,)))
+    assert (found.computed, found.not_kept) == (1, 0)
+    assert blob.exists()
+
+
 def test_what_stands_behind_another_documents_chunk_is_encoded_behind_it(
     worker: ChunkWorker, settings: WorkerSettings, caller: ProphetKVEngine
 ) -> None:
