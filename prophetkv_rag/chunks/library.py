@@ -256,7 +256,8 @@ class ChunkLibrary:
             encode = partial(self._encoder.encode_behind, behind=before, is_chained=not as_neighbours)
             for key, chunk in missing.items():  # a cache is kept where all that it bears a trace of is known
                 self._writer.note(key, *chunk)
-        failed, seconds_per_token = self._writer.write(missing, encode, progress)
+        renewed = before.keys() if as_neighbours else ()
+        failed, seconds_per_token = self._writer.write(missing, encode, progress, renewed)
         if seconds_per_token is not None:
             self._describe(self.identity, seconds_per_token)
         return failed

@@ -60,8 +60,11 @@ def choose_limit(settings: DatabaseSettings, db: Path) -> DatabaseSettings:
     return replace(settings, cache_limit=limit, limit_chosen=True)
 
 
-def plan_caches(engine: ProphetKVEngine, store: DiskStore, texts: Iterable[str]) -> CachePlan:
-    """Return what `engine` has to compute for these chunks, as far as `store` lacks them; the model may run briefly."""
+def plan_caches(engine: ProphetKVEngine, store: DiskStore, texts: Iterable[str], *, is_timed: bool = True) -> CachePlan:
+    """Return what `engine` has to compute for these chunks, as far as `store` lacks them.
+
+    The model may run briefly, for the speed; not if others compute them (`is_timed`), whose speed nobody knows.
+    """
     missing: dict[str, list[int]] = {}
     for text in texts:
         if text.strip():
@@ -75,8 +78,8 @@ def plan_caches(engine: ProphetKVEngine, store: DiskStore, texts: Iterable[str])
     low, high = (_blob_bytes(engine, store, num_tokens) for num_tokens in (shortest, longest))
     slope = (high - low) / max(1, longest - shortest)
     nbytes = sum(low + slope * (length - shortest) for length in lengths)
-    speed = store.catalog.seconds_per_token(engine.identity.fingerprint)
-    if speed is None and store.policy == "eager":
+    speed = store.catalog.seconds_per_token(engine.identity.fingerprint) if is_timed else None
+    if is_timed and speed is None and store.policy == "eager":
         speed = _measured_speed(engine, missing.values(), sum(lengths))
     passes = 2 if engine.library.encoding.kind == "neighbours" else 1  # alone first, then behind them
     seconds = None if speed is None or store.policy != "eager" else passes * speed * sum(lengths)
