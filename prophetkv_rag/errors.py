@@ -39,6 +39,10 @@ class ModelChangedError(ProphetKVError, RuntimeError):
     """The model's weights, adapters or mode are not those that the engine was made with; the message says which."""
 
 
+class WorkerError(ProphetKVError):
+    """Workers of a cluster do not start, or die again and again; the message says with what."""
+
+
 class StoreError(ProphetKVError):
     """The blob directory or the catalog cannot be used (not writable, made by a newer version)."""
 

@@ -51,6 +51,8 @@ MAY_IMPORT = {
     "vector_stores": "errors forks store engine",
     "chroma": "errors text forks store store.disk engine vector_stores",
     "prophetkv_rag": "lazy errors waiting config report generation prompt reuse engine",
+    "distributed": "lazy errors text extras config model defaults store store.encryption store.remote store.disk "
+    "engine",
     "evaluation": "lazy errors extras kernels config model defaults store store.blobs store.catalog store.disk prompt "
     "reuse profile engine",
     "server": "lazy errors text extras report generation store prompt conversations tools",
@@ -64,7 +66,7 @@ MAY_IMPORT = {
     "reuse",
     "cli": "errors text extras home kernels config profile report model defaults store store.encryption store.blobs "
     "store.catalog "
-    "store.remote store.disk reuse engine chroma evaluation server integrations.llama_index "
+    "store.remote store.disk reuse engine chroma distributed evaluation server integrations.llama_index "
     "integrations.vllm",
 }
 CORE = list(MAY_IMPORT)[: list(MAY_IMPORT).index("prophetkv_rag") + 1]
@@ -236,6 +238,12 @@ def test_no_framework_outside_integrations_and_programs() -> None:
 
 def test_only_one_package_imports_vllm() -> None:
     assert offenders([name for name in MODULES if package_of(name) != "integrations.vllm"], "vllm") == []
+
+
+def test_only_one_package_imports_ray() -> None:
+    """But for the look whether it is there, before anything is fetched."""
+    others = [name for name in MODULES if package_of(name) != "distributed"]
+    assert offenders(others, "ray") == ["prophetkv_rag.cli.on_ray -> ray"]
 
 
 def test_only_one_package_imports_chromadb() -> None:

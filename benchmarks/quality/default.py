@@ -54,6 +54,8 @@ def main() -> None:
                 ]
                 if prompts:
                     sys.stdout.write(f"  {group:15}{arm[0]:52}{arm[1]:5.0%} {_line(rows, prompts, arm)}\n")
+        arms = "the paper at 20%; the default, 5%; neighbours, 5% (where measured); full prefill"
+        sys.stdout.write(f"  KL, score of each task (prompts): {arms}\n")
         for task in sorted({task for (task, _), _ in measured}):
             found = {
                 arm: [
@@ -61,10 +63,14 @@ def main() -> None:
                     for prompt, other in measured
                     if other == FULL and prompt[0] == task and (prompt, arm) in rows
                 ]
-                for arm in (PAPER, (PREVIOUS, 0.05), (NEIGHBOURS, 0.05))
+                for arm in (PAPER, (PREVIOUS, 0.05), (NEIGHBOURS, 0.05), FULL)
             }
-            cells = [f"{sum(row['kl'] for row in of) / len(of):.3f} ({len(of)})" for of in found.values() if of]
-            sys.stdout.write(f"    {task}: paper at 20%, default, neighbours at 5%: {', '.join(cells)}\n")
+            cells = [
+                f"{sum(row['kl'] for row in of) / len(of):.3f}, {100 * sum(row['score'] for row in of) / len(of):.1f}"
+                for of in found.values()
+                if of
+            ]
+            sys.stdout.write(f"    {task} ({len(found[FULL])}): {'; '.join(cells)}\n")
 
 
 def _line(rows: dict[tuple[Prompt, tuple[str, float]], Row], prompts: list[Prompt], arm: tuple[str, float]) -> str:

@@ -8,9 +8,10 @@
 Documents are cut into chunks of `--chunk-tokens` tokens, embedded by the shipped embedder and indexed once for each
 `--encoding`; each question retrieves its nearest `--top-k` chunks of the whole collection, nearest first, and is asked
 with LlamaIndex's default prompt. Every arm is compared with full prefill of the same prompt: KL over its own greedy
-answer, and the F1 of both answers. With `--out` an interrupted run goes on where it stopped. `control:shuffled` and
-`control:random` are `neighbours:3` with the neighbours' order turned round, and with chunks drawn at random instead of
-them. An encoding may name a strategy of its own: `previous:2/prophetkv:context_share=0.5`.
+answer, the F1 of both answers, and the budget really charged. With `--out` an interrupted run goes on where it stopped.
+`control:shuffled` and `control:random` are `neighbours:3` with the neighbours' order turned round, and with chunks
+drawn at random instead of them; `control:tokens` takes the nearest by tf-idf over tokens instead of by embeddings. An
+encoding may name a strategy of its own: `previous:2/prophetkv:context_share=0.5`.
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ PAPER = ("opening", 0.2)
 
 @dataclass(frozen=True)
 class Collection:
-    """Chunks in order, the document of each, and their embeddings, of length 1."""
+    """Chunks in order, the document of each, and their embeddings and tf-idf vectors, of length 1."""
 
     chunks: list[str]
     document_of: list[int]
     embeddings: torch.Tensor
+    by_tokens: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,17 @@ def collect(texts: Sequence[str], embedder: MiniLMEmbedder, tokenizer: Any, chun
     chunks = list(dict.fromkeys(chunk for chunk, _ in cut))
     of_chunk = dict(reversed(cut))
     embeddings = torch.tensor(embedder.embed(chunks))
-    return Collection(chunks, [of_chunk[chunk] for chunk in chunks], embeddings)
+    return Collection(chunks, [of_chunk[chunk] for chunk in chunks], embeddings, tf_idf(chunks, tokenizer))
+
+
+def tf_idf(chunks: Sequence[str], tokenizer: Any) -> torch.Tensor:
+    """Return a row of length 1 for each chunk: how often each token stands in it, by how rare that is elsewhere."""
+    counts = torch.zeros(len(chunks), len(tokenizer))
+    for row, chunk in zip(counts, chunks, strict=True):
+        ids = torch.tensor(tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"])
+        row += torch.bincount(ids, minlength=counts.shape[1])
+    weighted = counts * (len(chunks) / (counts > 0).sum(0).clamp(min=1)).log()
+    return torch.nn.functional.normalize(weighted, dim=1)
 
 
 def before_each(collection: Collection, encoding: str, seed: int) -> list[list[str]]:
@@ -122,7 +134,8 @@ def before_each(collection: Collection, encoding: str, seed: int) -> list[list[s
             for n in range(len(chunks))
         ]
     draw = random.Random(seed)
-    likeness = collection.embeddings @ collection.embeddings.T
+    vectors = collection.by_tokens if encoding == "control:tokens" else collection.embeddings
+    likeness = vectors @ vectors.T
     likeness.fill_diagonal_(-2)
     count = 3 if kind == "control" else int(number)
     nearest = [[chunks[one] for one in row] for row in likeness.topk(count).indices.flip(1).tolist()]
@@ -229,12 +242,13 @@ def main() -> None:
                 with options.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps([*key, *measured]) + "\n")
 
-        keep((FULL, 1.0, one.name), 0.0, 1.0, score(truth.whole_answer))
+        keep((FULL, 1.0, one.name), 0.0, 1.0, score(truth.whole_answer), 1.0)
         for encoding, ratio in missing:
             name, _, strategy = encoding.partition("/")
             result = engines[name].prefill(prompt, strategy=strategy or None, recompute_ratio=ratio)
             fidelity = compare(default, truth, result, score_tokens=options.answer_tokens)
-            keep((encoding, ratio, one.name), fidelity.kl, fidelity.top1_agreement, score(fidelity.answer))
+            charged = round(result.report.charged_ratio, 5)
+            keep((encoding, ratio, one.name), fidelity.kl, fidelity.top1_agreement, score(fidelity.answer), charged)
         sys.stderr.write(f"{one.name}: {result.report.prompt_tokens} tokens\n")
     _print(rows, settings, encodings, ratios, names)
     _print_pairs(rows, options.pair, ratios, names)
@@ -242,7 +256,7 @@ def main() -> None:
 
 FULL = "full prefill"
 Rows = dict[tuple[str, float, str], tuple[float, ...]]
-"""(encoding, ratio, question) -> KL, agreement and, in newer files, the answer's F1."""
+"""(encoding, ratio, question) -> KL, agreement and, in newer files, the answer's F1 and the budget charged."""
 
 
 def _kept(out: Path | None, settings: dict[str, Any]) -> Rows:
@@ -284,7 +298,7 @@ def _print(
                 by_arm[encoding, ratio] = [rows[encoding, ratio, name] for name in names]
         cells = [_cell(by_arm[encoding, ratio]) if (encoding, ratio) in by_arm else "-" for ratio in ratios]
         write(f"| {encoding} | " + " | ".join(cells) + " |\n")
-    write("\nMean KL in nats (share of the answer's tokens that stay the same; F1 of the answers).")
+    write("\nMean KL in nats (share of the answer's tokens that stay the same; F1 of the answers; budget charged).")
     if all((FULL, 1.0, name) in rows for name in names):
         write(f" Full prefill's F1: {100 * sum(rows[FULL, 1.0, name][2] for name in names) / len(names):.1f}.")
     write("\n")
@@ -297,9 +311,9 @@ def _print(
 
 
 def _cell(arm: Sequence[tuple[float, ...]]) -> str:
-    kl, same, *marks = (sum(column) / len(arm) for column in zip(*arm, strict=False))
-    f1 = f"; {100 * marks[0]:.1f}" if marks and all(len(row) > 2 for row in arm) else ""
-    return f"{kl:.3f} ({same:.0%}{f1})"
+    kl, same, *newer = (sum(column) / len(arm) for column in zip(*arm, strict=False))
+    more = [f"; {100 * value:.1f}" for value in newer[:1]] + [f"; {value:.1%}" for value in newer[1:]]
+    return f"{kl:.3f} ({same:.0%}{''.join(more)})"
 
 
 def _print_pairs(rows: Rows, pairs: Sequence[Sequence[str]], ratios: Sequence[float], names: Sequence[str]) -> None:

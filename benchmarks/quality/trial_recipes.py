@@ -27,6 +27,7 @@ class Asking(RowsPass):
         self.weights = weights[self.asking]
         visible = torch.arange(context.is_chunk.shape[0]) < rows[self.asking, None]
         self.counts = visible & context.is_chunk
+        self.context = context.is_chunk
         self.mass: list[torch.Tensor] = []
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
@@ -39,9 +40,9 @@ class Asking(RowsPass):
         return super().attend(call)
 
 
-def ask(context: QueryContext, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def ask(context: QueryContext, rows: torch.Tensor, weights: torch.Tensor, kind: type[Asking] = Asking) -> torch.Tensor:
     """Run rows over the assembled cache, writing their keys and values; returns the masses, `[L, H, n]`."""
-    asking = Asking(context, rows, weights)
+    asking = kind(context, rows, weights)
     for layer in context.layers:
         layer.rows = rows
     run_pass(
@@ -54,7 +55,7 @@ def ask(context: QueryContext, rows: torch.Tensor, weights: torch.Tensor) -> tor
     return torch.stack(asking.mass)
 
 
-def stage_one(context: QueryContext) -> torch.Tensor:
+def stage_one(context: QueryContext, kind: type[Asking] = Asking) -> torch.Tensor:
     """Stage I with its masses kept apart, charged as it is."""
     layout = context.layout
     rows = torch.cat(
@@ -63,7 +64,7 @@ def stage_one(context: QueryContext) -> torch.Tensor:
             torch.arange(layout.suffix_start, layout.num_tokens),
         ]
     )
-    mass = ask(context, rows, (rows >= layout.suffix_start) / (layout.num_tokens - layout.suffix_start))
+    mass = ask(context, rows, (rows >= layout.suffix_start) / (layout.num_tokens - layout.suffix_start), kind)
     context.exact_rows = layout.context_start
     context.row_layers += rows.shape[0] * len(context.layers)
     return mass

@@ -17,6 +17,7 @@ c. Stage I's layers or heads weighted. The weights (nonnegative, summing to 1) m
    the target, or by full prefill's attention, themselves.
 e. Every pick brings its neighbours along.
 f. Stage I's scores times the deviation of the values at layer 1.
+g. The question attends to a digest of the context: the means of 2, 4 or 8 keys and values.
 d. What is known before the answer (stage I's scores; the next token's distribution under plain reuse, and how far 10%
    move it) against the KL of a finished `bench quality` run on the same prompts: rank correlations, and the rule
    "the calmer half of the prompts gets 0%, the other 20%" against a flat 10%.
@@ -34,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from trial_digest import Digest
 from trial_recipes import FirstLayersFull, Known, Peek, Spans, TimesDeviation, TwoRounds, Weighted, fit, stage_one
 from trial_tables import BASE, RATIOS, adaptive, compared, read_lines
 
@@ -180,6 +182,7 @@ def plain_arms(num_layers: int) -> Arms:
                 ("two rounds, joined, second asking not charged", ratio): TwoRounds(is_free=True, joined=True),
                 ("each pick with 1 neighbour on both sides", ratio): Spans(1),
                 ("each pick with 2 neighbours on both sides", ratio): Spans(2),
+                **{(f"digest: means of {block}", ratio): Digest(block) for block in (1, 2, 4, 8)},
                 ("attention x layer-1 deviation, its two layers not charged", ratio): TimesDeviation(is_free=True),
                 ("oracle: deviation x attention", ratio): Known(torch.from_numpy(kept["target"])),
                 ("oracle: full prefill's attention", ratio): Known(torch.from_numpy(kept["attention"])),

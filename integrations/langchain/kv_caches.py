@@ -151,6 +151,19 @@ def _names(link: StoreLink, result: Any) -> list[str] | None:
     return [link.records.name(name) for name in result] if is_told else None
 
 
+def _found(link: StoreLink, result: Any) -> list[str]:
+    """Return the keys of documents that a search gave, alone or with scores."""
+    documents = [one[0] if isinstance(one, tuple) else one for one in result]
+    return [link.engine.key_of(one.page_content) for one in documents if one.page_content.strip()]
+
+
+_SEARCHES = (
+    "similarity_search",
+    "similarity_search_by_vector",
+    "similarity_search_with_score",
+    "max_marginal_relevance_search",
+    "max_marginal_relevance_search_by_vector",
+)
 _CHANGES = {
     "add_texts": _add_texts,
     "add_documents": _add_documents,
@@ -169,6 +182,7 @@ FRAMEWORK = Framework(
     base=VectorStore,
     changes=_CHANGES | {f"a{name}": change for name, change in _CHANGES.items()},
     twins={},  # LangChain's own leave the event loop
+    searches=dict.fromkeys([*_SEARCHES, *(f"a{name}" for name in _SEARCHES)], _found),
     makers=("from_texts", "afrom_texts", "from_embeddings", "afrom_embeddings"),
     records=StoredDocuments,
     restore=unpickled,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from llama_index.core.vector_stores.types import BasePydanticVectorStore
+from llama_index.core.vector_stores.types import BasePydanticVectorStore, VectorStoreQueryResult
 
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.llama_index.altered import forget_altered
@@ -99,6 +99,14 @@ def _forgetter(link: StoreLink, names: Iterable[str] | None) -> Callable[[], Non
     return lambda: forget_altered(link.engine, names)
 
 
+def _found(link: StoreLink, result: VectorStoreQueryResult) -> list[str]:
+    """Return the keys of nodes that a query gave, also of a vector store that has their ids alone."""
+    if result.nodes:
+        texts = [as_record(node).text or "" for node in result.nodes]
+        return [link.engine.key_of(text) for text in texts if text.strip()]
+    return link.ledger.keys(link.owner, result.ids or [])
+
+
 FRAMEWORK = Framework(
     base=BasePydanticVectorStore,
     changes={
@@ -119,6 +127,7 @@ FRAMEWORK = Framework(
         "aquery": "query",
         "aget_nodes": "get_nodes",
     },
+    searches=dict.fromkeys(["query", "aquery"], _found),
     makers=(),  # none of them writes nodes
     records=StoredNodes,
     restore=unpickled,

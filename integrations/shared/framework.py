@@ -51,6 +51,7 @@ class Framework:
         base: Its class of vector stores.
         changes: Method -> what a call does.
         twins: Async method -> the plain one that the base class calls for it, on the event loop.
+        searches: Method that finds records -> makes of its result their chunks' keys, best first; async ones too.
         makers: Class methods that write into the vector store that they make, maybe by other ways than its methods.
         records: Makes of a vector store, and the caller's function that reads it, what the link reads.
         restore: Makes the wrapper again from a pickle: of the plain vector store and its name.
@@ -59,6 +60,7 @@ class Framework:
     base: type
     changes: Mapping[str, Builder]
     twins: Mapping[str, str]
+    searches: Mapping[str, Callable[[StoreLink, Any], Sequence[str]]]
     makers: Sequence[str]
     records: Callable[[Any, Any], Any]
     restore: Callable[[Any, str | None], Any]

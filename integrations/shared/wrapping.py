@@ -19,6 +19,7 @@ from typing import Any
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.forks import around_fork
 from prophetkv_rag.integrations.shared.framework import Builder, Call, Framework, Settings
+from prophetkv_rag.integrations.shared.looking import looking
 from prophetkv_rag.vector_stores import Change, StoreLink, arun, arun_alone, is_inside, run, store_name
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,10 @@ def _caching_class(wrapped: type, settings: Settings) -> type:
         # What is the framework's own default calls another method, which is ours.
         if inner is not None and inner is not getattr(framework.base, name, None):
             methods[name] = _followed(inner, builder)
+    for name, found in framework.searches.items():
+        inner = getattr(wrapped, name, None)
+        if inner is not None and inner is not getattr(framework.base, name, None):
+            methods[name] = looking(inner, found, _link_if_any)
     for name, plain in framework.twins.items():
         if getattr(wrapped, name) is getattr(framework.base, name):
             methods[name] = _in_thread(getattr(wrapped, name), plain)

@@ -44,4 +44,5 @@ def whole_heads(cache: ChunkCache, runner: VLLMRunner, *, total: int) -> ChunkCa
         everything: torch.Tensor = group.all_gather(states.contiguous(), dim=0)
         return everything[:: everything.shape[0] // total].contiguous()  # one of each that several ranks hold
 
-    return ChunkCache(cache.input_ids, tuple(map(gathered, cache.keys)), tuple(map(gathered, cache.values)))
+    keys, values = (tuple(map(gathered, part)) for part in (cache.keys, cache.values))
+    return ChunkCache(cache.input_ids, keys, values, cache.behind)

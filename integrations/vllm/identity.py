@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,13 @@ def open_identity(vllm_config: Any, settings: ConnectorSettings) -> CacheIdentit
         tokens.encoding_prefix(config, max_lead_in_tokens=1),
         str(model.dtype).removeprefix("torch."),
         settings.namespace,
+        "" if settings.placed.kind == "plain" else str(settings.placed),
     )
+
+
+def opening_of(identity: CacheIdentity) -> CacheIdentity:
+    """Return the identity of second caches: of chunks behind the opening alone, as if `encoding` were plain."""
+    return replace(identity, encoding="")
 
 
 def load_tokenizer(model: Any) -> Any:

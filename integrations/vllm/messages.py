@@ -7,16 +7,24 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from prophetkv_rag.config import FirstChunk
 from prophetkv_rag.prompt import TokenMatch
+from prophetkv_rag.store import CacheIdentity
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """What workers need of a `CacheIdentity`."""
+class EncodeJob:
+    """A cache to compute and store.
 
-    fingerprint: str
-    prefix_ids: tuple[int, ...]
-    dtype: str
+    Attributes:
+        input_ids: The chunk's tokens.
+        behind: Keys of the chunks that stand before it, the last one right before it.
+        kept_with: Of a second cache, encoded behind the opening alone: the key of its chunk. Else "".
+    """
+
+    input_ids: tuple[int, ...]
+    behind: tuple[str, ...] = ()
+    kept_with: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +35,9 @@ class LoadPlan:
         request_id: vLLM's.
         input_ids: The whole prompt, N tokens.
         matches: The chunks in it.
+        behind: For each of them, the keys of the chunks that its cache was encoded behind.
+        first_key: Key of the second cache that the first chunk is taken from; "" for its own.
+        first_chunk: See `ProphetKVConfig`.
         recompute_ratio: Share of their tokens that is recomputed.
         question_ids: See `RequestOptions`.
         block_ids: All blocks of the request.
@@ -36,6 +47,9 @@ class LoadPlan:
     request_id: str
     input_ids: tuple[int, ...]
     matches: tuple[TokenMatch, ...]
+    behind: tuple[tuple[str, ...], ...]
+    first_key: str
+    first_chunk: FirstChunk
     recompute_ratio: float
     question_ids: tuple[int, ...]
     block_ids: tuple[int, ...]
@@ -47,16 +61,18 @@ class StepPlan(KVConnectorMetadata):
     """What the workers do before a step's forward.
 
     Attributes:
-        identity: Of the caches.
+        identity: Of the caches; second caches have its `opening_of`.
         loads: Requests to fill.
-        encode: Key -> token ids of chunks to encode and store.
+        encode: Key -> what to encode and store under it; what stands behind others comes after them.
         read_ahead: Keys whose caches will be wanted soon.
+        second_ahead: Those of second caches.
     """
 
-    identity: Identity
+    identity: CacheIdentity
     loads: Sequence[LoadPlan] = ()
-    encode: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    encode: dict[str, EncodeJob] = field(default_factory=dict)
     read_ahead: Sequence[str] = ()
+    second_ahead: Sequence[str] = ()
 
 
 @dataclass

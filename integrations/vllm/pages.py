@@ -38,6 +38,9 @@ class PagedLayer(RowsLayer):
         nothing = torch.empty(0)
         super().__init__(nothing, nothing)
         self._assembly, self._index, self._layer, self._pages = assembly, index, layer, pages
+        self._former: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.is_last = True
+        """Whether these are the prompt's last rows; else they are held for those that come after them."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -45,8 +48,12 @@ class PagedLayer(RowsLayer):
         """Assemble, put the fresh rows in, write to the pages; return all keys and values."""
         keys, values = self._assembly.layer(self._index)
         assert self.rows is not None
+        for former_key, former_value, rows in self._former:
+            ops.rope_scatter(former_key, former_value, rows, keys, values)
         ops.rope_scatter(key_states, value_states, self.rows, keys, values)
-        if self._pages is not None:
+        if not self.is_last:
+            self._former.append((key_states.clone(), value_states.clone(), self.rows))
+        elif self._pages is not None:
             self._pages.write(self._layer, keys, values)
         return keys, values
 

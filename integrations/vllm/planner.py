@@ -9,15 +9,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prophetkv_rag.errors import InputError, StoreError
-from prophetkv_rag.integrations.vllm.messages import Identity, LoadPlan, StepPlan, StepReport
-from prophetkv_rag.integrations.vllm.plans import make_layout, num_recomputed, stage_one_rows, stage_two_rows
+from prophetkv_rag.errors import InputError
+from prophetkv_rag.integrations.vllm.lookup import ChunkLookup, Found
+from prophetkv_rag.integrations.vllm.messages import LoadPlan, StepPlan, StepReport
+from prophetkv_rag.integrations.vllm.plans import (
+    make_layout,
+    num_recomputed,
+    stage_one_rows,
+    stage_two_rows,
+    with_caches,
+)
 from prophetkv_rag.integrations.vllm.registration import Registrations
 from prophetkv_rag.integrations.vllm.settings import NAME, ConnectorSettings, RequestOptions
-from prophetkv_rag.prompt import TokenIndex
-from prophetkv_rag.store import CacheIdentity, ChunkStore
+from prophetkv_rag.prompt import PromptLayout
+from prophetkv_rag.reuse import ratio_by_encoding, token_budget
+from prophetkv_rag.store import CacheIdentity
+from prophetkv_rag.store.disk import DiskStore
 
 logger = logging.getLogger(__name__)
+
+_MOST_PARTS = 8
+"""Forwards that stage II of one request may take; a request with more rows is left to vLLM, which spreads it out."""
 
 
 @dataclass
@@ -53,7 +65,7 @@ class Planner:
 
     def __init__(
         self,
-        store: ChunkStore,
+        store: DiskStore,
         identity: CacheIdentity,
         settings: ConnectorSettings,
         *,
@@ -72,23 +84,18 @@ class Planner:
         self._max_positions = max_positions
         self._max_stage_tokens = settings.max_stage_tokens or max_rows
         self._salt = salt
-        self._index = TokenIndex()
+        self.chunks = ChunkLookup(store, identity)
         self._known: dict[str, _Known] = {}
         self._refused: dict[str, str] = {}
         self._loads: list[LoadPlan] = []
         self._ahead: list[str] = []
+        self._second_ahead: list[str] = []
         self._admitted_rows = 0
-        self.registrations = Registrations(store, identity, max_tokens=min(max_rows, self._max_stage_tokens))
+        self.registrations = Registrations(
+            store, identity, count=settings.placed.count, max_tokens=min(max_rows, self._max_stage_tokens)
+        )
         self.counts: dict[str, float] = {}
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Learn the chunks that were stored since, by whatever process."""
-        try:
-            for key, ids in self._store.new_chunks(self._identity.fingerprint):
-                self._index.add(key, ids)
-        except StoreError as error:
-            logger.warning("chunks that other processes store are not found: %s", error)
+        self.chunks.refresh()
 
     def begin(self, request: Any) -> None:
         """Look at a request before vLLM looks into its prefix cache."""
@@ -98,7 +105,7 @@ class Planner:
                 if not self._settings.may_register:
                     msg = "this server takes no chunks from requests (may_register is false)"
                     raise InputError(msg)
-                self.registrations.begin(request.request_id, options.register, most=self._max_rows)
+                self.registrations.begin(request.request_id, options, most=self._max_rows)
                 return
         except InputError as error:
             self._refused[request.request_id] = str(error)
@@ -108,50 +115,76 @@ class Planner:
 
     def _find(self, request: Any, options: RequestOptions) -> None:
         ids = tuple(request.prompt_token_ids)
-        self.refresh()
-        matches = self._index.find(ids)
-        there = self._stored({match.key for match in matches})
-        matches = [match for match in matches if match.key in there]
-        if not matches:
-            return
         ratio = self._settings.recompute_ratio if options.recompute_ratio is None else options.recompute_ratio
-        layout = make_layout(ids, matches, options.question_ids, self._identity.prefix_ids)
+        first_chunk = options.first_chunk or self._settings.first_chunk
+        if ratio == 1:
+            first_chunk = "cached"  # it is computed anyway
+        found = self.chunks.find(ids, first_chunk)
+        if found is None:
+            return
+        layout = make_layout(ids, found.matches, options.question_ids, self._identity.prefix_ids)
         if layout.num_chunk_tokens < self._settings.min_chunk_tokens:
             return
-        one, two = stage_one_rows(layout), stage_two_rows(layout, ratio)
-        if max(one, two) > self._max_rows or len(ids) + len(options.question_ids) > self._max_positions:
+        layout = with_caches(layout, found.behind)
+        if ratio is None:
+            lengths = [len(chunk.input_ids) for chunk in layout.chunks]
+            is_alone = [not keys for keys in found.behind]
+            ratio = ratio_by_encoding(lengths, is_alone, has_exact_first=layout.exact_first_chunk)
+        one, two = stage_one_rows(layout), stage_two_rows(layout, ratio, first_chunk)
+        longest = max((len(job.input_ids) for job in found.missing.values()), default=0)
+        if (
+            max(one, longest, two // _MOST_PARTS) > self._max_rows
+            or len(ids) + len(options.question_ids) > self._max_positions
+        ):
             self._count("too_long", 1)
             return
-        plan = LoadPlan(request.request_id, ids, tuple(matches), ratio, options.question_ids, (), 0)
-        if not self._salt(request, _salt_of(plan, request.cache_salt, self._identity.fingerprint)):
+        plan = LoadPlan(
+            request.request_id,
+            ids,
+            found.matches,
+            found.behind,
+            found.first_key,
+            first_chunk,
+            ratio,
+            options.question_ids,
+            (),
+            0,
+        )
+        if not self._salt(request, _salt_of(plan, found, request.cache_salt, self._identity.fingerprint)):
             return
-        recomputed = num_recomputed(layout, ratio)
-        has_choice = 0 < recomputed < int(layout.is_chunk.sum())
+        report = self._report_of(plan, found, layout, one, two)
+        self._known[request.request_id] = _Known(plan, one + two, report)
+        if found.missing:
+            self.registrations.await_caches(request.request_id, found.missing)
+        ready = [key for key in found.keys if key not in found.missing]
+        self._ahead += [key for key in ready if key != found.first_key]
+        self._second_ahead += [key for key in ready if key == found.first_key]
+
+    def _report_of(self, plan: LoadPlan, found: Found, layout: PromptLayout, one: int, two: int) -> dict[str, Any]:
+        recomputed = num_recomputed(layout, plan.recompute_ratio, plan.first_chunk)
+        has_choice = 0 < token_budget(plan.recompute_ratio, layout.num_chunk_tokens) < int(layout.is_chunk.sum())
         row_layers = (two + 1 + one * has_choice) * self._num_layers
-        unavoidable = (len(ids) - layout.num_chunk_tokens - layout.known_prefix) * self._num_layers
-        report = {
+        unavoidable = (layout.num_tokens - layout.num_chunk_tokens - layout.known_prefix) * self._num_layers
+        return {
             "strategy": "prophetkv",
-            "recompute_ratio": ratio,
-            "prompt_tokens": len(ids),
+            "recompute_ratio": plan.recompute_ratio,
+            "prompt_tokens": layout.num_tokens,
             "chunk_tokens": layout.num_chunk_tokens,
             "reused_tokens": layout.num_chunk_tokens - recomputed,
             "recomputed_tokens": recomputed,
             "row_layers": row_layers,
             "charged_ratio": (row_layers - unavoidable) / (layout.num_chunk_tokens * self._num_layers),
-            "chunks": [{"key": match.key, "start": match.start, "stop": match.stop} for match in matches],
+            "chunks": [
+                {
+                    "key": match.key,
+                    "start": match.start,
+                    "stop": match.stop,
+                    "status": "miss" if key in found.missing else "hit",
+                    "behind": len(behind),
+                }
+                for key, match, behind in zip(found.keys, plan.matches, plan.behind, strict=True)
+            ],
         }
-        self._known[request.request_id] = _Known(plan, one + two, report)
-        self._ahead += there
-
-    def _stored(self, keys: set[str]) -> set[str]:
-        try:
-            there = {key for key in keys if key in self._store}
-        except StoreError as error:
-            logger.warning("the store does not answer: %s", error)
-            return set()
-        for key in keys - there:  # deleted, or evicted: found again when it is stored again
-            self._index.remove(key)
-        return there
 
     def claim(self, request: Any, num_local: int) -> int | None:
         """Return how many tokens behind the first `num_local` will be filled; `None` to be asked in the next step."""
@@ -160,10 +193,14 @@ class Planner:
         known = self._known.get(request.request_id)
         if known is None or known.is_left:
             return 0
+        if errors := self.registrations.errors(request.request_id):
+            self._leave(known, next(iter(errors.values())))
+            return 0
         wanted = len(known.plan.input_ids) - 1 - num_local
         if wanted <= 0:  # the same prompt's blocks are there already
             return 0
-        if self._admitted_rows and self._admitted_rows + known.stage_rows > self._max_stage_tokens:
+        taken = self._admitted_rows + self.registrations.reserved
+        if taken and taken + known.stage_rows > self._max_stage_tokens:
             return None
         return wanted
 
@@ -179,36 +216,42 @@ class Planner:
 
     def step(self) -> StepPlan:
         """Return what the workers do in this step, and begin the next."""
-        identity = self._identity
-        encode = self.registrations.next_chunks(self._max_stage_tokens - self._admitted_rows)
-        plan = StepPlan(
-            Identity(identity.fingerprint, identity.prefix_ids, identity.dtype), self._loads, encode, self._ahead
-        )
+        encode = self.registrations.next_jobs(self._max_stage_tokens - self._admitted_rows)
+        plan = StepPlan(self._identity, self._loads, encode, self._ahead, self._second_ahead)
         for load in self._loads:
             report = self._known[load.request_id].report
             self._count("requests", 1)
             for name in ("chunk_tokens", "reused_tokens", "recomputed_tokens"):
                 self._count(name, report[name])
-        self._loads, self._ahead, self._admitted_rows = [], [], 0
+        self._loads, self._ahead, self._second_ahead, self._admitted_rows = [], [], [], 0
         return plan
 
     def learn(self, report: StepReport) -> None:
         """Take in what the workers say."""
         for key in report.lost:
-            self._index.remove(key)
+            self.chunks.lose(key)
         for request_id, reason in report.failed.items():
-            self._count("failed_requests", 1)
             known = self._known.get(request_id)
             if known is not None:
-                known.is_left = True  # asked again, after a preemption, it must not fail again and again
-                known.report |= {"status": "left_to_vllm", "reason": reason, "reused_tokens": 0}
+                self._leave(known, reason)
         for request_id, seconds in report.seconds.items():
             self._count("stage_seconds", seconds)
             if request_id in self._known:
                 self._known[request_id].report.setdefault("stage_s", round(seconds, 4))
-        for key, ids in self.registrations.learn(report).items():
-            self._index.add(key, ids)
-            self._count("encoded_chunks", 1)
+        for key in report.not_encoded:
+            self.chunks.give_up(key)
+        for key, job in self.registrations.learn(report).items():
+            if job.kept_with:
+                self._count("second_caches", 1)
+            else:
+                self.chunks.add(key, job.input_ids)
+                self._count("encoded_chunks", 1)
+
+    def _leave(self, known: _Known, reason: str) -> None:
+        """Leave a request to vLLM: asked again, after a preemption, it must not fail again and again."""
+        self._count("failed_requests", 1)
+        known.is_left = True
+        known.report |= {"status": "left_to_vllm", "reason": reason, "reused_tokens": 0}
 
     def finish(self, request: Any) -> dict[str, Any] | None:
         """Return what a request's answer says, and forget it."""
@@ -237,11 +280,13 @@ def _is_plain(request: Any) -> bool:
     )
 
 
-def _salt_of(plan: LoadPlan, given: str | None, fingerprint: str) -> str:
+def _salt_of(plan: LoadPlan, found: Found, given: str | None, fingerprint: str) -> str:
     """Return what an approximate prompt's blocks are told apart by.
 
-    Every row depends on the question at the prompt's end, so only requests that are the same throughout share blocks.
+    Every row depends on the question at the prompt's end, so only requests that are the same throughout share blocks;
+    and only while the caches are the same: what a chunk was encoded behind may be deleted, and it encoded anew.
     """
     parts: list[Any] = [given, fingerprint, plan.recompute_ratio, plan.question_ids, plan.input_ids]
+    parts += [plan.first_chunk, plan.first_key, plan.behind, found.versions]
     parts += [[match.key, match.start, match.stop, match.skipped] for match in plan.matches]
     return "prophetkv-" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()

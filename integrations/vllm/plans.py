@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import takewhile
+from typing import TypeVar
 
 import torch
 
-from prophetkv_rag.integrations.vllm.messages import Identity, LoadPlan
+from prophetkv_rag.config import FirstChunk
+from prophetkv_rag.integrations.vllm.messages import LoadPlan
 from prophetkv_rag.prompt import ChunkSpan, PromptLayout, TokenMatch
 from prophetkv_rag.reuse import token_budget
+
+T = TypeVar("T")
 
 
 def make_layout(
@@ -28,9 +33,14 @@ def make_layout(
     )
 
 
-def layout_of(load: LoadPlan, identity: Identity) -> PromptLayout:
+def layout_of(load: LoadPlan, prefix_ids: tuple[int, ...]) -> PromptLayout:
     """Return the layout of a request that is to be filled."""
-    return make_layout(load.input_ids, load.matches, load.question_ids, identity.prefix_ids)
+    return with_caches(make_layout(load.input_ids, load.matches, load.question_ids, prefix_ids), load.behind)
+
+
+def with_caches(layout: PromptLayout, behind: Sequence[Sequence[str]]) -> PromptLayout:
+    """Return a layout whose first chunk is exact only if its cache was encoded behind the opening alone, too."""
+    return replace(layout, exact_first_chunk=layout.exact_first_chunk and not behind[0])
 
 
 def stage_one_rows(layout: PromptLayout) -> int:
@@ -38,12 +48,32 @@ def stage_one_rows(layout: PromptLayout) -> int:
     return layout.context_start - layout.known_prefix + layout.num_tokens - layout.suffix_start + len(layout.probe_ids)
 
 
-def num_recomputed(layout: PromptLayout, recompute_ratio: float) -> int:
-    """Chunk tokens that stage II runs."""
-    return min(token_budget(recompute_ratio, layout.num_chunk_tokens), int(layout.is_chunk.sum()))
+def num_recomputed(layout: PromptLayout, recompute_ratio: float, first_chunk: FirstChunk) -> int:
+    """Chunk tokens that stage II runs; ProphetKV leaves an exact first chunk as it is (`ProphetKV.select`)."""
+    budget, total = token_budget(recompute_ratio, layout.num_chunk_tokens), int(layout.is_chunk.sum())
+    if budget >= total:
+        return total
+    if layout.exact_first_chunk and first_chunk == "opening":
+        first = layout.chunks[0]
+        total -= int(layout.is_chunk[first.start : first.stop].sum())
+    return min(budget, total)
 
 
-def stage_two_rows(layout: PromptLayout, recompute_ratio: float) -> int:
+def stage_two_rows(layout: PromptLayout, recompute_ratio: float, first_chunk: FirstChunk) -> int:
     """Rows that stage II runs: all but vLLM's own, the last."""
     fresh = layout.num_tokens - 1 - int(layout.is_chunk.sum()) - layout.known_prefix
-    return fresh + num_recomputed(layout, recompute_ratio)
+    return fresh + num_recomputed(layout, recompute_ratio, first_chunk)
+
+
+def groups_of(items: Sequence[T], rows: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Group what runs together: so many rows at most, but one item always."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        if group and total + rows(item) > most:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += rows(item)
+    if group:
+        yield group

@@ -37,6 +37,15 @@ def report_of(layout: PromptLayout, said: Mapping[str, Any] | None, *, ttft_s: f
         fresh_tokens=said["prompt_tokens"] - said["chunk_tokens"],
         row_layers=said["row_layers"],
         charged_ratio=said["charged_ratio"],
-        chunks=[ChunkReport(chunk["key"], chunk["stop"] - chunk["start"], "hit") for chunk in found],
+        chunks=[
+            ChunkReport(
+                chunk["key"],
+                chunk["stop"] - chunk["start"],
+                chunk["status"],
+                "computed" if chunk["status"] == "miss" else "",
+                chunk["behind"],
+            )
+            for chunk in found
+        ],
         timings_s=timings,
     )

@@ -87,6 +87,14 @@ class VLLMRunner:
         total = get_tp_group().all_reduce(votes)
         return [bool(votes_for == self.num_ranks) for votes_for in total.tolist()]
 
+    def all_same(self, values: Sequence[int]) -> list[bool]:
+        """Return where all ranks have the same number, and not 0. Every rank must call this with as many."""
+        if self.num_ranks == 1 or not values:
+            return [bool(value) for value in values]
+        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
+        first = torch.as_tensor(get_tp_group().broadcast(mine.clone(), src=0))
+        return self.all_agree(((mine == first) & (mine != 0)).tolist())
+
 
 class _Seat:
     """Stands in for one attention layer during a pass; `unified_attention_with_output` calls its `impl`."""

@@ -7,6 +7,7 @@ loop runs in a thread of its own here, its core in a process of its own; any num
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import time
@@ -16,22 +17,25 @@ from typing import Any
 
 from prometheus_client import REGISTRY, generate_latest
 from vllm import AsyncEngineArgs, SamplingParams
-from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from prophetkv_rag.config import check_recompute_ratio
-from prophetkv_rag.errors import ContextWindowError, DeadlineError, InputError, StoreError
+from prophetkv_rag.errors import DeadlineError, InputError
 from prophetkv_rag.generation import FinishReason, Grammar, StreamChunk
 from prophetkv_rag.integrations.vllm.identity import load_tokenizer, open_identity
 from prophetkv_rag.integrations.vllm.reports import report_of
+from prophetkv_rag.integrations.vllm.sampling import BACKEND, Sampling
+from prophetkv_rag.integrations.vllm.served_chunks import ServedChunks
 from prophetkv_rag.integrations.vllm.settings import NAME, ConnectorSettings, transfer_config
-from prophetkv_rag.prompt import AnyPrompt, ChunkIndex, PromptLayout, PromptReader, Tokens, text_entry
+from prophetkv_rag.prompt import AnyPrompt, ChunkIndex, PromptLayout, PromptReader, Tokens
 from prophetkv_rag.store import ChunkStore
 from prophetkv_rag.store.disk import open_disk_store
-from prophetkv_rag.text import well_formed
+
+logger = logging.getLogger(__name__)
 
 _RATIOS: dict[str | None, float | None] = {None: None, "prophetkv": None, "full_reuse": 0.0}
-_POLL_S = 0.05
+_DEFAULTS = {"disable_log_stats": False, "structured_outputs_config": {"backend": BACKEND}}
+_POLL_S, _LOOK_S = 0.05, 1.0
 
 
 class VLLMEngine:
@@ -53,10 +57,12 @@ class VLLMEngine:
     def __init__(self, model: str, settings: ConnectorSettings, engine_args: Mapping[str, Any]) -> None:
         given = {"model": model, "kv_transfer_config": transfer_config(settings)}
         try:
-            arguments = AsyncEngineArgs(**{"disable_log_stats": False, **engine_args, **given})
+            arguments = AsyncEngineArgs(**{**_DEFAULTS, **engine_args, **given})
         except TypeError as error:
             msg = f"vLLM does not take these settings: {error}; see `vllm serve --help`, with _ for -"
             raise InputError(msg) from error
+        self.has_died = False
+        self._closing = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="prophetkv-vllm", daemon=True)
         self._thread.start()
@@ -72,7 +78,17 @@ class VLLMEngine:
         self.chunk_index = ChunkIndex()
         self.chunk_index.load(self.store.entry_columns(self.identity.fingerprint))
         self.context_window = int(config.model_config.max_model_len)
+        self._sampling = Sampling(self.tokens.tokenizer, config.structured_outputs_config.backend)
         self._reader = PromptReader(self.tokens, self.identity, self.chunk_index)
+        self._chunks = ServedChunks(
+            self.store,
+            self.identity,
+            self.tokens,
+            self.chunk_index,
+            settings.placed,
+            most_tokens=config.scheduler_config.max_num_batched_tokens - len(self.identity.prefix_ids),
+            register=self._register,
+        )
 
     @property
     def has_chat_template(self) -> bool:
@@ -81,58 +97,30 @@ class VLLMEngine:
 
     def key_of(self, text: str) -> str:
         """Return the key of the chunk with this text, whether or not it is known."""
-        return self.identity.key(self.tokens.chunk(well_formed(text).strip()))
+        return self._chunks.key_of(text)
 
     def add_chunks(
         self,
         texts: Sequence[str],
         *,
         owner: str = "engine",
+        behind: Sequence[Sequence[str]] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Have vLLM's workers encode and store what is missing; see `ProphetKVEngine.add_chunks`.
-
-        Raises:
-            InputError: If a chunk is empty, or longer than one step of vLLM may be.
-            StoreError: If the store does not take them.
-        """
-        stripped = [well_formed(text).strip() for text in texts]
-        chunks = [self.tokens.chunk(text) if text else [] for text in stripped]
-        keys: list[str] = []
-        for number, ids in enumerate(chunks):
-            if not ids:
-                msg = f"chunk {number} is empty; leave it out"
-                raise InputError(msg)
-            keys.append(self.identity.key(ids))
-        missing = {key: ids for key, ids in zip(keys, chunks, strict=True) if key not in self.store}
-        for done, (key, ids) in enumerate(missing.items()):
-            if progress is not None:
-                progress(done, len(missing))
-            self._register(key, ids)
-        for key, ids, text in zip(keys, chunks, stripped, strict=True):
-            entry = text_entry(text)
-            if entry is not None:
-                self.store.note(key, fingerprint=self.identity.fingerprint, num_tokens=len(ids), entry=entry)
-                self.chunk_index.add(key, entry)
-        self.store.add_references(owner, keys)
-        return keys
-
-    def _register(self, key: str, ids: Sequence[int]) -> None:
-        sampling = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {NAME: {"register": [list(ids)]}}})
-        for output in self._outputs([ids[0]], sampling, None, None):
-            said = (output.kv_transfer_params or {}).get(NAME, {})
-            if "error" in said:
-                raise ContextWindowError(said["error"])
-            if "errors" in said:
-                msg = f"a chunk could not be encoded or stored: {said['errors'].get(key)}"
-                raise StoreError(msg)
+        """Have vLLM's workers encode and store what is missing; see `ServedChunks.add`."""
+        return self._chunks.add(texts, owner=owner, behind=behind, progress=progress)
 
     def remove_chunks(self, keys: Iterable[str], *, owner: str = "engine") -> list[str]:
         """See `ProphetKVEngine.remove_chunks`."""
-        deleted = self.store.drop_references(owner, list(keys))
-        for key in deleted:
-            self.chunk_index.remove(key)
-        return deleted
+        return self._chunks.remove(keys, owner=owner)
+
+    def _register(self, said: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Send chunks in a request of their own, and return what it was answered."""
+        sampling = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {NAME: said}})
+        answered: Mapping[str, Any] = {}
+        for output in self._outputs([0], sampling, None, None):
+            answered = (output.kv_transfer_params or {}).get(NAME, answered)
+        return answered
 
     def read(self, prompt: AnyPrompt, *, query: str | None = None) -> PromptLayout:
         """Return a prompt's token ids and where its known chunks lie."""
@@ -159,32 +147,32 @@ class VLLMEngine:
         """Answer a prompt piece by piece; see `ProphetKVEngine.stream`.
 
         Raises:
-            InputError: For an empty prompt, a strategy that vLLM does not run, a grammar, or a ratio outside [0, 1].
+            InputError: For an empty prompt, a strategy that vLLM does not run, a ratio outside [0, 1], or a grammar
+                that cannot be kept.
             DeadlineError: If the deadline passes before the first token.
         """
         if strategy not in (*_RATIOS, "full_prefill"):
             msg = f"strategy is {strategy!r}; with vLLM: prophetkv, full_reuse, full_prefill"
             raise InputError(msg)
-        if grammar is not None:
-            msg = "tools and JSON schemas are not supported with vLLM; leave them out, or use --engine transformers"
-            raise InputError(msg)
         ends_at = None if deadline_s is None else time.monotonic() + deadline_s
         layout = self.read(prompt, query=query)
         layout.check_fits(self.context_window, is_reuse=bool(layout.chunks), is_answered=True)
         ours: dict[str, Any] = {"enabled": strategy != "full_prefill"}
+        if strategy == "full_reuse":
+            ours["first_chunk"] = "cached"
         ratio = recompute_ratio if _RATIOS.get(strategy) is None else _RATIOS[strategy]
         if ratio is not None:
             ours["recompute_ratio"] = check_recompute_ratio(ratio)
         if layout.probe_ids:
             ours["question_ids"] = list(layout.probe_ids)
-        sampling = SamplingParams(
+        sampling = self._sampling.of(
+            ours,
+            max_tokens=min(max_new_tokens, self.context_window - layout.num_tokens),
+            stop=stop,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
-            stop=list(stop),
-            max_tokens=min(max_new_tokens, self.context_window - layout.num_tokens),
-            output_kind=RequestOutputKind.DELTA,
-            extra_args={"kv_transfer_params": {NAME: ours}},
+            grammar=grammar,
         )
         text, token_ids, said = "", (), None
         started, first_at = time.monotonic(), None
@@ -235,6 +223,19 @@ class VLLMEngine:
         finally:
             task.cancel()  # which aborts the request in vLLM, if it is not done
 
+    def watch(self, ended: Callable[[], None]) -> None:
+        """Call `ended`, in a thread, should vLLM die: from then on every request is an error."""
+
+        def look() -> None:
+            while not self._closing.wait(_LOOK_S):
+                if self._llm.errored:
+                    self.has_died = True
+                    logger.critical("vLLM has died; its own log says why")
+                    ended()
+                    return
+
+        threading.Thread(target=look, name="prophetkv-vllm-watch", daemon=True).start()
+
     def more_metrics(self) -> bytes:
         """Return vLLM's own metrics, as Prometheus reads them."""
         return bytes(generate_latest(REGISTRY))
@@ -244,6 +245,7 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Stop vLLM and close the store."""
+        self._closing.set()
         self._wait(_stopped(self._llm))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from prophetkv_rag.config import ProphetKVConfig, check_recompute_ratio
+from prophetkv_rag.config import Encoding, FirstChunk, ProphetKVConfig, check_recompute_ratio, parse_encoding
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.store import is_key
 
 NAME = "prophetkv"
 """Our part of a request's and of an answer's `kv_transfer_params`."""
@@ -23,8 +24,11 @@ class ConnectorSettings:
 
     Attributes:
         directory: Where chunk caches are kept; the same for all of vLLM's processes, on all of its machines.
-        recompute_ratio: Share of the chunk tokens that is recomputed, where a request does not say.
+        recompute_ratio: Share of the chunk tokens that is recomputed, where a request does not say; `None` as in
+            `ProphetKVConfig`: by how the chunks were encoded.
         context_share: See `ProphetKVConfig`.
+        encoding: See `ProphetKVConfig`; not `neighbours`, which need embeddings.
+        first_chunk: See `ProphetKVConfig`; not `"exact"`: recomputed whole it would be more rows than a step has.
         encoding_prefix: See `ProphetKVConfig`; a text, or `None` for what the chat template opens with.
         namespace: See `ProphetKVConfig`.
         min_chunk_tokens: Requests with fewer known chunk tokens are left to vLLM.
@@ -42,8 +46,10 @@ class ConnectorSettings:
     """
 
     directory: str
-    recompute_ratio: float = 0.2
+    recompute_ratio: float | None = None
     context_share: float = 1.0
+    encoding: str = "auto"
+    first_chunk: FirstChunk = "opening"
     encoding_prefix: str | None = None
     namespace: str = ""
     min_chunk_tokens: int = 64
@@ -67,7 +73,18 @@ class ConnectorSettings:
         if not isinstance(self.may_register, bool):
             msg = f"may_register is {self.may_register!r}; it must be true or false"
             raise InputError(msg)
+        if self.first_chunk not in ("opening", "cached"):
+            msg = f"first_chunk is {self.first_chunk!r}; inside vLLM: opening, cached"
+            raise InputError(msg)
         self.engine_config()
+        if self.placed.num_neighbours:
+            msg = f"encoding is {self.encoding!r}; inside vLLM: auto, plain, or previous:2, without neighbours"
+            raise InputError(msg)
+
+    @property
+    def placed(self) -> Encoding:
+        """`encoding`, read."""
+        return parse_encoding(self.encoding)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> ConnectorSettings:
@@ -94,8 +111,8 @@ class ConnectorSettings:
             return ProphetKVConfig(
                 recompute_ratio=self.recompute_ratio,
                 context_share=self.context_share,
-                first_chunk="cached",  # recomputed whole it would be more rows than a step has
-                encoding="plain",
+                first_chunk=self.first_chunk,
+                encoding=self.encoding,
                 encoding_prefix=self.encoding_prefix,
                 namespace=self.namespace,
             )
@@ -131,13 +148,20 @@ class RequestOptions:
         recompute_ratio: Instead of the settings'.
         question_ids: Tokens of a question that does not stand behind the chunks; they ask in stage I.
         enabled: Whether known chunks are reused.
+        first_chunk: Instead of the settings'.
         register: Token ids of chunks to encode and keep; the request itself is then answered by vLLM alone.
+        in_order: Whether those are a document, in order, so that each is encoded behind those before it.
+        behind: Or for each the keys of the chunks that it is encoded behind, the last one right before it: of those
+            that are stored, or come before it in `register`.
     """
 
     recompute_ratio: float | None = None
     question_ids: tuple[int, ...] = ()
     enabled: bool = True
+    first_chunk: FirstChunk | None = None
     register: tuple[tuple[int, ...], ...] = ()
+    in_order: bool = False
+    behind: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
     def of(cls, params: Any, *, vocabulary: int) -> RequestOptions:
@@ -153,14 +177,19 @@ class RequestOptions:
         if not isinstance(given, Mapping) or not all(name in known for name in given):
             msg = f"kv_transfer_params[{NAME!r}] must be an object with some of {', '.join(known)}"
             raise InputError(msg)
-        ratio, enabled = given.get("recompute_ratio"), given.get("enabled", True)
+        ratio = given.get("recompute_ratio")
         if ratio is not None:
             if not isinstance(ratio, (int, float)) or isinstance(ratio, bool):
                 msg = f"recompute_ratio is {ratio!r}; it must be a number from 0 to 1"
                 raise InputError(msg)
             check_recompute_ratio(ratio)
-        if not isinstance(enabled, bool):
-            msg = f"enabled is {enabled!r}; it must be true or false"
+        for name in ("enabled", "in_order"):
+            if not isinstance(given.get(name, True), bool):
+                msg = f"{name} is {given[name]!r}; it must be true or false"
+                raise InputError(msg)
+        first_chunk = given.get("first_chunk")
+        if first_chunk not in (None, "opening", "cached"):
+            msg = f"first_chunk is {first_chunk!r}; it must be opening or cached"
             raise InputError(msg)
         question = _ids("question_ids", given.get("question_ids", ()), vocabulary, MAX_QUESTION_IDS)
         register = given.get("register", ())
@@ -168,11 +197,27 @@ class RequestOptions:
             msg = f"register must be a list of at most {MAX_REGISTERED} lists of token ids"
             raise InputError(msg)
         chunks = tuple(_ids("a chunk to register", chunk, vocabulary, None) for chunk in register)
-        return cls(None if ratio is None else float(ratio), question, enabled, chunks)
+        return cls(
+            None if ratio is None else float(ratio),
+            question,
+            given.get("enabled", True),
+            first_chunk,
+            chunks,
+            given.get("in_order", False),
+            _behind(given.get("behind", ()), len(chunks)),
+        )
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _behind(given: Any, count: int) -> tuple[tuple[str, ...], ...]:
+    is_right = _is_list(given) and len(given) in (0, count) and all(_is_list(keys) for keys in given)
+    if not is_right or not all(isinstance(key, str) and is_key(key) for keys in given for key in keys):
+        msg = "behind must be a list of lists of chunk keys, one for each chunk of register"
+        raise InputError(msg)
+    return tuple(tuple(keys) for keys in given)
 
 
 def _ids(name: str, given: Any, vocabulary: int, most: int | None) -> tuple[int, ...]:

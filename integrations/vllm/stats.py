@@ -13,8 +13,9 @@ COUNTERS = {
     "reused_tokens": "Those of them that were not computed again.",
     "recomputed_tokens": "Those of them that were.",
     "failed_requests": "Requests left to vLLM because a cache was missing or bad.",
-    "too_long": "Requests left to vLLM because one forward could not hold their rows.",
+    "too_long": "Requests left to vLLM because they have more rows than a step may run.",
     "encoded_chunks": "Chunks encoded and stored.",
+    "second_caches": "Second caches, of chunks that came first in a prompt, encoded and stored.",
     "stage_seconds": "Time that steps spent in stage I and II, summed over their requests.",
 }
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 
-from prophetkv_rag.chunks import EncodingPrefix, encode_chunks, encode_prefix
-from prophetkv_rag.integrations.vllm.heads import own_heads, whole_heads
-from prophetkv_rag.integrations.vllm.messages import Identity, LoadPlan, StepPlan, StepReport
+from prophetkv_rag.chunks import ChunkEncoder, EncodingPrefix, encode_prefix
+from prophetkv_rag.errors import ProphetKVError
+from prophetkv_rag.integrations.vllm.heads import whole_heads
+from prophetkv_rag.integrations.vllm.identity import opening_of
+from prophetkv_rag.integrations.vllm.messages import LoadPlan, StepPlan, StepReport
 from prophetkv_rag.integrations.vllm.pages import PagedLayer, Pages
-from prophetkv_rag.integrations.vllm.plans import layout_of, stage_one_rows, stage_two_rows
+from prophetkv_rag.integrations.vllm.plans import groups_of, layout_of, stage_one_rows, stage_two_rows
+from prophetkv_rag.integrations.vllm.rank_caches import RankCaches
 from prophetkv_rag.integrations.vllm.runner import VLLMRunner
 from prophetkv_rag.integrations.vllm.settings import ConnectorSettings
+from prophetkv_rag.integrations.vllm.together import run_together
 from prophetkv_rag.model import ModelSupport
 from prophetkv_rag.reuse import Assembly, QueryContext, RowsJob, ask_together, make_strategy, rows_job, token_budget
-from prophetkv_rag.store import ChunkCache, ChunkStore
+from prophetkv_rag.store import CacheIdentity, ChunkCache
+from prophetkv_rag.store.disk import DiskStore
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +46,7 @@ class WorkerStages:
         self,
         runner: VLLMRunner,
         support: ModelSupport,
-        store: ChunkStore,
+        store: DiskStore,
         settings: ConnectorSettings,
         *,
         block_size: int,
@@ -50,7 +56,9 @@ class WorkerStages:
         self._runner = runner
         self.support = support
         self._store = store
+        self._caches = RankCaches(store, runner, num_kv_heads)
         self._config = settings.engine_config()
+        self._encoding = settings.placed
         self._strategy = make_strategy("prophetkv")
         self._block_size = block_size
         self._max_rows = max_rows
@@ -67,8 +75,9 @@ class WorkerStages:
     def run(self, plan: StepPlan) -> StepReport:
         """Do what a step asks for."""
         report = StepReport()
-        if plan.read_ahead:
-            self._store.read_ahead(plan.read_ahead, fingerprint=plan.identity.fingerprint)
+        for keys, whose in ((plan.read_ahead, plan.identity), (plan.second_ahead, opening_of(plan.identity))):
+            if keys:
+                self._store.read_ahead(keys, fingerprint=whose.fingerprint)
         if plan.loads:
             started = time.perf_counter()
             self._load(plan, report)
@@ -79,20 +88,19 @@ class WorkerStages:
         return report
 
     def _load(self, plan: StepPlan, report: StepReport) -> None:
-        found = [self._caches(load, plan.identity, report) for load in plan.loads]
-        # Ranks read the same files, and still one may miss one: then none of them uses it.
-        agreed = self._runner.all_agree([caches is not None for caches in found])
+        self._store.forget_deleted()
+        # Ranks read the same files, and still one may miss one, or have another: then none of them uses it.
+        found, report.lost = self._caches.load(plan.loads, plan.identity, opening_of(plan.identity))
         ready: list[_Query] = []
-        for load, caches, is_there in zip(plan.loads, found, agreed, strict=True):
-            if is_there and caches is not None:
+        for load, caches in zip(plan.loads, found, strict=True):
+            if caches is not None:
                 ready.append(_Query(load, caches, plan.identity))
             else:
                 self._fail(load, "a chunk's cache is missing or bad", report)
-        for group in _groups(ready, lambda query: query.num_rows, self._max_rows):
-            try:
-                self._fill(group, plan.identity)
-            except Exception as error:
-                logger.exception("ProphetKV leaves %d requests to vLLM", len(group))
+        for group in groups_of(ready, lambda query: query.num_rows, self._max_rows):
+            error = run_together(partial(self._fill, group, plan.identity))
+            if error is not None:
+                logger.error("ProphetKV leaves %d requests to vLLM", len(group), exc_info=error)
                 for query in group:
                     self._fail(query.load, f"{type(error).__name__}: {error}", report)
 
@@ -100,48 +108,81 @@ class WorkerStages:
         report.failed[load.request_id] = reason
         self.failed_blocks.update(load.block_ids[load.first_row // self._block_size :])
 
-    def _caches(self, load: LoadPlan, identity: Identity, report: StepReport) -> list[ChunkCache] | None:
-        caches = []
-        for match in load.matches:
-            cache = self._store.find(match.key, fingerprint=identity.fingerprint, input_ids=None).cache
-            wanted = load.input_ids[match.start : match.stop]
-            rows = slice(match.skipped, match.skipped + len(wanted))
-            if cache is None or not cache.is_of(identity.dtype) or cache.input_ids[rows].tolist() != list(wanted):
-                report.lost.append(match.key)
-                return None
-            caches.append(own_heads(cache, rows, self._runner, total=self._num_kv_heads))
-        return caches
-
-    def _fill(self, queries: Sequence[_Query], identity: Identity) -> None:
+    def _fill(self, queries: Sequence[_Query], identity: CacheIdentity) -> None:
         """Stage I and stage II of several requests, and their rows into the pages."""
         prefix = self._prefix(identity)
         for query in queries:
             query.prepare(self, prefix)
         asking = [query.context for query in queries if query.has_choice]
-        for contexts in _groups(asking, lambda context: stage_one_rows(context.layout), self._max_rows):
+        for contexts in groups_of(asking, lambda context: stage_one_rows(context.layout), self._max_rows):
             ask_together(contexts)
-        jobs = [job for query in queries if (job := query.rows(self)) is not None]
+        if len(queries) == 1:
+            for part in queries[0].jobs(self, self._max_rows):
+                self._runner.run([part])
+            return
+        jobs = [job for query in queries for job in query.jobs(self, self._max_rows)]  # one of each: they fit together
         if jobs:
             self._runner.run(jobs)
 
-    def _prefix(self, identity: Identity) -> EncodingPrefix | None:
+    def _prefix(self, identity: CacheIdentity) -> EncodingPrefix | None:
         if identity.fingerprint not in self._prefixes:
             self._prefixes[identity.fingerprint] = encode_prefix(self._runner, self.support, identity.prefix_ids)
         return self._prefixes[identity.fingerprint]
 
     def _encode(self, plan: StepPlan, report: StepReport) -> None:
-        keys, identity = list(plan.encode), plan.identity
+        """Encode and store; what stands behind others by their caches, as they are stored."""
+        self._store.drop_from_memory(plan.encode)  # all ranks shall read what rank 0 writes now
+        error = run_together(partial(self._encode_and_keep, plan, report))
+        if error is not None:
+            logger.error("chunks could not be encoded", exc_info=error)
+            report.not_encoded |= {key: str(error) for key in plan.encode if key not in report.encoded}
+
+    def _encode_and_keep(self, plan: StepPlan, report: StepReport) -> None:
+        encoder = ChunkEncoder(
+            self._runner,
+            self.support,
+            self._prefix(plan.identity),
+            plan.identity,
+            self._encoding,
+            self._caches,
+            state=None,
+            context_window=self.support.context_window,
+            batch_tokens=self._max_rows,
+        )
+        jobs = {key: job for key, job in plan.encode.items() if not job.kept_with}
+        chunks = {key: job.input_ids for key, job in jobs.items()}
+        behind = {key: job.behind for key, job in jobs.items() if job.behind}
+        encoded = encoder.encode_behind(chunks, behind, is_chained=True) if behind else None
+        for index, part in encoded or encoder.encode(list(chunks.values())):
+            self._keep(list(jobs)[index], part, plan.identity, report)
+        jobs = {key: job for key, job in plan.encode.items() if job.kept_with}
+        for index, part in encoder.encode([job.input_ids for job in jobs.values()]):
+            key = list(jobs)[index]
+            self._keep(key, part, opening_of(plan.identity), report, kept_with=jobs[key].kept_with)
+
+    def _keep(
+        self, key: str, part: ChunkCache, identity: CacheIdentity, report: StepReport, *, kept_with: str = ""
+    ) -> None:
+        """Store a cache, of which this rank has a part."""
+        cache = whole_heads(part, self._runner, total=self._num_kv_heads)
+        if self._runner.rank != 0:
+            return
         try:
-            chunks = [plan.encode[key] for key in keys]
-            prefix = self._prefix(identity)
-            for index, part in encode_chunks(self._runner, self.support, prefix, chunks, batch_tokens=self._max_rows):
-                cache = whole_heads(part, self._runner, total=self._num_kv_heads)
-                if self._runner.rank == 0:
-                    self._store.put(keys[index], cache.owned(), fingerprint=identity.fingerprint)
-                    report.encoded.append(keys[index])
-        except Exception as error:  # a full disk, for one
-            logger.exception("chunks could not be encoded")
-            report.not_encoded = {key: str(error) for key in keys if key not in report.encoded}
+            if kept_with:
+                self._store.keep_with(key, kept_with)
+                self._store.put_soon(key, cache, fingerprint=identity.fingerprint)
+                self._store.flush()
+            else:
+                self._store.put(key, cache.owned(), fingerprint=identity.fingerprint)
+            is_stored = key in self._store
+        except (ProphetKVError, OSError) as error:  # a full disk, for one; the other ranks go on, so this one does
+            logger.warning("the cache %s could not be stored: %s", key, error)
+            report.not_encoded[key] = str(error)
+            return
+        if is_stored:
+            report.encoded.append(key)
+        else:  # no room, or what it bears a trace of was deleted meanwhile
+            report.not_encoded[key] = "the store did not take it"
 
     def assembly(self, query: _Query, prefix: EncodingPrefix | None) -> Assembly:
         """Return what a query's layers are made of."""
@@ -164,6 +205,7 @@ class WorkerStages:
     def context(self, query: _Query, layers: Sequence[PagedLayer]) -> QueryContext:
         """Return what the strategy sees of a query."""
         layout, device, ratio = query.layout, self._runner.device, query.load.recompute_ratio
+        config = replace(self._config, first_chunk=query.load.first_chunk)
         context = QueryContext(
             runner=self._runner,
             support=self.support,
@@ -174,7 +216,7 @@ class WorkerStages:
             eligible=layout.is_chunk.to(device),
             budget=token_budget(ratio, layout.num_chunk_tokens),
             recompute_ratio=ratio,
-            config=self._config,
+            config=config,
         )
         context.exact_rows = layout.known_prefix
         return context
@@ -189,8 +231,11 @@ class WorkerStages:
             device=self._runner.device,
         )
 
-    def job(self, context: QueryContext, layers: Sequence[PagedLayer]) -> RowsJob | None:
-        """Return stage II of a query; `None` if it has no row to compute: its stale rows are written then."""
+    def jobs(self, context: QueryContext, layers: Sequence[PagedLayer], most: int) -> Iterator[RowsJob]:
+        """Yield stage II of a query, in ascending parts of so many rows; each must have run before the next is made.
+
+        Rows see no later ones, so parts give what one pass would. Without a row to compute stale ones are written.
+        """
         layout = context.layout
         selection = self._strategy.select(context)
         wanted = ~context.is_chunk
@@ -203,13 +248,17 @@ class WorkerStages:
         if rows.shape[0] == 0:
             for layer in layers:
                 layer.write_stale()
-            return None
+            return
         visible = None
         if selection.visible is not None and selection.positions.shape[0]:
             visible = ~context.is_chunk
             visible[selection.positions] = True
             visible[selection.visible] = True
-        return rows_job(self.support, layers, context.input_ids, rows, always=always, visible=visible)
+        for start in range(0, rows.shape[0], most):
+            part = rows[start : start + most]
+            for layer in layers:
+                layer.is_last = bool(part[-1] == rows[-1])
+            yield rows_job(self.support, layers, context.input_ids, part, always=always, visible=visible)
 
 
 class _Query:
@@ -217,9 +266,9 @@ class _Query:
 
     context: QueryContext
 
-    def __init__(self, load: LoadPlan, caches: list[ChunkCache], identity: Identity) -> None:
+    def __init__(self, load: LoadPlan, caches: list[ChunkCache], identity: CacheIdentity) -> None:
         self.load, self.caches = load, caches
-        self.layout = layout_of(load, identity)
+        self.layout = layout_of(load, identity.prefix_ids)
 
     def prepare(self, stages: WorkerStages, prefix: EncodingPrefix | None) -> None:
         self._assembly = stages.assembly(self, prefix)
@@ -228,25 +277,12 @@ class _Query:
     @property
     def num_rows(self) -> int:
         """Rows that stage II runs."""
-        return stage_two_rows(self.layout, self.load.recompute_ratio)
+        return stage_two_rows(self.layout, self.load.recompute_ratio, self.load.first_chunk)
 
     @property
     def has_choice(self) -> bool:
         """Whether stage I decides anything."""
         return 0 < self.context.budget < int(self.context.eligible.sum())
 
-    def rows(self, stages: WorkerStages) -> RowsJob | None:
-        return stages.job(self.context, stages.paged(self._assembly, stages.pages(self)))
-
-
-def _groups(items: Sequence[Any], rows: Callable[[Any], int], most: int) -> Iterator[list[Any]]:
-    group: list[Any] = []
-    total = 0
-    for item in items:
-        if group and total + rows(item) > most:
-            yield group
-            group, total = [], 0
-        group.append(item)
-        total += rows(item)
-    if group:
-        yield group
+    def jobs(self, stages: WorkerStages, most: int) -> Iterator[RowsJob]:
+        return stages.jobs(self.context, stages.paged(self._assembly, stages.pages(self)), most)

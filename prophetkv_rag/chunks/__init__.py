@@ -7,9 +7,19 @@ their caches meanwhile), `writer.py` stores while it runs, `loader.py` brings ca
 of a whole prompt.
 """
 
-from prophetkv_rag.chunks.encode import EncodingPrefix, encode_chunks, encode_prefix
+from prophetkv_rag.chunks.encode import EncodingPrefix, encode_prefix
+from prophetkv_rag.chunks.encoder import ChunkEncoder
 from prophetkv_rag.chunks.library import ChunkLibrary
 from prophetkv_rag.chunks.loader import Origin
 from prophetkv_rag.chunks.opening import open_library
+from prophetkv_rag.chunks.placing import Placing
 
-__all__ = ["ChunkLibrary", "EncodingPrefix", "Origin", "encode_chunks", "encode_prefix", "open_library"]
+__all__ = [
+    "ChunkEncoder",
+    "ChunkLibrary",
+    "EncodingPrefix",
+    "Origin",
+    "Placing",
+    "encode_prefix",
+    "open_library",
+]

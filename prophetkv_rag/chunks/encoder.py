@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from prophetkv_rag.chunks.encode import EncodingPrefix, Job, check_dtype, encode_behind, encode_chunks
 from prophetkv_rag.chunks.order import waves
@@ -18,12 +19,25 @@ from prophetkv_rag.chunks.recent import RecentCaches
 from prophetkv_rag.config import Encoding
 from prophetkv_rag.errors import StoreError
 from prophetkv_rag.model import ModelState, ModelSupport, Runner
-from prophetkv_rag.store import Behind, CacheIdentity, ChunkCache, ChunkStore
+from prophetkv_rag.store import Behind, CacheIdentity, ChunkCache, Lookup
 
 logger = logging.getLogger(__name__)
 
 ALONE_BYTES = 1 << 30
 """K/V bytes of neighbours, encoded alone, that are held for the next chunks that stand behind them."""
+
+
+class CacheSource(Protocol):
+    """What is needed of a `ChunkStore`."""
+
+    def find(self, key: str, *, fingerprint: str, input_ids: Sequence[int] | None) -> Lookup:
+        """See `ChunkStore`."""
+
+    def known(self, keys: Iterable[str]) -> set[str]:
+        """See `ChunkStore`."""
+
+    def behind(self, key: str) -> Behind:
+        """See `ChunkStore`."""
 
 
 class ChunkEncoder:
@@ -36,7 +50,7 @@ class ChunkEncoder:
         identity: Of the caches.
         encoding: Which other chunks they are encoded behind.
         store: Has the caches of those.
-        state: What the model must still be.
+        state: What the model must still be; `None` where nobody can change it.
         context_window: The model's own, in tokens.
         batch_tokens: Upper bound of tokens in a batch, padding included.
     """
@@ -48,9 +62,9 @@ class ChunkEncoder:
         prefix: EncodingPrefix | None,
         identity: CacheIdentity,
         encoding: Encoding,
-        store: ChunkStore,
+        store: CacheSource,
         *,
-        state: ModelState,
+        state: ModelState | None,
         context_window: int,
         batch_tokens: int,
     ) -> None:
@@ -75,7 +89,7 @@ class ChunkEncoder:
         """Encode chunks alone behind the prefix; see `encode_chunks`."""
         encoding = encode_chunks(self.runner, self.support, self.prefix, chunks, batch_tokens=self.batch_tokens)
         while True:
-            self.state.check()
+            self._check_state()
             item = next(encoding, None)
             if item is None:
                 return
@@ -103,7 +117,7 @@ class ChunkEncoder:
         for wave in waves(lengths, behind, batch_tokens=self.batch_tokens, is_chained=is_chained):
             self._make_ready(wave, chunks, behind, before, is_chained=is_chained)
             jobs = [self._job(chunks[key], behind.get(key, ()), before, is_chained=is_chained) for key in wave]
-            self.state.check()
+            self._check_state()
             for key, cache in zip(wave, encode_behind(self.runner, self.support, self.prefix, jobs), strict=True):
                 check_dtype(cache, self.identity)
                 needed_later.used(behind.get(key, ()))
@@ -134,10 +148,14 @@ class ChunkEncoder:
                 return None
             before.put(one, cache if behind.is_chained or not cache.behind.keys else self._alone(cache))
         job = self._job(input_ids, behind.keys, before, is_chained=behind.is_chained)
-        self.state.check()
+        self._check_state()
         (cache,) = encode_behind(self.runner, self.support, self.prefix, [job])
         check_dtype(cache, self.identity)
         return cache
+
+    def _check_state(self) -> None:
+        if self.state is not None:
+            self.state.check()
 
     def _make_ready(
         self,

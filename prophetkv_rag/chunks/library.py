@@ -78,10 +78,10 @@ class ChunkLibrary:
         )
         self._writer = ChunkWriter(store, identity.fingerprint, model_lock)
         self._placing = Placing(encoding, store, self._writer.tried, self.key_of)
-        opening = replace(identity, prefix_ids=identity.prefix_ids[:opening_length], encoding="")
-        self._loader = PromptLoader(store, self._encoder, opening)
-        if opening != identity:
-            self._describe(opening)
+        self._opening = replace(identity, prefix_ids=identity.prefix_ids[:opening_length], encoding="")
+        self._loader = PromptLoader(store, self._encoder, self._opening)
+        if self.has_second:
+            self._describe(self._opening)
         self._describe(identity)
         self.chunk_index.load(store.entry_columns(identity.fingerprint))
 
@@ -256,7 +256,8 @@ class ChunkLibrary:
             encode = partial(self._encoder.encode_behind, behind=before, is_chained=not as_neighbours)
             for key, chunk in missing.items():  # a cache is kept where all that it bears a trace of is known
                 self._writer.note(key, *chunk)
-        failed, seconds_per_token = self._writer.write(missing, encode, progress)
+        renewed = before.keys() if as_neighbours else ()
+        failed, seconds_per_token = self._writer.write(missing, encode, progress, renewed)
         if seconds_per_token is not None:
             self._describe(self.identity, seconds_per_token)
         return failed
@@ -274,6 +275,25 @@ class ChunkLibrary:
     ) -> LoadedChunks:
         """Load the chunks' caches, see `PromptLoader.load`; under `model_lock`, by default the library's own."""
         return self._loader.load(layout, model_lock or self.model_lock, first_chunk)
+
+    @own_state()
+    def add_second(self, texts: Iterable[str], *, progress: Callable[[int, int], None] | None = None) -> int:
+        """Store what known chunks are read from where a prompt begins with them; returns how many were missing.
+
+        Without this it is computed when a prompt first does.
+        """
+        wanted: Wanted = {}
+        for input_ids, _ in (self._chunk_ids(number, text) for number, text in enumerate(texts)):
+            if (key := self._loader.missing_second(self.identity.key(input_ids), input_ids)) is not None:
+                wanted[key] = (input_ids, None)
+        writer = ChunkWriter(self.store, self._opening.fingerprint, self.model_lock)
+        writer.write(wanted, self._loader.encode_second, progress)
+        return len(wanted)
+
+    @property
+    def has_second(self) -> bool:
+        """Whether chunks of this library may have a second cache."""
+        return self._opening != self.identity
 
     def read_ahead(self, rows: Iterable[Sequence[str]]) -> None:
         """Begin to load what prompts will want: see `PromptLoader.read_ahead`."""

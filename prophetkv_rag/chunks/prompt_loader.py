@@ -8,7 +8,7 @@ as long as its chunk is known.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -36,7 +36,8 @@ class PromptLoader:
         self._opening = opening
         self._loader = ChunkLoader(store, encoder)
         prefix = encoder.prefix and encoder.prefix.first(len(opening.prefix_ids))
-        self._first = ChunkLoader(store, encoder.behind_prefix(prefix, opening, parse_encoding("plain")))
+        self._encoder = encoder.behind_prefix(prefix, opening, parse_encoding("plain"))
+        self._first = ChunkLoader(store, self._encoder)
 
     def load(
         self, layout: PromptLayout, model_lock: AbstractContextManager[Any], first_chunk: FirstChunk
@@ -62,6 +63,23 @@ class PromptLoader:
         caches, origins = self._loader.load(chunks, model_lock)
         is_exact = is_behind_opening and self._identity.prefix_ids == self._opening.prefix_ids
         return LoadedChunks(caches, origins, has_exact_first=is_exact and not caches[0].behind.keys)
+
+    def missing_second(self, key: str, input_ids: Sequence[int]) -> str | None:
+        """Return the key of a chunk's second cache, kept with it from now on; `None` if it needs none or has it.
+
+        Args:
+            key: The chunk's.
+            input_ids: Its tokens.
+        """
+        own = self._opening.key(input_ids)
+        if self._is_encoded_so(key) or self._is_stored(own):
+            return None
+        self._store.keep_with(own, key)
+        return own
+
+    def encode_second(self, chunks: Mapping[str, Sequence[int]]) -> Iterator[tuple[int, ChunkCache]]:
+        """Encode second caches; yields (index into `chunks`, cache). The caller holds the model's lock."""
+        return self._encoder.encode(list(chunks.values()))
 
     def read_ahead(self, rows: Iterable[Sequence[str]]) -> None:
         """Begin to load what prompts will want.

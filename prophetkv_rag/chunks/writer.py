@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
@@ -48,14 +48,21 @@ class ChunkWriter:
             return otherwise
 
     def write(
-        self, missing: Wanted, encode: Encode, progress: Callable[[int, int], None] | None
+        self,
+        missing: Wanted,
+        encode: Encode,
+        progress: Callable[[int, int], None] | None,
+        renewed: Collection[str] = (),
     ) -> tuple[set[str], float | None]:
         """Compute and store chunks; what the store has no room for, or does not want yet, it only gets to know.
+
+        What a slower tier has is not computed, but for `renewed` chunks that are stored: it has those as they are, too.
 
         Returns:
             Keys that it failed to take, and the seconds that a token took, if any was computed.
         """
-        here = self._store.bring(missing, fingerprint=self._fingerprint) if missing else set()
+        elsewhere = {key: chunk for key, chunk in missing.items() if key not in renewed or key not in self._store}
+        here = self._store.bring(elsewhere, fingerprint=self._fingerprint) if elsewhere else set()
         left = {key: chunk for key, chunk in missing.items() if key not in here}
         seconds_per_token: float | None = None
         if left and self._accepts_new():

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from prophetkv_rag.cli import ask, bench, cache, calibrate, demo, doctor, index, serve
+from prophetkv_rag.cli import ask, bench, cache, calibrate, demo, doctor, index, on_ray, serve
 from prophetkv_rag.cli.console import PROGRAM, print_error, take_any_text
 from prophetkv_rag.errors import ProphetKVError
 
@@ -25,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(index.index)
+app.command(cls=on_ray.IndexCommand)(index.index)
 app.command()(ask.ask)
 app.command()(demo.demo)
 app.command()(doctor.doctor)

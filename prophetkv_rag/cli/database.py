@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from prophetkv_rag.store.disk import DiskStore
 
 COLLECTION = "documents"
+_BATCH = 1000  # records that are read at once
 
 
 def check_writable(path: Path) -> None:
@@ -72,18 +73,22 @@ class Database:
     index: VectorStoreIndex
     client: Any
 
-    def bring_caches_up_to_date(self) -> int:
+    def bring_caches_up_to_date(self, beforehand: Callable[[Database], None] | None = None) -> int:
         """Compute the caches of all chunks again if they belong to another model or are gone; returns how many.
 
-        Afterwards the database remembers this model.
+        Afterwards the database remembers this model. `beforehand` is called first, if there is something to compute,
+        and may have others do that.
         """
         count = self.collection.count()
         fingerprint = self.engine.identity.fingerprint
         is_current = self.settings.cached_for == fingerprint and (len(self.engine.chunk_index) > 0 or count == 0)
         if not is_current and count:
-            self.plan(self.collection.get(include=["documents"])["documents"], is_renewed=True)
+            texts = self.collection.get(include=["documents"])["documents"]
+            self.plan(texts, is_renewed=True, is_timed=beforehand is None)
             self.settings = replace(self.settings, cached_for="")  # interrupted, it is neither model's
             save_settings(self.path, self.settings)
+            if beforehand is not None:
+                beforehand(self)
             with progress_bar("computing the KV caches for this model", count) as advance:
                 self.collection.progress = lambda done, total: advance(1)
                 try:
@@ -95,12 +100,12 @@ class Database:
         save_settings(self.path, self.settings)
         return 0 if is_current else count
 
-    def plan(self, texts: Iterable[str | None], *, is_renewed: bool = False) -> CachePlan:
+    def plan(self, texts: Iterable[str | None], *, is_renewed: bool = False, is_timed: bool = True) -> CachePlan:
         """Say what the caches of these chunks will take, as far as they are missing; `NoRoomError` if they do not fit.
 
-        `is_renewed` says that those of another model make room for them.
+        `is_renewed` says that those of another model make room for them, `is_timed` that this process computes them.
         """
-        plan = plan_caches(self.engine, self.store, (text or "" for text in texts))
+        plan = plan_caches(self.engine, self.store, (text or "" for text in texts), is_timed=is_timed)
         held = self.store.stats().nbytes
         kept, replaced = (0, held) if is_renewed else (held, 0)
         announce(plan, self.settings, self.path, held=kept, replaced=replaced)
@@ -124,6 +129,12 @@ class Database:
                     done = now
 
                 self.collection.encode_behind_neighbours(progress, refresh=refresh)
+
+    def add_second_caches(self, progress: Callable[[int, int], None]) -> None:
+        """Compute what chunks are read from where a prompt begins with them; see `ChunkLibrary.add_second`."""
+        for offset in range(0, self.collection.count(), _BATCH):
+            texts = self.collection.get(limit=_BATCH, offset=offset, include=["documents"])["documents"]
+            self.engine.library.add_second((text for text in texts if text and text.strip()), progress=progress)
 
     def close(self) -> None:
         """Release Chroma's and the caches' files."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from prophetkv_rag.config import LEAD_IN_TOKENS, ProphetKVConfig
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.text import decode_text
 
 DEFAULT_DATABASE = Path(".prophetkv")
 DEFAULT_CHUNK_SIZE = 256
@@ -85,6 +86,19 @@ class DatabaseSettings:
 def lead_in_of(text: str, num_tokens: int = LEAD_IN_TOKENS) -> str:
     """Return as much of a document as a lead-in can use (the engine cuts it to its number of tokens)."""
     return text[: 8 * num_tokens]
+
+
+def read_lead_in(wanted: str | None, num_tokens: int, otherwise: str) -> str:
+    """Return the lead-in that `--lead-in` says; `InputError` if its file is no text."""
+    if wanted is None:
+        return otherwise
+    if wanted == "none":
+        return ""
+    try:
+        return lead_in_of(decode_text(Path(wanted).read_bytes()), num_tokens)
+    except (OSError, InputError) as error:
+        msg = f"--lead-in: {wanted} cannot be read as text ({error}); give a text file, or 'none'"
+        raise InputError(msg) from error
 
 
 def find_settings(path: Path) -> DatabaseSettings | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +19,7 @@ from prophetkv_rag.cli.database_settings import (
     save_settings,
 )
 from prophetkv_rag.cli.documents import read_documents
-from prophetkv_rag.cli.model_choice import chosen_model, fetch_embedding
+from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, check_load_options, chosen_model, fetch_embedding
 from prophetkv_rag.config import parse_encoding
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="Model directory or name; by default SmolLM2-135M-Instruct.")
     ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Index four speeches and answer six questions from them, with reused caches and by full prefill.
@@ -41,15 +43,17 @@ def demo(
     """
     quiet_libraries()
     check_packages(DatabaseSettings("", DEFAULT_CHUNK_SIZE))
+    numbers = dtype or "auto"
+    check_load_options(numbers, device)
     name = chosen_model(model)
     fetch_embedding()
     from prophetkv_rag.cli.demo_run import conditions, run_questions
     from prophetkv_rag.defaults import read_questions, speeches_directory
 
-    path = _database_path(name)
+    path = _database_path(name, numbers)
     with speeches_directory() as speeches:
         documents = read_documents(speeches, exclude=path)
-        database = _open(path, name)
+        database = _open(path, name, numbers, device)
         try:
             indexing = _index(database, speeches, documents)
             if not as_json:
@@ -72,18 +76,19 @@ def demo(
         _print_table(runs, facts)
 
 
-def _database_path(model: str) -> Path:
+def _database_path(model: str, dtype: str) -> Path:
+    """Return where the demo's database of a model lies, which in other numbers is another."""
     from prophetkv_rag.defaults import cache_directory
 
-    return cache_directory() / "demo" / Path(model).name
+    return cache_directory() / "demo" / (Path(model).name + ("" if dtype == "auto" else f"-{dtype}"))
 
 
-def _open(path: Path, model: str) -> Database:
+def _open(path: Path, model: str, dtype: str, device: str) -> Database:
     remembered = find_settings(path)
     cached_for = remembered.cached_for if remembered else ""
     encoding = str(parse_encoding(DEFAULTS.encoding))
     settings = DatabaseSettings(model, DEFAULT_CHUNK_SIZE, cached_for, encoding=encoding, behind_prompt=True)
-    database = open_database(path, settings)
+    database = open_database(path, replace(settings, dtype=dtype), device=device)
     save_settings(path, database.settings)
     return database
 

@@ -20,15 +20,15 @@ from prophetkv_rag.cli.database_settings import (
     SETTINGS_FILE,
     DatabaseSettings,
     find_settings,
-    lead_in_of,
+    read_lead_in,
     save_settings,
 )
-from prophetkv_rag.cli.documents import read_documents
+from prophetkv_rag.cli.documents import Documents, read_documents
 from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, check_load_options, chosen_model, fetch_embedding
+from prophetkv_rag.cli.on_ray import JoinedCluster, check_ray, joined, workers_of
 from prophetkv_rag.cli.planning import NoRoomError, choose_limit
 from prophetkv_rag.config import parse_encoding
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.text import decode_text
 
 
 def index(
@@ -109,6 +109,17 @@ def index(
             "remembers the path.",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Compute on the workers of a Ray cluster (docs/ray.md): HOST:PORT, auto for the one that runs here, "
+            "or nothing: Ray is started on this machine.",
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --ray: how many; one a GPU, else one a machine.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Split the text files of DIR into chunks, embed them into Chroma and compute their KV caches.
@@ -135,7 +146,7 @@ def index(
         model="",
         chunk_size=size,
         cached_for=remembered.cached_for if remembered else "",
-        lead_in=_lead_in(lead_in, lead_in_tokens, default_lead_in),
+        lead_in=read_lead_in(lead_in, lead_in_tokens, default_lead_in),
         lead_in_tokens=lead_in_tokens,
         encoding=chosen,
         behind_prompt=remembered.behind_prompt if remembered else True,
@@ -148,16 +159,17 @@ def index(
     settings = with_cache_options(
         settings, remembered, cache_limit, cache_format, cache_policy, tier, key_file, namespace_limit
     )
+    check_ray(ray, ray_workers, settings)
     quiet_libraries()
     check_packages(settings)
     if remembered is None and cache_limit is None:
         settings = choose_limit(settings, db)
     settings = replace(settings, model=chosen_model(model, remembered.model if remembered else None))
     fetch_embedding()
-    from prophetkv_rag.cli.indexing import index_documents, split_texts
 
     choice = None
     if fidelity is not None:
+        from prophetkv_rag.cli.indexing import split_texts
         from prophetkv_rag.evaluation.quality import choose
 
         texts, size = [file.text for file in documents.files], settings.chunk_size
@@ -174,30 +186,48 @@ def index(
         settings = with_choice(settings, choice)
         if not as_json:
             print_choice(choice, fidelity)
-    database = open_database(db, settings, device=device)
-    try:
-        check_chunk_size(settings.chunk_size, database.engine.context_window)
-        save_settings(db, settings)
-        database.bring_caches_up_to_date()
-        summary = index_documents(database, directory, documents)
-        report = {"database": str(db), "model": settings.model, "chunk_size": settings.chunk_size}
-        report |= {"encoding": settings.encoding, **asdict(summary)}
-        report["cache_limit"], report["limit_chosen"] = settings.cache_limit, settings.limit_chosen
-        report["picked"] = None if choice is None else asdict(choice)
-        report["recompute_ratio"] = settings.recompute_ratio
-        finish_uploads(database.engine.store)
-        report["caches"] = cache_totals(database)
-        report |= caches_not_kept(database)
-    except NoRoomError:
-        if remembered is None:  # nothing was indexed: the next try begins anew, with what is free then
-            (db / SETTINGS_FILE).unlink(missing_ok=True)
-        raise
-    finally:
-        database.close()
+    with joined(ray, ray_workers, settings, device) as cluster:
+        report = _index(db, settings, directory, documents, device, cluster, is_new=remembered is None)
+    report["picked"] = None if choice is None else asdict(choice)
     if as_json:
         print_json(report)
     else:
         _print(report)
+
+
+def _index(
+    db: Path,
+    settings: DatabaseSettings,
+    directory: Path,
+    documents: Documents,
+    device: str,
+    cluster: JoinedCluster | None,
+    *,
+    is_new: bool,
+) -> dict[str, Any]:
+    from prophetkv_rag.cli.indexing import index_documents
+
+    database = open_database(db, settings, device=device)
+    try:
+        check_chunk_size(settings.chunk_size, database.engine.context_window)
+        save_settings(db, settings)
+        with workers_of(cluster, database, device) as workers:
+            database.bring_caches_up_to_date(None if workers is None else workers.complete)
+            summary = index_documents(database, directory, documents, workers=workers)
+        report = {"database": str(db), "model": settings.model, "chunk_size": settings.chunk_size}
+        report |= {"encoding": settings.encoding, **asdict(summary)}
+        report["cache_limit"], report["limit_chosen"] = settings.cache_limit, settings.limit_chosen
+        report["recompute_ratio"] = settings.recompute_ratio
+        finish_uploads(database.engine.store)
+        report["caches"] = cache_totals(database)
+        report["ray"] = None if workers is None else workers.summary()
+        return report | caches_not_kept(database)
+    except NoRoomError:
+        if is_new:  # nothing was indexed: the next try begins anew, with what is free then
+            (db / SETTINGS_FILE).unlink(missing_ok=True)
+        raise
+    finally:
+        database.close()
 
 
 def check_chunk_size(chunk_size: int, context_window: int) -> None:
@@ -230,18 +260,6 @@ def print_not_kept(report: dict[str, Any], db: Path) -> None:
         )
 
 
-def _lead_in(wanted: str | None, num_tokens: int, otherwise: str) -> str:
-    if wanted is None:
-        return otherwise
-    if wanted == "none":
-        return ""
-    try:
-        return lead_in_of(decode_text(Path(wanted).read_bytes()), num_tokens)
-    except (OSError, InputError) as error:
-        msg = f"--lead-in: {wanted} cannot be read as text ({error}); give a text file, or 'none'"
-        raise InputError(msg) from error
-
-
 def _print(report: dict[str, Any]) -> None:
     console = results()
     for title, names in (("indexed", report["indexed"]), ("removed", report["removed"])):
@@ -259,6 +277,12 @@ def _print(report: dict[str, Any]) -> None:
         markup=False,
         soft_wrap=True,
     )
+    if report["ray"] is not None:
+        done = report["ray"]
+        console.print(
+            f"{done['workers']} Ray workers computed {done['computed']} KV caches; {done['found']} were there already",
+            markup=False,
+        )
     print_not_kept(report, Path(report["database"]))
     if report["recompute_ratio"] is None:
         console.print(

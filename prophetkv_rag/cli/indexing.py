@@ -6,11 +6,11 @@ import hashlib
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prophetkv_rag.cli.console import progress_bar
 from prophetkv_rag.cli.database import token_counter
@@ -56,8 +56,36 @@ class _StoredFile:
         return len(self.stamps) == self.expected and set(self.stamps.values()) == {stamp}
 
 
+@dataclass(frozen=True, slots=True)
+class FileToSplit:
+    """A file that is new or has changed, with all that its chunks are made from; plain data, which may travel."""
+
+    file: TextFile
+    root: str
+    stamp: str
+    chunk_size: int
+
+
+class Workers(Protocol):
+    """Others who do what takes long, in place of this process (`cli/on_ray.py`)."""
+
+    def split(self, files: Sequence[FileToSplit]) -> list[list[BaseNode]]:
+        """Return each file's chunks."""
+
+    def encode(self, database: Database, nodes: Sequence[Sequence[BaseNode]]) -> Iterator[list[BaseNode]]:
+        """Compute caches and embeddings; yields, as they are done, chunks that only have to be written."""
+
+    def complete(self, database: Database) -> None:
+        """Compute again what the deletion of other chunks has taken along."""
+
+
 def index_documents(
-    database: Database, directory: Path, documents: Documents, *, only_corpus: str | None = None
+    database: Database,
+    directory: Path,
+    documents: Documents,
+    *,
+    only_corpus: str | None = None,
+    workers: Workers | None = None,
 ) -> IndexSummary:
     """Bring the database up to date with `documents`, read from `directory`.
 
@@ -67,13 +95,13 @@ def index_documents(
     left alone are kept.
 
     `only_corpus` is a name for what the database is about as a whole, wherever its directory lies today: the files are
-    known by it, and whatever else is stored goes.
+    known by it, and whatever else is stored goes. `workers` compute in place of this process, which only writes.
     """
     started = time.perf_counter()
     summary = IndexSummary(skipped=dict(documents.skipped))
     root = only_corpus or shown_name(directory.resolve())
     stored = _stored_files(database)
-    nodes: list[BaseNode] = []
+    changed: list[FileToSplit] = []
     old_ids: set[str] = set()
     for file in documents.files:
         stamp, held = _stamp(database, file), stored.get((root, file.name), _StoredFile())
@@ -81,17 +109,23 @@ def index_documents(
             summary.unchanged.append(file.name)
             continue
         old_ids.update(held.stamps)
-        nodes += _split(database, file, stamp=stamp, root=root)
+        changed.append(FileToSplit(file, root, stamp, database.settings.chunk_size))
         summary.indexed.append(file.name)
     names = {file.name for file in documents.files}
     for (directory_of, file_name), held in stored.items():
         if (directory_of == root and file_name not in names) or (only_corpus and directory_of != root):
             old_ids.update(held.stamps)
             summary.removed.append(file_name)
-    summary.planned = database.plan(node.text for node in nodes)
-    _insert(database, nodes)
+    split = (
+        [split_file(one, database.engine.tokenizer) for one in changed] if workers is None else workers.split(changed)
+    )
+    nodes = [node for of_one in split for node in of_one]
+    summary.planned = database.plan((node.text for node in nodes), is_timed=workers is None)
+    _insert(database, len(nodes), _in_parts(nodes) if workers is None else workers.encode(database, split))
     database.index.vector_store.delete_nodes(sorted(old_ids - {node.node_id for node in nodes}))
     if nodes or old_ids:  # deleted chunks have taken along what was encoded behind them
+        if workers is not None:
+            workers.complete(database)
         database.complete_encoding()
     summary.new_chunks = len(nodes)
     summary.total_chunks = database.collection.count()
@@ -99,14 +133,18 @@ def index_documents(
     return summary
 
 
-def _insert(database: Database, nodes: list[BaseNode]) -> None:
-    if not nodes:
+def _in_parts(nodes: Sequence[BaseNode]) -> Iterator[list[BaseNode]]:
+    for start in range(0, len(nodes), NODES_PER_INSERT):
+        yield list(nodes[start : start + NODES_PER_INSERT])
+
+
+def _insert(database: Database, count: int, parts: Iterator[list[BaseNode]]) -> None:
+    if not count:
         return
-    with progress_bar("computing embeddings and KV caches", len(nodes)) as advance:
-        for start in range(0, len(nodes), NODES_PER_INSERT):
-            batch = nodes[start : start + NODES_PER_INSERT]
-            database.index.insert_nodes(batch)
-            advance(len(batch))
+    with progress_bar("computing embeddings and KV caches", count) as advance:
+        for part in parts:
+            database.index.insert_nodes(part)
+            advance(len(part))
 
 
 def _stamp(database: Database, file: TextFile) -> str:
@@ -126,22 +164,23 @@ def _stored_files(database: Database) -> dict[tuple[str, str], _StoredFile]:
     return dict(files)
 
 
-def _split(database: Database, file: TextFile, *, stamp: str, root: str) -> list[BaseNode]:
+def split_file(one: FileToSplit, tokenizer: Any) -> list[BaseNode]:
+    """Return a file's chunks, as they are written."""
     from llama_index.core.schema import Document
 
     def node_id(number: int, document: Any) -> str:
-        return f"{document.node_id}#{number}@{stamp[:8]}"
+        return f"{document.node_id}#{number}@{one.stamp[:8]}"
 
-    metadata: dict[str, Any] = {"file": file.name, "root": root, "stamp": stamp, "num_chunks": 0}
+    metadata: dict[str, Any] = {"file": one.file.name, "root": one.root, "stamp": one.stamp, "num_chunks": 0}
     document = Document(
-        text=file.text,
-        doc_id=f"{hashlib.sha256(root.encode()).hexdigest()[:8]}/{file.name}",
+        text=one.file.text,
+        doc_id=f"{hashlib.sha256(one.root.encode()).hexdigest()[:8]}/{one.file.name}",
         metadata=metadata,
         # Neither the model nor the embedding sees the bookkeeping: a chunk in the prompt is its text alone.
         excluded_llm_metadata_keys=list(metadata),
         excluded_embed_metadata_keys=list(metadata),
     )
-    splitter = _splitter(database.settings.chunk_size, database.engine.tokenizer, id_func=node_id)
+    splitter = _splitter(one.chunk_size, tokenizer, id_func=node_id)
     with redirect_stdout(sys.stderr):  # LlamaIndex prints some of its warnings
         nodes = splitter.get_nodes_from_documents([document])
     for node in nodes:

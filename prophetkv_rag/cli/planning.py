@@ -34,12 +34,14 @@ class CachePlan:
         tokens: the tokens in them.
         nbytes: Bytes on disk, in the database's format.
         seconds: About how long the model runs; `None` if that is not known.
+        may_double: Whether chunks get a second cache when prompts begin with them, within the limit like all others.
     """
 
     chunks: int = 0
     tokens: int = 0
     nbytes: int = 0
     seconds: float | None = None
+    may_double: bool = False
 
 
 def choose_limit(settings: DatabaseSettings, db: Path) -> DatabaseSettings:
@@ -58,8 +60,11 @@ def choose_limit(settings: DatabaseSettings, db: Path) -> DatabaseSettings:
     return replace(settings, cache_limit=limit, limit_chosen=True)
 
 
-def plan_caches(engine: ProphetKVEngine, store: DiskStore, texts: Iterable[str]) -> CachePlan:
-    """Return what `engine` has to compute for these chunks, as far as `store` lacks them; the model may run briefly."""
+def plan_caches(engine: ProphetKVEngine, store: DiskStore, texts: Iterable[str], *, is_timed: bool = True) -> CachePlan:
+    """Return what `engine` has to compute for these chunks, as far as `store` lacks them.
+
+    The model may run briefly, for the speed; not if others compute them (`is_timed`), whose speed nobody knows.
+    """
     missing: dict[str, list[int]] = {}
     for text in texts:
         if text.strip():
@@ -73,12 +78,13 @@ def plan_caches(engine: ProphetKVEngine, store: DiskStore, texts: Iterable[str])
     low, high = (_blob_bytes(engine, store, num_tokens) for num_tokens in (shortest, longest))
     slope = (high - low) / max(1, longest - shortest)
     nbytes = sum(low + slope * (length - shortest) for length in lengths)
-    speed = store.catalog.seconds_per_token(engine.identity.fingerprint)
-    if speed is None and store.policy == "eager":
+    speed = store.catalog.seconds_per_token(engine.identity.fingerprint) if is_timed else None
+    if is_timed and speed is None and store.policy == "eager":
         speed = _measured_speed(engine, missing.values(), sum(lengths))
     passes = 2 if engine.library.encoding.kind == "neighbours" else 1  # alone first, then behind them
     seconds = None if speed is None or store.policy != "eager" else passes * speed * sum(lengths)
-    return CachePlan(len(missing), sum(lengths), round(nbytes), seconds)
+    may_double = engine.config.first_chunk == "opening" and engine.library.has_second
+    return CachePlan(len(missing), sum(lengths), round(nbytes), seconds, may_double)
 
 
 def announce(plan: CachePlan, settings: DatabaseSettings, path: Path, *, held: int, replaced: int = 0) -> None:
@@ -113,6 +119,8 @@ def announce(plan: CachePlan, settings: DatabaseSettings, path: Path, *, held: i
             raise NoRoomError(_over_disk(plan, settings, free, path))
         ending += f"; {shown_bytes(free)} are free on the disk"
         ending += ", the rest goes to the remote tier alone" if settings.remote else ""
+    if plan.may_double:
+        ending += "; up to as much again comes with prompts that begin with these chunks"
     verb = "KV caches to compute" if settings.cache_policy == "eager" else "KV caches, when they are first asked for"
     progress_console().print(f"{verb}: {said}{ending}", markup=False, soft_wrap=True)
 

@@ -105,7 +105,7 @@ def serve(
 ) -> None:
     """Serve the model with OpenAI's chat API, reusing the KV caches of chunks found in prompts."""
     create_app = _import_server()
-    from prophetkv_rag.config import ALONE_RATIO, ProphetKVConfig
+    from prophetkv_rag.config import ProphetKVConfig
     from prophetkv_rag.reuse import make_strategy
     from prophetkv_rag.server import ServerSettings
 
@@ -164,15 +164,8 @@ def serve(
     with (
         _bound_socket(host, port) as listening,
         (
-            open_in_vllm(
-                model,
-                cache_dir,
-                served_caches.disk_bytes,
-                ALONE_RATIO if recompute_ratio is None else recompute_ratio,
-                max_stage_tokens,
-                arguments,
-            )
-            if is_vllm and cache_dir is not None
+            open_in_vllm(model, served_caches, recompute_ratio, max_stage_tokens, arguments)
+            if is_vllm
             else open_served(served_caches, model, config, dtype=dtype, device=device)
         ) as (served, name),
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,7 @@ def open_served(
         loaded, tokenizer = load_model(chosen, **load)  # first: what it takes is not free for caches
         store = _open_store(caches)
         engine = ProphetKVEngine(loaded, tokenizer, config=config, store=store)
-    _say_what_caches_take(store)
+    say_what_caches_take(store)
     try:
         yield engine, Path(chosen).name
     finally:
@@ -100,7 +100,7 @@ def _database(
     opened = open_database(path, settings, config=config, ram_bytes=ram_bytes, device=device)
     try:
         opened.bring_caches_up_to_date()
-        _say_what_caches_take(opened.store)
+        say_what_caches_take(opened.store)
         yield opened.engine, Path(settings.model).name
     finally:
         opened.close()
@@ -108,26 +108,32 @@ def _database(
 
 def _open_store(caches: ServedCaches) -> ChunkStore:
     from prophetkv_rag.store import MemoryStore
-    from prophetkv_rag.store.disk import default_disk_bytes, free_memory, open_disk_store
+    from prophetkv_rag.store.disk import free_memory, open_disk_store
 
     limit = caches.disk_bytes
     if caches.cache_dir is None:
         free = free_memory()
         return MemoryStore(limit if caches.is_limited or free is None else free // 2)
     options: Any = {"remote": caches.remote, "ram_bytes": caches.ram_bytes}
-    store = open_disk_store(caches.cache_dir, max_bytes=limit, **options)
-    if caches.is_limited:
-        return store
-    held = store.stats().nbytes  # opened with less than it holds, a store evicts
-    store.close()
-    try:
-        limit = default_disk_bytes(caches.cache_dir, held)
-    except OSError:  # a file system that does not tell what is free
-        limit = None
+    if not caches.is_limited:
+        limit = chosen_limit(caches.cache_dir)
     return open_disk_store(caches.cache_dir, max_bytes=limit, **options)
 
 
-def _say_what_caches_take(store: ChunkStore) -> None:
+def chosen_limit(directory: Path) -> int | None:
+    """Return the most bytes of caches in a directory where nobody says: what is there, and half of what is free."""
+    from prophetkv_rag.store.disk import default_disk_bytes, open_disk_store
+
+    with closing(open_disk_store(directory, ram_bytes=0)) as store:
+        held = store.stats().nbytes  # opened with less than it holds, a store evicts
+    try:
+        return default_disk_bytes(directory, held)
+    except OSError:  # a file system that does not tell what is free
+        return None
+
+
+def say_what_caches_take(store: ChunkStore) -> None:
+    """Say what a store holds, and may hold."""
     stats = store.stats()
     text = f"KV caches: {stats.chunks:,} chunks, {stats.tokens:,} tokens, {shown_bytes(stats.nbytes)}"
     most = "without a limit" if stats.max_nbytes is None else f"{shown_bytes(stats.max_nbytes)} at most"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from prophetkv_rag.cli.console import quiet_libraries, status
 from prophetkv_rag.cli.model_choice import chosen_model
-from prophetkv_rag.errors import InputError
+from prophetkv_rag.cli.serving import ServedCaches, chosen_limit, say_what_caches_take
+from prophetkv_rag.errors import InputError, ProphetKVError
 
 if TYPE_CHECKING:
     from prophetkv_rag.integrations.vllm import VLLMEngine
@@ -55,26 +57,37 @@ def before_vllm() -> None:
 @contextmanager
 def open_in_vllm(
     model: str | None,
-    cache_dir: Path,
-    max_bytes: int | None,
-    recompute_ratio: float,
+    caches: ServedCaches,
+    recompute_ratio: float | None,
     max_stage_tokens: int | None,
     arguments: Mapping[str, Any],
 ) -> Iterator[tuple[VLLMEngine, str]]:
-    """Start vLLM; yields what the server answers with, and the model's name."""
+    """Start vLLM; yields what the server answers with, and the model's name.
+
+    Should vLLM die, this process gets SIGTERM, as whoever started it would send it.
+
+    Raises:
+        ProphetKVError: At the end, if vLLM has died.
+    """
     before_vllm()
     from prophetkv_rag.integrations.vllm import ConnectorSettings, VLLMEngine
 
+    assert caches.cache_dir is not None, "checked by serve"
     settings = ConnectorSettings(
-        directory=str(cache_dir.absolute()),
+        directory=str(caches.cache_dir.absolute()),
         recompute_ratio=recompute_ratio,
-        max_bytes=max_bytes,
+        max_bytes=caches.disk_bytes if caches.is_limited else chosen_limit(caches.cache_dir),
         max_stage_tokens=max_stage_tokens,
     )
     chosen = chosen_model(model)
     with status(f"loading {Path(chosen).name} in vLLM"):
         engine = VLLMEngine(chosen, settings, arguments)
+    engine.watch(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    say_what_caches_take(engine.store)
     try:
         yield engine, Path(chosen).name
     finally:
         engine.close()
+    if engine.has_died:
+        msg = "vLLM has died: one of its processes ended, see above; start the server again"
+        raise ProphetKVError(msg)

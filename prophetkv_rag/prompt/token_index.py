@@ -50,6 +50,11 @@ class TokenIndex:
         """Tokens of a known chunk."""
         return len(self._ids[key])
 
+    def ids(self, key: str) -> list[int]:
+        """Token ids of a known chunk."""
+        found: list[int] = self._ids[key].tolist()
+        return found
+
     def add(self, key: str, input_ids: Sequence[int]) -> None:
         """Know a chunk (idempotent); nothing happens for one that is too short to be found."""
         if len(input_ids) < SHORTEST or key in self._ids:

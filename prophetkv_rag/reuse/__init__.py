@@ -7,6 +7,7 @@ are recomputed), `recompute.py` (those run again, in place), `accounting.py` (th
 """
 
 from prophetkv_rag.reuse.assemble import Assembly, assemble_caches
+from prophetkv_rag.reuse.loading import ratio_by_encoding
 from prophetkv_rag.reuse.prefill import Prefiller, PrefillResult
 from prophetkv_rag.reuse.pruning import LayerView
 from prophetkv_rag.reuse.recompute import RowsJob, recompute_rows, rows_job
@@ -34,6 +35,7 @@ __all__ = [
     "assemble_caches",
     "available_strategies",
     "make_strategy",
+    "ratio_by_encoding",
     "recompute_rows",
     "register_strategy",
     "rows_job",

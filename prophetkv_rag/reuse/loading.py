@@ -51,14 +51,27 @@ def default_ratio(
         caches: Of the others.
         has_exact_first: Whether the first chunk is exact, or made so.
     """
-    if not has_exact_first or not layout.chunks:  # then the others' encoding makes up for less (docs/encodings.md)
-        return ALONE_RATIO
     num_held = len(layout.chunks) - len(caches)
     is_alone = [continued.was_alone(chunk) for chunk in layout.chunks[:num_held]]
     is_alone += [not cache.behind.keys for cache in caches]
-    is_alone[0] = False
+    moved = sum(span.stop - span.start for span in layout.moved)  # computed behind others, as what else was said
     tokens = [len(chunk.input_ids) for chunk in layout.chunks]
-    shares = [ALONE_RATIO if alone else BEHIND_RATIO for alone in is_alone]
-    tokens += [span.stop - span.start for span in layout.moved]  # computed behind others, as what else was said
-    shares += [BEHIND_RATIO] * len(layout.moved)
-    return sum(share * count for share, count in zip(shares, tokens, strict=True)) / sum(tokens)
+    return ratio_by_encoding(tokens, is_alone, has_exact_first=has_exact_first, moved_tokens=moved)
+
+
+def ratio_by_encoding(
+    tokens: Sequence[int], is_alone: Sequence[bool], *, has_exact_first: bool, moved_tokens: int = 0
+) -> float:
+    """Return the share that is recomputed by default.
+
+    Args:
+        tokens: Of each chunk.
+        is_alone: Whether each was encoded alone.
+        has_exact_first: Whether the first one is exact, or made so.
+        moved_tokens: Tokens of former messages, beside the chunks.
+    """
+    if not has_exact_first or not tokens:  # then the others' encoding makes up for less (docs/encodings.md)
+        return ALONE_RATIO
+    shares = [BEHIND_RATIO] + [ALONE_RATIO if alone else BEHIND_RATIO for alone in is_alone[1:]]
+    total = sum(share * count for share, count in zip(shares, tokens, strict=True)) + BEHIND_RATIO * moved_tokens
+    return total / (sum(tokens) + moved_tokens)

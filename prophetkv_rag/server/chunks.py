@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from prophetkv_rag.server.served import ServedEngine
 
 
+_BEFORE = 16
+"""Chunks before each one of a document that the engine is told of; it takes no more than its encoding says."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkService:
     """Chunks over HTTP. A namespace is an owner of its own: it cannot drop what a local collection refers to."""
@@ -36,8 +40,13 @@ class ChunkService:
                 if ticket.cancel.is_set():
                     raise shutting_down()
 
+            behind = None
+            if body.in_order:  # the engine takes as many of them as its encoding says
+                behind = [body.chunks[max(0, number - _BEFORE) : number] for number in range(len(body.chunks))]
             try:
-                yield self.engine.add_chunks(body.chunks, owner=_owner(body.namespace), progress=stop_if_shut_down)
+                yield self.engine.add_chunks(
+                    body.chunks, owner=_owner(body.namespace), behind=behind, progress=stop_if_shut_down
+                )
             except ContextWindowError as error:
                 raise ApiError(str(error), param="chunks", code="context_length_exceeded") from error
 

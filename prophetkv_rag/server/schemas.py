@@ -178,9 +178,10 @@ class ChatRequest(_Body):
 
 
 class PutChunks(_Body):
-    """Body of `PUT /v1/chunks`."""
+    """Body of `PUT /v1/chunks`; `in_order` says that the chunks are a document, in order (docs/encodings.md)."""
 
     chunks: Annotated[list[Text], Field(min_length=1)]
+    in_order: bool = False
     namespace: Namespace = "default"
 
 

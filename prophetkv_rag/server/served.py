@@ -36,7 +36,12 @@ class ServedEngine(Protocol):
         """Return the key of the chunk with this text, whether or not it is known."""
 
     def add_chunks(
-        self, texts: Sequence[str], *, owner: str, progress: Callable[[int, int], None] | None = None
+        self,
+        texts: Sequence[str],
+        *,
+        owner: str,
+        behind: Sequence[Sequence[str]] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """Compute and store the caches of chunks."""
 

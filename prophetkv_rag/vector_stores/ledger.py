@@ -98,6 +98,12 @@ class RecordLedger:
         with self._transaction() as run:
             return {name for name, _ in self._named(run, owner, names)}
 
+    def keys(self, owner: str, names: Sequence[str]) -> list[str]:
+        """Return the keys of these records of an owner, in their order, as far as they have caches."""
+        with self._transaction() as run:
+            found = dict(self._named(run, owner, names))
+        return [key for name in names if (key := found.get(name))]
+
     def of_document(self, owner: str, document: str) -> list[str]:
         """Return the ids of a document's records; that of the record with this id too."""
         with self._transaction() as run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import chromadb
@@ -13,6 +14,7 @@ import pytest
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.chroma import KVCachingCollection
 from prophetkv_rag.store import Behind, MemoryStore
+from prophetkv_rag.store.disk import open_disk_store
 from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
 
 TEXTS = list(CORPUS[:5])
@@ -176,3 +178,29 @@ def test_what_is_cached_later_has_the_order_that_the_records_say() -> None:
     caching.collection.add(ids=NAMES[::-1], embeddings=EMBEDDINGS[::-1], documents=TEXTS[::-1], metadatas=nodes[::-1])
     caching.cache_existing()
     assert [before(caching, text) for text in TEXTS] == [[], *([text] for text in TEXTS[:4])]
+
+
+def test_neighbours_with_a_remote_tier_which_has_the_plain_caches_already(tmp_path: Path) -> None:
+    """The second pass replaces what the first has uploaded, and another machine takes that."""
+
+    def opened(name: str) -> KVCachingCollection:
+        store = open_disk_store(tmp_path / name, remote=f"file://{tmp_path}/remote")
+        config = ProphetKVConfig(encoding="neighbours:2")
+        engine = ProphetKVEngine(tiny_llama(), tiny_tokenizer(), config=config, store=store)
+        plain = chromadb.EphemeralClient().create_collection(
+            f"remote_{name}", metadata={"hnsw:space": "cosine"}, embedding_function=None
+        )
+        return KVCachingCollection(plain, engine, in_background=False)
+
+    caching = opened("first")
+    caching.add(ids=NAMES, embeddings=EMBEDDINGS, documents=TEXTS)
+    caching.engine.store.flush()
+    caching.encode_behind_neighbours()
+    assert [before(caching, text) for text in TEXTS] == [[TEXTS[n] for n in nearest] for nearest in NEAREST]
+    caching.engine.store.close()
+
+    second = opened("second")
+    second.progress = lambda done, total: pytest.fail("a chunk was computed that the remote tier has")
+    second.add(ids=NAMES, embeddings=EMBEDDINGS, documents=TEXTS)
+    assert [before(second, text) for text in TEXTS] == [[TEXTS[n] for n in nearest] for nearest in NEAREST]
+    second.engine.store.close()

@@ -84,6 +84,26 @@ def test_rows_are_full_prefills_and_cost_nothing_the_second_time(store, settings
     assert again.report.charged_ratio <= stale.report.charged_ratio
 
 
+def test_computed_ahead_it_is_the_same_one(store):
+    """`add_second` is what prompts do one by one: the same rows, of the same chunks, gone with them."""
+    engine = engine_on(store)
+    wanted = engine_on(MemoryStore())
+    before = store.stats().chunks
+    assert engine.library.add_second(DOCUMENT) == 3  # the document's first chunk needs none
+    assert engine.library.add_second(DOCUMENT) == 0
+    assert store.stats().chunks == before + 3
+    for text in DOCUMENT:
+        found = settled(engine, text, DOCUMENT[3])
+        assert [chunk.status for chunk in found.report.chunks] == ["hit", "hit"]
+        assert found.report.chunks[0].behind == 0
+        torch.testing.assert_close(found.logits, settled(wanted, text, DOCUMENT[3]).logits, atol=1e-5, rtol=1e-5)
+    assert store.stats().chunks == before + 3
+    engine.remove_chunks([engine.library.key_of(text) for text in DOCUMENT])
+    assert not store.known([own_key(engine, text) for text in DOCUMENT])
+    assert store.stats().chunks == 0
+    assert engine_on(MemoryStore(), encoding="plain").library.add_second(DOCUMENT) == 0
+
+
 def test_what_is_exact_already_has_no_second_cache(store):
     """A document's first chunk stands behind nothing else."""
     engine = engine_on(store)

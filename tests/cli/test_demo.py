@@ -13,7 +13,7 @@ import pytest
 
 from prophetkv_rag.cli.database import Database
 from prophetkv_rag.cli.indexing import IndexSummary, index_documents
-from prophetkv_rag.defaults import speeches_directory
+from prophetkv_rag.defaults import read_questions, speeches_directory
 from tests.cli.program import Run
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -45,6 +45,16 @@ def test_demo(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setattr("prophetkv_rag.defaults.speeches_directory", lambda: nullcontext(elsewhere))
     again = run("demo", "--json")["indexing"]
     assert (again["total_chunks"], again["computed_chunks"]) == (first["indexing"]["total_chunks"], 0)
+
+
+def test_other_numbers_have_a_database_of_their_own(run: Run, monkeypatch: pytest.MonkeyPatch, docs: Path) -> None:
+    monkeypatch.setattr("prophetkv_rag.defaults.speeches_directory", lambda: nullcontext(docs))
+    monkeypatch.setattr("prophetkv_rag.defaults.read_questions", lambda of=read_questions: of()[:1])
+    monkeypatch.setattr("prophetkv_rag.cli.demo.MAX_NEW_TOKENS", 1)
+    whole, half, again = (run("demo", "--dtype", dtype, "--json") for dtype in ("float32", "bfloat16", "float32"))
+    assert half["indexing"]["computed_chunks"] == half["indexing"]["total_chunks"] > 0
+    assert half["indexing"]["caches"]["nbytes"] < 0.6 * whole["indexing"]["caches"]["nbytes"]
+    assert again["indexing"]["computed_chunks"] == 0
 
 
 def no_time_at_all(index: Callable[..., IndexSummary]) -> Callable[..., IndexSummary]:

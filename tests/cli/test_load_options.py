@@ -33,7 +33,9 @@ def test_doctor_says_what_it_computes_in(run: Run, tiny_model: Path, capsys: pyt
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("command", [("index", "docs"), ("serve", "--port", 0), ("doctor", "x"), ("bench", "ttft")])
+@pytest.mark.parametrize(
+    "command", [("index", "docs"), ("serve", "--port", 0), ("doctor", "x"), ("bench", "ttft"), ("demo",)]
+)
 def test_bad_values_are_refused_before_anything_is_fetched(
     fails: Run, docs: Path, command: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,9 @@ def test_what_is_planned_is_what_comes_of_it(run: Run, more_docs: Path, options:
     assert (planned["chunks"], planned["tokens"]) == (caches["chunks"], caches["tokens"])
     assert abs(planned["nbytes"] - caches["nbytes"]) < part * caches["nbytes"]
     assert planned["seconds"] > 0
-    assert index_tiny(run, more_docs)["planned"] == {"chunks": 0, "tokens": 0, "nbytes": 0, "seconds": None}
+    assert planned["may_double"] is ("plain" not in options)
+    nothing = {"chunks": 0, "tokens": 0, "nbytes": 0, "seconds": None, "may_double": False}
+    assert index_tiny(run, more_docs)["planned"] == nothing
 
 
 def test_only_what_is_missing_is_planned_and_by_the_measured_speed(run: Run, docs: Path) -> None:

@@ -136,9 +136,9 @@ def _lesson_ids(engine: ProphetKVEngine, lesson: Lesson) -> tuple[list[int], lis
 
 
 @cache
-def taught_engine() -> ProphetKVEngine:
-    """An engine on a tiny model that knows the lessons."""
-    model, tokenizer = tiny_llama(num_hidden_layers=2, max_position_embeddings=4096), tool_tokenizer()
+def taught_engine(**shape: int) -> ProphetKVEngine:
+    """An engine on a tiny model that knows the lessons; `shape` goes to its configuration."""
+    model, tokenizer = tiny_llama(num_hidden_layers=2, max_position_embeddings=4096, **shape), tool_tokenizer()
     engine = ProphetKVEngine(model, tokenizer)
     sequences, labels = [], []
     for lesson in LESSONS:

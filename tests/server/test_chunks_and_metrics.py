@@ -46,6 +46,14 @@ def statuses(server: Running, *chunks: str) -> list[str]:
     return [chunk["status"] for chunk in server.ask_about(*chunks)["prophetkv"]["chunks"]]
 
 
+def test_chunks_of_a_document_are_encoded_behind_each_other(server: Running, client: httpx.Client) -> None:
+    keys = put(client, *CHUNKS[:4], in_order=True)
+    store = server.engine.store
+    assert [list(store.behind(key).keys) for key in keys] == [[], keys[:1], keys[:2], keys[1:3]]
+    alone = put(client, text_of(40, seed=1), text_of(40, seed=2))  # nobody says that they are in order
+    assert [store.behind(key).keys for key in alone] == [(), ()]
+
+
 def test_chunks_come_and_go(server: Running, client: httpx.Client) -> None:
     assert statuses(server, *CHUNKS[:2]) == []
     keys = put(client, CHUNKS[0], f"  {CHUNKS[1]}\n", CHUNKS[0])

@@ -6,12 +6,16 @@ import json
 import sys
 
 from vllm import LLM, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests.vllm.serving import ANSWER, transfer_config
 
 
 def main() -> None:
     job = json.loads(sys.stdin.read())
+    transfer = transfer_config(job["directory"])
+    if "failing" in job:
+        transfer |= {"kv_connector": "FailingConnector", "kv_connector_module_path": "tests.vllm.failing"}
     llm = LLM(
         job["model"],
         dtype="float32",
@@ -20,7 +24,7 @@ def main() -> None:
         max_num_seqs=4,
         block_size=32,
         tensor_parallel_size=job["ranks"],
-        kv_transfer_config=transfer_config(job["directory"]),
+        kv_transfer_config=transfer,
     )
 
     def ask(prompts, options, max_tokens=ANSWER):
@@ -35,13 +39,18 @@ def main() -> None:
         ]
         return llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
 
-    (registered,) = ask([[1]], [{"register": job["register"]}], 1)
+    (registered,) = ask([[1]], [{"register": job["register"], "in_order": True}], 1)
     outputs = ask(job["prompts"], job["options"])
     found = {
         "registered": registered.kv_transfer_params["prophetkv"],
         "answers": [list(one.outputs[0].token_ids) for one in outputs],
         "said": [(one.kv_transfer_params or {}).get("prophetkv") for one in outputs],
     }
+    if "failing" in job:
+        try:
+            ask(job["prompts"][:1], [job["failing"]])
+        except EngineDeadError as error:
+            found["died"] = str(error)
     with open(job["output"], "w") as file:
         json.dump(found, file)
     llm.llm_engine.engine_core.shutdown()

@@ -22,8 +22,8 @@ def transfer_config(directory, **extra) -> dict[str, Any]:
     return settings.transfer_config(settings.ConnectorSettings(directory=str(directory), min_chunk_tokens=16, **extra))
 
 
-AS_IN_VLLM = ProphetKVConfig(encoding="plain", first_chunk="cached", recompute_ratio=0.2, remember=False)
-"""Settings with which our engine does what the connector does."""
+AS_IN_VLLM = ProphetKVConfig(remember=False)
+"""Settings with which our engine does what the connector does: both's defaults."""
 
 
 class Served:
@@ -35,7 +35,16 @@ class Served:
         directory: Where vLLM's caches are.
     """
 
-    def __init__(self, model: Path, directory: Path, *, extra: dict[str, Any] | None = None, **given: Any) -> None:
+    def __init__(
+        self,
+        model: Path,
+        directory: Path,
+        *,
+        extra: dict[str, Any] | None = None,
+        engine_model: Path | None = None,
+        **given: Any,
+    ) -> None:
+        """Load a model in both; `engine_model` is for ours where it cannot be the same."""
         self.directory = directory
         self.llm = LLM(
             str(model),
@@ -52,7 +61,7 @@ class Served:
             ),
         )
         dtype = getattr(torch, given.get("dtype", "float32"))
-        self.engine = ProphetKVEngine.from_pretrained(model, config=AS_IN_VLLM, dtype=dtype)
+        self.engine = ProphetKVEngine.from_pretrained(engine_model or model, config=AS_IN_VLLM, dtype=dtype)
         self.texts: list[str] = []
 
     @property
@@ -67,12 +76,13 @@ class Served:
     def stages(self) -> Any:
         return get_kv_transfer_group().stages
 
-    def register(self, texts: list[str]) -> list[str]:
+    def register(self, texts: list[str], *, in_order: bool = False) -> list[str]:
         """Register chunks with both; returns vLLM's keys."""
-        self.engine.add_chunks(texts)
+        behind = [texts[:number] for number in range(len(texts))] if in_order else None
+        self.engine.add_chunks(texts, behind=behind)
         self.texts += texts
         ids = [self.engine.library.tokens.chunk(text) for text in texts]
-        (output,) = self.run([[1]], [{"register": ids}], max_tokens=1)
+        (output,) = self.run([[1]], [{"register": ids, "in_order": in_order}], max_tokens=1)
         said = output.kv_transfer_params["prophetkv"]
         assert "errors" not in said
         return said["registered"]

@@ -14,6 +14,29 @@ QUESTIONS = ("What does the speaker say about taxes?", "Who is thanked, and what
 ORDERS = ((2, 0, 3, 1), (1, 3, 5, 0))
 
 
+DOCUMENT_ORDERS = ((1, 3, 2), (3, 2, 1))
+
+
+def test_a_document_s_chunks_behind_each_other(served):
+    """The defaults of both: behind two chunks, the first from its second cache, a twentieth recomputed."""
+    words = " ".join(read_speeches().values()).split()
+    document = [" ".join(words[start : start + 70]) for start in range(4000, 4280, 70)]
+    served.register(document, in_order=True)
+    prompts = [
+        [{"role": "user", "content": "\n\n".join(document[i] for i in order) + f"\n\n{QUESTIONS[number]}"}]
+        for number, order in enumerate(DOCUMENT_ORDERS)
+    ]
+    served.forget_prefixes()
+    with served.selections() as selected:
+        outputs = served.run([served.ids(one) for one in prompts], [{}, {}])
+    assert [tokens(output) for output in outputs] == [served.engine_answer(one) for one in prompts]
+    ours = [served.engine.prefill(one) for one in prompts]
+    assert sorted(selected, key=sorted) == sorted((set(one.recomputed.tolist()) for one in ours), key=sorted)
+    for output, one in zip(outputs, ours, strict=True):
+        assert reuse(output)["recompute_ratio"] == pytest.approx(one.report.recompute_ratio) == pytest.approx(0.05)
+        assert [chunk["status"] for chunk in reuse(output)["chunks"]] == ["miss", "hit", "hit"]
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     words = " ".join(read_speeches().values()).split()
@@ -192,10 +215,10 @@ def test_a_lost_cache_is_vllms_own_prefill_and_does_not_fail_again(served):
     assert tokens(output) == exact
     assert reuse(output)["status"] == "left_to_vllm"
     assert len(asked) == 1
+    # The next prompt has it computed again, as our engine does.
     (output,) = served.run([served.ids(prompt(served, 0))], [{"recompute_ratio": 0.0}])
-    assert len(reuse(output)["chunks"]) == 3
-    path.write_bytes(data)
-    served.planner._index.add(key, served.engine.library.tokens.chunk(served.texts[2]))
+    assert [chunk["status"] for chunk in reuse(output)["chunks"]] == ["miss", "hit", "hit", "hit"]
+    assert path.stat().st_size == len(data)
 
 
 def test_a_blob_that_holds_another_chunk_is_not_used(served):
@@ -209,8 +232,10 @@ def test_a_blob_that_holds_another_chunk_is_not_used(served):
     served.stages._store.drop_from_memory([own])
     (output,) = served.run([served.ids(prompt(served, 0))], [{"recompute_ratio": 0.0}])
     assert (tokens(output), reuse(output)["status"]) == (exact, "left_to_vllm")
-    store.files.path(own).write_bytes(data)
-    served.planner._index.add(own, ids[0])
+    served.stages._store.flush()
+    store.files.path(own).write_bytes(data)  # another one is there: it is found again
+    (output,) = served.run([served.ids(prompt(served, 0))], [{"recompute_ratio": 0.0}])
+    assert [chunk["status"] for chunk in reuse(output)["chunks"]] == ["hit"] * 4
 
 
 def test_counters_reach_vllms_metrics(served):

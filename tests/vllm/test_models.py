@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from tests.tiny import text_of, tiny_llama, tiny_tokenizer
+from tests.tiny import save_tiny, text_of, tiny_llama, tiny_tokenizer
+from tests.vllm.quantized import quantize
 from tests.vllm.serving import Served, reuse, tokens
 
 SHAPE = {
@@ -124,10 +125,17 @@ def test_a_short_batch_and_chunked_prefill(serve):
     expected = [served.engine_answer(one, recompute_ratio=0.1) for one in prompts]
     expected += [served.engine_answer(one, strategy="full_prefill") for one in prompts]
     assert [tokens(output) for output in mixed] == expected
-    # What one forward cannot hold is left to vLLM.
+    # What one forward cannot hold goes in parts, of which the later ones see the rows of those before.
     served.forget_prefixes()
-    (long,) = served.run(ids[:1], [{"recompute_ratio": 1.0}])
-    assert (long.kv_transfer_params, tokens(long)) == (None, expected[4])
+    for ratio in (0.75, 1.0):
+        (long,) = served.run(ids[:1], [{"recompute_ratio": ratio}])
+        assert (reuse(long)["status"], reuse(long)["row_layers"] > 192 * 4) == ("reused", True)
+        assert tokens(long) == served.engine_answer(prompts[0], recompute_ratio=ratio)
+    assert tokens(long) == expected[4]
+    # A question that it cannot hold is left to vLLM.
+    question = [{"role": "user", "content": f"{served.texts[0]}\n\n{text_of(200, seed=7)}"}]
+    (asked,) = served.run([served.ids(question)], [{}])
+    assert (asked.kv_transfer_params, tokens(asked)) == (None, served.engine_answer(question, strategy="full_prefill"))
 
 
 def test_admission_keeps_to_the_limit_of_a_step(serve):
@@ -161,7 +169,7 @@ def test_caches_outlive_the_server_and_deleted_ones_are_not_used(serve):
     served = serve()
     prompts = prompts_of(served, count=1)
     (expected,) = served.answers(prompts, 0.25)
-    store, keys = served.planner._store, list(served.planner._index._ids)
+    store, keys = served.planner._store, list(served.planner.chunks._index._ids)
     served.close()
     again = serve()
     again.engine.add_chunks([text_of(70, seed=seed) for seed in range(4)])
@@ -184,3 +192,31 @@ def test_bfloat16_agrees_with_the_engine(serve):
         ours = set(served.engine.prefill(one, recompute_ratio=0.25).recomputed.tolist())
         assert len(found) == len(ours)
         assert len(found & ours) >= 0.95 * len(ours)  # rounding moves the last of them
+
+
+def test_a_quantised_checkpoint(tmp_path):
+    """8-bit weights and activations: chunks are encoded by the quantised layers, and recomputed by them."""
+    plain = save_tiny(tmp_path / "plain", **SHAPE)
+    served = Served(
+        quantize(save_tiny(tmp_path / "model", **SHAPE)),
+        tmp_path / "caches",
+        engine_model=plain,
+        block_size=32,
+    )
+    try:
+        prompts = prompts_of(served)
+        assert served.llm.llm_engine.vllm_config.model_config.quantization == "compressed-tensors"
+        with served.selections() as selected:
+            outputs = served.run([served.ids(one) for one in prompts], [{"recompute_ratio": 0.25}] * 2)
+        assert [reuse(output)["status"] for output in outputs] == ["reused"] * 2
+        # Close to the unquantised model's choice, as rounding goes; and by ratio 1 the quantised model's own prefill.
+        for one, found in zip(prompts, selected, strict=True):
+            ours = set(served.engine.prefill(one, recompute_ratio=0.25).recomputed.tolist())
+            assert len(found) == len(ours)
+            assert len(found & ours) >= 0.8 * len(ours)
+        served.forget_prefixes()
+        everything = served.answers(prompts, 1.0)
+        # Activations are rounded to 8 bits, so that the last bit of an attention may change a later token.
+        assert [one[:2] for one in everything] == [one[:2] for one in served.full(prompts)]
+    finally:
+        served.close()

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from prophetkv_rag import ProphetKVEngine
-from tests.tiny import text_of, tiny_llama, tiny_tokenizer
+from tests.tiny import save_tiny, text_of
+from tests.vllm import failing
 from tests.vllm.serving import ANSWER, AS_IN_VLLM
 from tests.vllm.test_models import SHAPE
 
@@ -36,22 +37,18 @@ def run(job, tmp_path):
     return json.loads(Path(job["output"]).read_text())
 
 
+def chat(texts, n):
+    """The first begins right behind the opening: its first chunk is exact, by a second cache."""
+    text = "\n\n".join(texts[n + 1 :] + texts[: n + 1]) + f"\n\n{text_of(8, seed=9)}"
+    return [{"role": "user", "content": ("Read this.\n\n" if n else "") + text}]
+
+
 def test_two_ranks_answer_as_our_engine_and_their_blobs_serve_one(tmp_path):
-    model = tmp_path / "model"
-    tiny_llama(**SHAPE).save_pretrained(model)
-    tiny_tokenizer().save_pretrained(model)
+    model = save_tiny(tmp_path / "model", **SHAPE)
     engine = ProphetKVEngine.from_pretrained(model, config=AS_IN_VLLM)
     texts = [text_of(70, seed=seed) for seed in range(4)]
-    engine.add_chunks(texts)
-    prompts = [
-        [
-            {
-                "role": "user",
-                "content": "Read this.\n\n" + "\n\n".join(texts[n:] + texts[:n]) + f"\n\n{text_of(8, seed=9)}",
-            }
-        ]
-        for n in range(2)
-    ]
+    engine.add_chunks(texts, behind=[texts[:n] for n in range(4)])
+    prompts = [chat(texts, n) for n in range(2)]
     ids = [engine.read(prompt).input_ids.tolist() for prompt in prompts]
     options = [{"recompute_ratio": 0.25}] * 2 + [{"recompute_ratio": 1.0}, {"enabled": False}]
     job = {
@@ -83,4 +80,25 @@ def test_two_ranks_answer_as_our_engine_and_their_blobs_serve_one(tmp_path):
     # Written by two ranks, read by one: the blobs are found, and give the same answers.
     one = run(job | {"ranks": 1, "register": job["register"][:1]}, tmp_path)
     assert one["answers"] == expected
-    assert [len(said["chunks"]) for said in one["said"][:2]] == [4, 4]
+    assert [[chunk["behind"] for chunk in said["chunks"]] for said in one["said"][:2]] == [[0, 2, 2, 0], [0, 2, 0, 1]]
+
+
+def test_a_rank_that_fails_alone_ends_vllm_and_ranks_that_fail_together_do_not(tmp_path):
+    model = save_tiny(tmp_path / "model", **SHAPE)
+    engine = ProphetKVEngine.from_pretrained(model, config=AS_IN_VLLM)
+    texts = [text_of(70, seed=seed) for seed in range(4)]
+    ids = [engine.read(chat(texts, n)).input_ids.tolist() for n in range(2)]
+    job = {
+        "model": str(model),
+        "directory": str(tmp_path / "caches"),
+        "register": [engine.library.tokens.chunk(text) for text in texts],
+        "prompts": [ids[0], ids[1], ids[0]],
+        "options": [{"recompute_ratio": failing.ON_ALL}, {}, {"enabled": False}],
+        "failing": {"recompute_ratio": failing.ON_ONE},
+        "ranks": 2,
+    }
+    found = run(job, tmp_path)
+    assert found["said"][0]["status"] == "left_to_vllm"
+    assert "planted" in found["said"][0]["reason"]
+    assert found["answers"][0] == found["answers"][2]
+    assert "EngineCore" in found["died"]  # and so nobody waits for an answer for ever

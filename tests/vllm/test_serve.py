@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import random
-import signal
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
@@ -18,11 +13,9 @@ from openai import OpenAI
 
 from prophetkv_rag import ProphetKVEngine
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
+from tests.vllm.running import PROGRAM, serving
 from tests.vllm.serving import AS_IN_VLLM
 from tests.vllm.test_models import SHAPE
-
-PROGRAM = str(Path(sys.executable).with_name("prophetkv-rag"))
-VLLM_ARGS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 8, "block_size": 32}
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +28,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    command = [PROGRAM, "serve", "--engine", "vllm", "--model", str(model), "--port", "0", "--json"]
-    command += ["--cache-dir", str(tmp_path_factory.mktemp("caches")), "--vllm-args", json.dumps(VLLM_ARGS)]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    log = tmp_path_factory.mktemp("log") / "log.txt"
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
-    ):
-        try:
-            said = ""
-            for line in process.stdout:
-                said += line
-                if line.startswith("}"):
-                    break
-            assert said, log.read_text()[-4000:]
-            yield json.loads(said)["url"]  # nothing else is on standard output
-            process.send_signal(signal.SIGTERM)
-            assert process.wait() == 0
-        finally:
-            process.kill()
+    with serving(model, tmp_path_factory.mktemp("server")) as found:
+        yield found.url
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,13 @@ def warm(
         bool,
         typer.Option("--refresh", help="Also encode anew what stands behind others than most of its neighbours now."),
     ] = False,
+    first_chunks: Annotated[
+        bool,
+        typer.Option(
+            "--first-chunks",
+            help="Also compute what a chunk is read from where a prompt begins with it: up to as many bytes again.",
+        ),
+    ] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -36,20 +43,24 @@ def warm(
 
     fetch_embedding()
     database = open_database(db, settings, device=device)
+    database.store.policy = "eager"  # whatever the database's is: now is when they are asked for
     computed = 0
+
+    def count(done: int, total: int) -> None:
+        nonlocal computed
+        computed += 1
+        advance(1)
+
     try:
         with progress_bar("computing missing KV caches", database.collection.count()) as advance:
-
-            def count(done: int, total: int) -> None:
-                nonlocal computed
-                computed += 1
-                advance(1)
-
             database.collection.progress = count
             database.collection.cache_existing()
         database.collection.progress = None
         database.bring_caches_up_to_date()
         database.complete_encoding(refresh=refresh)
+        if first_chunks:
+            with progress_bar("computing the first chunks' KV caches", database.collection.count()) as advance:
+                database.add_second_caches(count)
         uploaded = push_caches(database.engine.store)
         stats = database.engine.store.stats()
         not_kept = caches_not_kept(database)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from prophetkv_rag.errors import BlobError, InputError, StoreError
@@ -14,6 +13,10 @@ from prophetkv_rag.store.catalog import Catalog, CatalogRow
 from prophetkv_rag.store.disk.leases import Leases
 from prophetkv_rag.store.disk.write_behind import WriteBehind
 from prophetkv_rag.store.remote import RemoteTier
+
+_LOOKED_AT = 64
+"""Caches that were absent when they were listed are looked for again, so many at each call."""
+_MOST_ABSENT = 100_000
 
 
 class CatalogedStore(ChunkStore):
@@ -38,6 +41,7 @@ class CatalogedStore(ChunkStore):
     remote: RemoteTier | None = None
     _seen: dict[str, int]
     _listed: dict[str, int]
+    _absent: dict[str, dict[str, None]]
     _deletes: int
     _later: WriteBehind
 
@@ -136,9 +140,17 @@ class CatalogedStore(ChunkStore):
     def new_chunks(self, fingerprint: str) -> Iterator[tuple[str, list[int]]]:
         """See `ChunkStore.new_chunks`: of those whose cache is there now."""
         keys, self._listed[fingerprint] = self.catalog.keys_after(fingerprint, self._listed.get(fingerprint, 0))
-        for key in keys:
-            with suppress(BlobError, OSError):  # evicted, or not computed yet
-                yield key, self.files.read_token_ids(key, fingerprint=fingerprint)
+        absent = self._absent.setdefault(fingerprint, {})
+        for key in [*list(absent)[:_LOOKED_AT], *keys]:
+            absent.pop(key, None)
+            try:
+                ids = self.files.read_token_ids(key, fingerprint=fingerprint)
+            except (BlobError, OSError):  # evicted, or not computed yet: the last in turn now
+                absent[key] = None
+            else:
+                yield key, ids
+        while len(absent) > _MOST_ABSENT:
+            del absent[next(iter(absent))]
 
     def _forget(self, keys: Sequence[str]) -> None:
         self.drop_from_memory(keys)

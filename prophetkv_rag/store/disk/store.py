@@ -107,6 +107,7 @@ class DiskStore(CatalogedStore):
         self._counters = Counters()
         self._seen: dict[str, int] = {}
         self._listed: dict[str, int] = {}
+        self._absent: dict[str, dict[str, None]] = {}
         self._later = WriteBehind(self._put_referenced, self.failures)
         self.catalog = open_catalog(self.directory, self.files, self.directory_lock, read_only=policy == "read_only")
         self._deletes = all_deletions(self.catalog)

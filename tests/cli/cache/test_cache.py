@@ -58,6 +58,21 @@ def test_cache_gc_and_clear_and_warm(run: Run, docs: Path) -> None:
     assert run("cache", "verify", "--json")["checked"] == count
 
 
+def test_warm_computes_what_waits_for_its_first_use(run: Run, docs: Path) -> None:
+    """That is now, whatever the database's policy is; the database keeps its policy."""
+    report = index_tiny(run, docs, "--cache-policy", "on_first_use")
+    assert report["caches"]["chunks"] == 0
+    files, count = sum(path.is_file() for path in docs.rglob("*")), report["total_chunks"]
+    assert run("cache", "warm", "--json")["computed"] == count
+    assert run("cache", "warm", "--first-chunks", "--json")["computed"] == count - files  # a file's first needs none
+    assert "0 caches computed" in run("cache", "warm", "--first-chunks")
+    answer = run("ask", "Who?", "--max-new-tokens", 1, "--json")
+    assert {chunk["status"] for chunk in answer["report"]["chunks"]} == {"hit"}
+    assert index_tiny(run, docs)["planned"]["chunks"] == 0
+    (docs / "more.txt").write_text("Words that nobody has asked for yet.")
+    assert index_tiny(run, docs)["caches"]["chunks"] == 2 * count - files
+
+
 def test_cache_export_and_import(run: Run, docs: Path, tmp_path: Path) -> None:
     count = index_plain(run, docs)["total_chunks"]
     exported = tmp_path / "caches.tar"

@@ -46,3 +46,16 @@ def test_what_is_damaged_or_gone_is_left_out(tmp_path):
     path.write_bytes(data)
     store.files.path(key_of(2)).unlink()
     assert list(store.new_chunks(FINGERPRINT)) == [(key_of(0), [0] * 20)]
+
+
+def test_what_was_absent_when_it_was_listed_is_listed_when_it_comes(tmp_path):
+    """Known without a cache, or evicted: another process computes it later, and its row in the catalog stays."""
+    store, other = (open_disk_store(tmp_path) for _ in range(2))
+    for number in range(100):
+        other.note(key_of(number), fingerprint=FINGERPRINT, num_tokens=20, entry=None)
+    assert list(store.new_chunks(FINGERPRINT)) == []
+    for number in (0, 99):
+        other.put(key_of(number), cache_of([number] * 20), fingerprint=FINGERPRINT)
+    found = [*store.new_chunks(FINGERPRINT), *store.new_chunks(FINGERPRINT)]
+    assert found == [(key_of(0), [0] * 20), (key_of(99), [99] * 20)]
+    assert list(store.new_chunks(FINGERPRINT)) == []
