@@ -38,7 +38,7 @@ def rows_of(name: str) -> dict[tuple[Prompt, tuple[str, float]], Row]:
 def main() -> None:
     """Print one table a model."""
     for model in ("smollm2", "qwen05"):
-        measured = rows_of(f"{model}-default") | (rows_of(f"{model}-longbench") if model == "smollm2" else {})
+        measured = rows_of(f"{model}-default") | rows_of(f"{model}-longbench")
         rows = rows_of(model) | measured
         sys.stdout.write(f"\n{model}: KL, charged, same top token, score (full prefill's); paired with the paper's\n")
         for group, is_of in GROUPS.items():
