@@ -99,8 +99,10 @@ class ProphetKVEngine(AnswersPrompts, SavesConversations):
         self.turns = Turns(self.model_lock, model, self.library.state.check_adapters, most=most, shares_passes=shares)
         self._prefiller = Prefiller.over(self.library, self.config, self._reader, self.conversations)
 
-    max_concurrent = 1
-    """Answers that the model works on at a time."""
+    @property
+    def max_concurrent(self) -> int:
+        """Answers that the model works on at a time."""
+        return self.config.max_batch
 
     def key_of(self, text: str) -> str:
         """Return the key of the chunk with this text, whether or not it is known."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "PROPHETKV_API_KEY"
 _LOOPBACK = ("localhost", "::1")
+_BATCH = 4  # as many prompts' caches are held at a time
 
 
 def serve(
@@ -75,6 +76,10 @@ def serve(
             metavar="ORIGIN",
             help="Web pages of this origin (https://chat.example.com) may call the server; repeatable; * for any.",
         ),
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Answers that are decoded together, each with its prompt's cache in memory; 4."),
     ] = None,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; further ones get status 429.")] = 32,
     max_body: Annotated[int, typer.Option(min=1, help="Longest request body, in KiB.")] = 8192,
@@ -125,6 +130,9 @@ def serve(
     if is_vllm and remember is not None:
         msg = "--remember is not for --engine vllm, which keeps former prompts by itself"
         raise InputError(msg)
+    if is_vllm and max_batch is not None:
+        msg = "--max-batch is not for --engine vllm (max_num_seqs in --vllm-args)"
+        raise InputError(msg)
     if is_vllm and ram_limit is not None:
         msg = "--ram-limit is not for --engine vllm (ram_bytes in its connector's settings, docs/vllm.md)"
         raise InputError(msg)
@@ -143,7 +151,10 @@ def serve(
         default_max_tokens=max_new_tokens,
     )
     config = ProphetKVConfig(
-        strategy=strategy, recompute_ratio=recompute_ratio, remember_bytes=_remembered_bytes(remember)
+        strategy=strategy,
+        recompute_ratio=recompute_ratio,
+        remember_bytes=_remembered_bytes(remember),
+        max_batch=max_batch or _BATCH,
     )
     console = progress_console()
     if not settings.api_keys and not is_loopback(host):

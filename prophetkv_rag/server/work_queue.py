@@ -1,8 +1,8 @@
 """First come, first served: blocking work on the model, done by threads, for handlers that run in an event loop.
 
-A transformers model answers one prompt at a time, so there is one thread: more would only make all answers slower. vLLM
-batches what comes at once, and gets many. Whoever waits holds a place in a bounded queue; giving up frees it at once,
-and giving up what runs already stops it at the model's next step.
+There are as many threads as answers that the engine works on at a time, which it decodes together. Whoever waits holds
+a place in a bounded queue; giving up frees it at once, and giving up what runs already stops it at the model's next
+step.
 """
 
 from __future__ import annotations
