@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations.langchain.rag import HashingEmbeddings
+from tests.integrations.langchain.rag import HashingEmbeddings, own_collection
 from tests.integrations.rag import HashingEmbedding
 from tests.tiny import save_tiny
 
@@ -57,7 +57,8 @@ def test_the_langchain_example_runs_as_printed_behind_the_quickstart(
     assert texts
     script = tmp_path / "langchain_example.py"
     script.write_text("\n".join([imports[0], texts[0], block("langchain")]), "utf-8")
-    names = runpy.run_path(str(script))
+    with own_collection():
+        names = runpy.run_path(str(script))
     assert capsys.readouterr().out.strip()
     report = names["model"].last_report
     assert [chunk.status for chunk in report.chunks] == ["hit", "hit"]

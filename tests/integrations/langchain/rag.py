@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 from zlib import crc32
 
 import chromadb
 import numpy as np
+from chromadb.errors import NotFoundError
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
@@ -78,3 +80,18 @@ def new_store(engine: ProphetKVEngine, texts: Sequence[str] = (), **metadata: An
 def town_store(engine: ProphetKVEngine) -> ProphetKVChroma:
     """The four texts."""
     return new_store(engine, TOWN, source="town.md")
+
+
+@contextmanager
+def own_collection() -> Iterator[None]:
+    """Chroma's in-memory collections are a process's, and examples write to the one of LangChain's default name."""
+
+    def delete() -> None:
+        with suppress(NotFoundError):
+            chromadb.EphemeralClient().delete_collection("langchain")
+
+    delete()
+    try:
+        yield
+    finally:
+        delete()

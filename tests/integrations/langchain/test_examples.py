@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations.langchain.rag import HashingEmbeddings
+from tests.integrations.langchain.rag import HashingEmbeddings, own_collection
 from tests.tiny import save_tiny, text_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -35,7 +35,8 @@ def test_the_docs_quickstart_is_the_example() -> None:
 
 @pytest.mark.usefixtures("tiny_model")
 def test_langchain_rag(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(EXAMPLES / "langchain_rag.py"))
+    with own_collection():
+        runpy.run_path(str(EXAMPLES / "langchain_rag.py"))
     assert "2/2 chunks from cache" in capsys.readouterr().out
 
 
