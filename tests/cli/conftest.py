@@ -35,7 +35,8 @@ def no_hub(self: object, repo_id: str, **options: object) -> None:
 def offline(tiny_model: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default models are the tiny ones, the hub does not answer, and the working directory is empty."""
     monkeypatch.setattr("prophetkv_rag.defaults.fetch_default_model", lambda progress: tiny_model)
-    monkeypatch.setattr("prophetkv_rag.defaults.fetch_embedding_model", lambda progress=None: tiny_encoder)
+    for name in ("defaults", "defaults.embedding"):
+        monkeypatch.setattr(f"prophetkv_rag.{name}.fetch_embedding_model", lambda progress=None: tiny_encoder)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_hub)
     monkeypatch.setenv("PROPHETKV_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "work").mkdir()

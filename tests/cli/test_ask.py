@@ -31,7 +31,7 @@ TIMINGS = {"match", "load", "assemble", "score", "recompute", "suffix", "ttft"}
 
 
 def test_index_then_ask(run: Run, docs: Path) -> None:
-    report = index_tiny(run, docs)
+    report = index_tiny(run, docs, "--encoding", "plain")  # a chunk's one cache serves wherever it stands
     assert report["indexed"] == ["deep/two.md", "one.txt"]
     assert report["new_chunks"] == report["total_chunks"] == report["caches"]["chunks"] > 4
 
@@ -48,7 +48,7 @@ def test_index_then_ask(run: Run, docs: Path) -> None:
 
 
 def test_ask_draws_the_prompt(run: Run, fails: Run, docs: Path) -> None:
-    index_tiny(run, docs)
+    index_tiny(run, docs, "--encoding", "plain")
     file = Path("drawn.html")
     options = ("--html", file, "--max-new-tokens", 2, "--top-k", 2)
     answer = run("ask", "What did <people> watch?", *options, "--json")
