@@ -4,9 +4,10 @@ From the repository's root, after `make vllm`:
 
     .venv-vllm/bin/python -P benchmarks/serving/run.py --out rows.jsonl
 
-Each system is started as a server, one after the other, on the same model and the same number of threads. Time to the
-first token counts from the sending, so waiting for a turn is in it. Rows are appended to --out as they come, and a run
-goes on where it stopped.
+The chunks are those of one document, registered as such; prompts have some of them, in random order. Each system is
+started as a server, one after the other, on the same model and the same number of threads. Time to the first token
+counts from the sending, so waiting for a turn is in it. Rows are appended to --out as they come, and a run goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def main() -> None:
     done = {(row["system"], row["clients"]) for row in rows}
     model = args.model or str(fetch_default_model())
     words = " ".join(read_speeches().values()).split()
-    chunks = [" ".join(words[start : start + args.chunk_words]) for start in range(0, 24 * 500, 500)]
+    starts = range(0, 24 * args.chunk_words, args.chunk_words)
+    chunks = [" ".join(words[start : start + args.chunk_words]) for start in starts]
     for system in args.system or SYSTEMS:
         wanted = [clients for clients in args.clients if (system, clients) not in done]
         if not wanted:
@@ -74,7 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--chunk-words", type=int, default=170)
     parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--rate", type=float, default=0.5, help="arrivals a second for each client")
-    parser.add_argument("--recompute-ratio", type=float, default=0.2)
+    parser.add_argument("--recompute-ratio", type=float, help="by default as the server has it")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--max-stage-tokens", type=int, help="of one step; see docs/vllm.md")
@@ -95,14 +97,16 @@ def _measure(
 
 def _register(system: str, url: str, chunks: list[str]) -> None:
     if system != "vllm":
-        httpx.put(f"{url}/chunks", json={"chunks": chunks}, timeout=None).raise_for_status()
+        httpx.put(f"{url}/chunks", json={"chunks": chunks, "in_order": True}, timeout=None).raise_for_status()
 
 
 @contextmanager
 def _server(system: str, model: str, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     engine = {"dtype": args.dtype, "max_model_len": args.max_model_len, "max_num_seqs": 16, "enforce_eager": True}
     program = [str(Path(sys.executable).with_name("prophetkv-rag")), "serve", "--model", model, "--port", str(PORT)]
-    program += ["--max-queue", "1000", "--recompute-ratio", str(args.recompute_ratio)]
+    program += ["--max-queue", "1000"]
+    if args.recompute_ratio is not None:
+        program += ["--recompute-ratio", str(args.recompute_ratio)]
     with tempfile.TemporaryDirectory() as caches, tempfile.TemporaryFile("w+") as log:
         if system == "vllm":
             command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
