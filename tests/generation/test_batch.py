@@ -26,6 +26,7 @@ from prophetkv_rag.model import (
 )
 from tests import families
 from tests.forked import Child
+from tests.held_back import held_back
 from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
 
 FAMILIES = (
@@ -145,7 +146,7 @@ def test_the_answers_are_those_of_one_by_one(batch_prefill: bool) -> None:
     engine = make_engine(batch_prefill=batch_prefill)
     with watching(engine) as rows:
         alone = [engine.generate(prompt, **more) for prompt, more in zip(PROMPTS, EACH, strict=True)]
-    with watching(engine) as shared:
+    with watching(engine) as shared, held_back(engine, len(PROMPTS)):
         answers = engine.generate_batch(PROMPTS, each=EACH)
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in alone]
     assert [answer.text for answer in answers] == [answer.text for answer in alone]
@@ -285,7 +286,7 @@ def test_streams_of_many_threads_share_forwards(engine: ProphetKVEngine, rows: l
     alone = [[piece.delta for piece in stream(engine, prompt)] for prompt in PROMPTS]
     num_alone = len(rows)
     rows.clear()
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(6) as pool, held_back(engine, len(PROMPTS)):
         streamed = list(pool.map(lambda prompt: [piece.delta for piece in stream(engine, prompt)], PROMPTS))
     assert streamed == alone
     assert len(rows) < num_alone / 2

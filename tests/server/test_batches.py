@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from prophetkv_rag.generation import turns
+from tests.held_back import held_back
 from tests.server.running import CHUNKS, FOREVER, Running, make_engine, running, wait_until
 
 QUESTIONS = [f"How many of the {number} planes?" for number in range(4)]
@@ -38,7 +39,7 @@ def test_answers_at_once_are_those_of_one_by_one(server: Running, monkeypatch: p
     )
     alone = [ask(server, number, max_tokens=24) for number in range(4)]
     assert packs == []
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(4) as pool, held_back(server.engine, 4):
         together = list(pool.map(lambda number: ask(server, number, max_tokens=24), range(4)))
     assert [content(answer) for answer in together] == [content(answer) for answer in alone]
     assert max(packs) > 1

@@ -14,6 +14,7 @@ from langchain_core.outputs import LLMResult
 from prophetkv_rag.engine import ProphetKVEngine
 from prophetkv_rag.errors import ContextWindowError
 from prophetkv_rag.integrations.langchain import ChatProphetKV, ProphetKVLLM
+from tests.held_back import held_back
 from tests.integrations.conftest import cancelled_at, stream_threads, until
 from tests.integrations.langchain.rag import TOWN, CallLog, town_store
 from tests.integrations.rag import QUESTION
@@ -48,7 +49,8 @@ async def test_a_batch_shares_its_forwards(style: str, model: Any, forwards: lis
         "generate": lambda: asyncio.to_thread(model.generate, several, callbacks=[log]),
         "agenerate": lambda: model.agenerate(several, callbacks=[log]),
     }
-    answers = await styles[style]()
+    with held_back(model.engine, len(PROMPTS)):
+        answers = await styles[style]()
     if isinstance(answers, LLMResult):
         assert len({run.run_id for run in answers.run or ()}) == len(PROMPTS)
         answers = [each[0].text for each in answers.generations]
@@ -65,10 +67,11 @@ async def test_map_reduce_maps_together(style: str, model: Any, forwards: list[i
     one_by_one = [chain.llm_chain.invoke({"text": document.page_content})["text"] for document in documents]
     num_alone = len(forwards)
     forwards.clear()
-    if style == "invoke":
-        found = await asyncio.to_thread(chain.invoke, {"input_documents": documents})
-    else:
-        found = await chain.ainvoke({"input_documents": documents})
+    with held_back(model.engine, len(documents)):
+        if style == "invoke":
+            found = await asyncio.to_thread(chain.invoke, {"input_documents": documents})
+        else:
+            found = await chain.ainvoke({"input_documents": documents})
     assert found["intermediate_steps"] == one_by_one
     assert len(forwards) < 0.6 * num_alone + TOKENS + 2, "the maps share forwards; the reduction is one more call"
 
