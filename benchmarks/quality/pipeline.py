@@ -318,7 +318,8 @@ def _cell(arm: Sequence[tuple[float, ...]]) -> str:
 
 def _print_pairs(rows: Rows, pairs: Sequence[Sequence[str]], ratios: Sequence[float], names: Sequence[str]) -> None:
     for one, other in pairs:
-        for ratio in ratios:
+        both = [ratio for ratio in ratios if all((arm, ratio, name) in rows for arm in (one, other) for name in names)]
+        for ratio in both:
             arms = [[rows[encoding, ratio, name] for name in names] for encoding in (one, other)]
             sys.stdout.write(f"{one} against {other} at {ratio:.0%}: {_compared(*arms)}\n")
 
