@@ -22,12 +22,13 @@ CHUNKS = list(CORPUS[:4])
 FOREVER = 1500
 
 
-def make_engine(*, remember: bool = False) -> ProphetKVEngine:
+def make_engine(*, remember: bool = False, max_batch: int = 1) -> ProphetKVEngine:
     """An engine that knows no chunks, whose answers end only by their length or a stop string.
 
-    It remembers no conversation, unless told so: tests send the same prompts again.
+    It remembers no conversation, unless told so: tests send the same prompts again. It answers one after the other,
+    unless told so: tests say what waits.
     """
-    config = ProphetKVConfig(remember=remember)
+    config = ProphetKVConfig(remember=remember, max_batch=max_batch)
     engine = ProphetKVEngine(tiny_llama(initializer_range=0.3), tiny_tokenizer(), config=config)
     engine.end_tokens = frozenset()
     return engine

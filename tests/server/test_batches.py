@@ -18,7 +18,7 @@ QUESTIONS = [f"How many of the {number} planes?" for number in range(4)]
 
 @pytest.fixture
 def server() -> Iterator[Running]:
-    with running(make_engine()) as found:
+    with running(make_engine(max_batch=4)) as found:
         found.engine.add_chunks(CHUNKS, owner="server")
         yield found
 

@@ -19,7 +19,7 @@ import httpx
 import psutil
 import pytest
 
-from prophetkv_rag import ProphetKVEngine
+from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.defaults import fetch_default_model
 from prophetkv_rag.server.work_queue import Ticket
 from tests.server.running import CHUNKS, Running, make_engine, running, wait_until
@@ -148,7 +148,7 @@ def soak(engine: ProphetKVEngine, texts: list[str], *, max_tokens: int, requests
 
 def test_soak() -> None:
     texts = [*CHUNKS, *(text_of(60, seed=seed) for seed in range(4))]
-    outcomes = soak(make_engine(), texts, max_tokens=24, requests=REQUESTS)
+    outcomes = soak(make_engine(max_batch=4), texts, max_tokens=24, requests=REQUESTS)
     assert sum(outcomes.values()) >= CLIENTS * REQUESTS
     assert min(outcomes[how] for how in ("whole", "stream", "given up")) > 0
 
@@ -157,6 +157,7 @@ def test_soak() -> None:
 @pytest.mark.skipif(not LONG_RUN, reason="takes minutes; set PROPHETKV_SOAK=50")
 @pytest.mark.timeout(3600)
 def test_soak_on_the_real_model() -> None:
-    engine = ProphetKVEngine.from_pretrained(fetch_default_model())
+    config = ProphetKVConfig(max_batch=4, remember=False)  # what is remembered depends on what was asked before
+    engine = ProphetKVEngine.from_pretrained(fetch_default_model(), config=config)
     texts = [*CHUNKS, *(text_of(60, seed=seed) for seed in range(4))]
     soak(engine, texts, max_tokens=4, requests=REQUESTS)
