@@ -35,7 +35,8 @@ from prophetkv_rag.waiting import advise
 class ProphetKVEngine(AnswersPrompts, SavesConversations):
     """Caches chunks at index time; reuses and partly recomputes them at query time.
 
-    Engines may be used from many threads, several on one model too: it runs for one caller at a time, step by step.
+    Engines may be used from many threads, several on one model too: it runs step by step, for one caller at a time, or
+    for those of one engine together where they decode.
     Whoever calls `engine.model` directly meanwhile holds `engine.model_lock`. The caller's settings of torch (autocast,
     default device and dtype, inference mode, gradients) do not reach what is computed, and a model that `torch.compile`
     has compiled runs uncompiled here. Weights and adapters must stay as they were when the engine was made: a call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import logging
@@ -41,8 +42,8 @@ def looking(inner: Any, found: Found, link_of: Callable[[Any], StoreLink | None]
         async def asearch(self: Any, *args: Any, **kwargs: Any) -> Any:
             with _Outermost() as is_outermost:
                 result = await inner(self, *args, **kwargs)
-            if is_outermost:
-                read_ahead(self, result)
+            if is_outermost:  # texts are tokenised and the catalog is asked: not on the event loop
+                await asyncio.to_thread(read_ahead, self, result)
             return result
 
         return asearch

@@ -249,11 +249,7 @@ class WorkerStages:
             for layer in layers:
                 layer.write_stale()
             return
-        visible = None
-        if selection.visible is not None and selection.positions.shape[0]:
-            visible = ~context.is_chunk
-            visible[selection.positions] = True
-            visible[selection.visible] = True
+        visible = selection.visible_keys(context.is_chunk)
         for start in range(0, rows.shape[0], most):
             part = rows[start : start + most]
             for layer in layers:

@@ -232,13 +232,3 @@ def choose(strategy: Strategy, context: QueryContext, is_settled: torch.Tensor) 
         return Selection(context.is_chunk.nonzero()[:0, 0])
     found = strategy.select(context)
     return replace(found, positions=found.positions[~is_settled[found.positions]])
-
-
-def visible_keys(is_chunk: torch.Tensor, selection: Selection) -> torch.Tensor | None:
-    """Return `[N]`, bool: what recomputed chunk tokens see; `None` for everything."""
-    if selection.visible is None or selection.positions.shape[0] == 0:
-        return None
-    visible = ~is_chunk
-    visible[selection.positions] = True
-    visible[selection.visible] = True
-    return visible

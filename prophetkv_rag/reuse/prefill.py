@@ -35,7 +35,7 @@ from prophetkv_rag.reuse.accounting import (
     report_reuse,
 )
 from prophetkv_rag.reuse.assemble import assemble_caches
-from prophetkv_rag.reuse.continuing import Continuation, choose, visible_keys
+from prophetkv_rag.reuse.continuing import Continuation, choose
 from prophetkv_rag.reuse.loading import default_ratio, load_new
 from prophetkv_rag.reuse.recompute import recompute_rows
 from prophetkv_rag.reuse.running import passes
@@ -218,7 +218,7 @@ class Prefiller:
             wanted[: max(context.exact_rows, continued.length)] = False
             always = wanted.nonzero()[:, 0]
             wanted[selection.positions] = True
-            visible = visible_keys(context.is_chunk, selection)
+            visible = selection.visible_keys(context.is_chunk)
             for layer in layers:
                 layer.keys = layer.keys[:, :, : layout.num_tokens]
                 layer.values = layer.values[:, :, : layout.num_tokens]

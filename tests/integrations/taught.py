@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.engine import ProphetKVEngine
@@ -31,7 +32,15 @@ TOOL_TEMPLATE = (
 )
 """Shows tools and writes calls in a widespread form, but shorter: names and parameters only."""
 
+SAN_FRANCISCO = [{"role": "user", "content": "What is the weather in San Francisco, CA?"}]
+HELLO = [{"role": "user", "content": "Hello!"}]
+
 CALL = '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'
+
+
+class Joke(BaseModel):
+    setup: str
+    punchline: str
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,18 @@ import pytest
 from openai import LengthFinishReasonError, OpenAI, pydantic_function_tool
 from pydantic import BaseModel
 
-from tests.integrations.taught import CATS, TOWN_QUESTION, TWO, WEATHER, as_tools, taught_engine
+from tests.integrations.taught import (
+    CATS,
+    HELLO,
+    SAN_FRANCISCO,
+    TOWN_QUESTION,
+    TWO,
+    WEATHER,
+    Joke,
+    as_tools,
+    taught_engine,
+)
 from tests.server.running import CHUNKS, MODEL_NAME, Running, running
-
-SAN_FRANCISCO = [{"role": "user", "content": "What is the weather in San Francisco, CA?"}]
-HELLO = [{"role": "user", "content": "Hello!"}]
-
-
-class Joke(BaseModel):
-    setup: str
-    punchline: str
 
 
 @pytest.fixture(scope="module")

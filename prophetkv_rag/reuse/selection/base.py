@@ -34,6 +34,19 @@ class Selection:
     watched_layers: frozenset[int] = frozenset()
     visible: torch.Tensor | None = None
 
+    def visible_keys(self, is_chunk: torch.Tensor) -> torch.Tensor | None:
+        """Return `[N]`, bool: what recomputed chunk tokens see; `None` for everything.
+
+        Args:
+            is_chunk: `[N]`, bool.
+        """
+        if self.visible is None or self.positions.shape[0] == 0:
+            return None
+        seen = ~is_chunk
+        seen[self.positions] = True
+        seen[self.visible] = True
+        return seen
+
 
 class Strategy(ABC):
     """Chooses tokens for stage II.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,19 @@ async def test_every_search_begins_to_load_what_it_found_once(
         num_run += 1
     assert num_run >= 3
     check(await store.as_retriever(search_kwargs={"k": 2}).ainvoke(QUESTION))
+
+
+async def test_an_awaited_search_leaves_the_event_loop(
+    fresh_engine: ProphetKVEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys are made of tokens, and the store's catalog is a file."""
+    store = with_kv_caches(InMemoryVectorStore(HashingEmbeddings()), fresh_engine)
+    store.add_documents([Document(text) for text in TEXTS])
+    threads: list[int] = []
+    monkeypatch.setattr(fresh_engine.library, "read_ahead", lambda rows: threads.append(threading.get_ident()))
+    assert len(await store.asimilarity_search(QUESTION, k=2)) == 2
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
 
 
 def test_what_was_found_is_in_ram_when_the_prompt_comes(tmp_path: Path) -> None:
