@@ -98,6 +98,9 @@ def serve(
     remember: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Most memory for conversations, which go on from it: 1GB; or 0.")
     ] = None,
+    max_conversation: Annotated[
+        str, typer.Option(metavar="SIZE", help="Longest conversation that clients may save and load.")
+    ] = "512MB",
     engine: Annotated[
         str, typer.Option(metavar="ENGINE", help="Who runs the model: transformers, or vllm, with --cache-dir.")
     ] = "transformers",
@@ -110,7 +113,7 @@ def serve(
 ) -> None:
     """Serve the model with OpenAI's chat API, reusing the KV caches of chunks found in prompts."""
     create_app = _import_server()
-    from prophetkv_rag.config import ProphetKVConfig
+    from prophetkv_rag.config import REMEMBER_BYTES, ProphetKVConfig
     from prophetkv_rag.reuse import make_strategy
     from prophetkv_rag.server import ServerSettings
 
@@ -147,13 +150,14 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         max_queue=max_queue,
         max_body_bytes=max_body * 1024,
+        max_conversation_bytes=_bytes_of("--max-conversation", max_conversation),
         deadline_s=deadline,
         default_max_tokens=max_new_tokens,
     )
     config = ProphetKVConfig(
         strategy=strategy,
         recompute_ratio=recompute_ratio,
-        remember_bytes=_remembered_bytes(remember),
+        remember_bytes=REMEMBER_BYTES if remember is None else _bytes_of("--remember", remember),
         max_batch=max_batch or _BATCH,
     )
     console = progress_console()
@@ -193,12 +197,10 @@ def serve(
         console.print("stopped", markup=False)
 
 
-def _remembered_bytes(size: str | None) -> int:
-    from prophetkv_rag.config import REMEMBER_BYTES
-
-    found = REMEMBER_BYTES if size is None else parse_size(size)
+def _bytes_of(option: str, size: str) -> int:
+    found = parse_size(size)
     if found is None:
-        msg = "--remember is 'none'; give the most bytes, such as 2GB, or 0 to remember nothing"
+        msg = f"{option} is 'none'; give the most bytes, such as 2GB, or 0 for nothing"
         raise InputError(msg)
     return found
 

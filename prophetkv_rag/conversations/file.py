@@ -124,6 +124,8 @@ def _checked(
         is_sound = (
             set(tensors) == names | {"token_ids", "states"}
             and all(-1 <= run.parent < number and run.length > 0 for number, run in enumerate(runs))
+            and all(1 <= run.used <= len(runs) for run in runs)
+            and all(trace.start >= 0 for run in runs for trace in run.traces)
             and tensors["token_ids"].shape == tensors["states"].shape == (num_tokens,)
             and (tensors["token_ids"].dtype, tensors["states"].dtype) == (torch.int32, torch.uint8)
             and bool((tensors["states"] <= max(RowState)).all())
