@@ -18,6 +18,7 @@ from prophetkv_rag.conversations import (
     AnsweredRows,
     ConversationTier,
     HeldRows,
+    KeysBefore,
     MovedRows,
     RowState,
     Trace,
@@ -95,10 +96,11 @@ class Continuation:
         """Whether the rows of a chunk that is taken over came from a cache that was encoded behind no other chunk."""
         return all(len(trace.keys) == 1 for trace in self.held.traces if trace.start == chunk.start)
 
-    def put_into(self, layers: Sequence[RowsLayer], support: ModelSupport) -> None:
-        """Copy the rows that are taken over to their positions."""
-        if self.tier is not None and (self.length or self.moved):
-            self.tier.put_into(self.held, self.moved, layers, support)
+    def put_into(self, layers: Sequence[RowsLayer], support: ModelSupport) -> Sequence[KeysBefore]:
+        """Copy the rows that are taken over to their positions; returns the keys of those that moved, as computed."""
+        if self.tier is None or not (self.length or self.moved):
+            return ()
+        return self.tier.put_into(self.held, self.moved, layers, support)
 
     def keep_copy(self, answered: AnsweredRows | None, layers: Sequence[Any]) -> None:
         """Keep a prompt that has no answer (yet), as far as it is to be kept."""
@@ -118,6 +120,7 @@ class Continuation:
         *,
         visible: torch.Tensor | None = None,
         behind: Mapping[str, Sequence[str]] | None = None,
+        moved: Sequence[KeysBefore] = (),
     ) -> AnsweredRows | None:
         """Return what is to be kept of the prompt; `None` if nothing is.
 
@@ -126,6 +129,7 @@ class Continuation:
             ran: `[m]`, ascending: chunk rows that ran through every layer; `None` for all.
             visible: `[N]`, bool: what those saw; `None` for everything before them.
             behind: For the key of a chunk those of the chunks that left a trace in its cache.
+            moved: What `put_into` returned.
         """
         if self.tier is None:
             return None
@@ -146,7 +150,7 @@ class Continuation:
         ]
         here += [Trace(rows.start, rows.keys) for rows in self.moved if rows.keys]
         traces = tuple(sorted({*self.held.traces, *here}, key=lambda trace: trace.start))
-        return AnsweredRows(layout.input_ids.tolist(), states, traces, self.tenant, self.settings)
+        return AnsweredRows(layout.input_ids.tolist(), states, traces, self.tenant, self.settings, moved)
 
 
 def _length_of(layout: PromptLayout, held: HeldRows, *, is_asked: bool) -> int:

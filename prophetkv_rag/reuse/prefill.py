@@ -202,7 +202,7 @@ class Prefiller:
                 known_prefix=layout.known_prefix,
             )
             del caches
-            continued.put_into(layers, self.support)
+            moved = continued.put_into(layers, self.support)
             timings.assemble = time.perf_counter() - mark
 
             mark = time.perf_counter()
@@ -257,7 +257,7 @@ class Prefiller:
         attach_view(report, layout, recomputed, context.scores, self.reader.tokens.codec, num_held=continued.length)
         cache = resumable_cache([layer.keys for layer in layers], [layer.values for layer in layers])
         seen = None if visible is None else visible.nonzero()[:, 0]
-        answered = continued.answered(layout, done.rows, visible=visible, behind=behind)
+        answered = continued.answered(layout, done.rows, visible=visible, behind=behind, moved=moved)
         return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed, seen, answered)
 
     def query_context(

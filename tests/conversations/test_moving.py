@@ -17,7 +17,7 @@ from prophetkv_rag.conversations import SHORTEST, RowState
 from prophetkv_rag.conversations.insertion import NewRows, insert
 from prophetkv_rag.conversations.moving import MovedRows, find_moved
 from prophetkv_rag.conversations.rows import Trace
-from prophetkv_rag.conversations.tree import Node
+from prophetkv_rag.conversations.tree import Node, Part
 from prophetkv_rag.model import RopeTables, RowsLayer, cache_argument
 from tests import families
 from tests.conversations.chats import Chat, counted_rows, divergence, full_prefill, kept_rows, prompt_ids, user
@@ -361,7 +361,8 @@ def test_moving_equals_the_models_own_rows_there(name: str, shift: int) -> None:
     before, expected = rows_at(30), rows_at(30 + shift)
     room = [RowsLayer(*(torch.zeros(1, part.shape[0], 400, part.shape[2]) for part in pair)) for pair in before]
     start = 30 + shift
-    MovedRows(start + 5, start + 40, shift, frozenset(), [(30, before)]).put_into(room, engine.support)
+    part = Part(30, before, torch.zeros(40, dtype=torch.int64))
+    MovedRows(start + 5, start + 40, shift, frozenset(), [part]).put_into(room, engine.support)
     for layer, (keys, values) in zip(room, expected, strict=True):
         torch.testing.assert_close(layer.keys[0, :, start + 5 : start + 40], keys[:, 5:], atol=2e-4, rtol=2e-4)
         torch.testing.assert_close(layer.values[0, :, start + 5 : start + 40], values[:, 5:], atol=2e-4, rtol=2e-4)
@@ -386,7 +387,8 @@ def test_moving_is_a_rotation_in_float64_rounded_once(engine: ProphetKVEngine) -
     expected = turned(turned(keys.double(), -old), new)
     room = [RowsLayer(torch.zeros(1, 2, 200, 16), torch.zeros(1, 2, 200, 16))]
     support: Any = SimpleNamespace(layers=engine.support.layers[:1])
-    MovedRows(90, 110, 90 - 7000, frozenset(), [(7000, [(keys, keys)])]).put_into(room, support)
+    part = Part(7000, [(keys, keys)], torch.zeros(20, dtype=torch.int64))
+    MovedRows(90, 110, 90 - 7000, frozenset(), [part]).put_into(room, support)
     torch.testing.assert_close(room[0].keys[0, :, 90:110].double(), expected, atol=1e-6, rtol=1e-6)
 
 
