@@ -137,7 +137,10 @@ class Prefiller:
         is_reuse = chosen.uses_caches and bool(layout.chunks or continued.length)
         layout.check_fits(self.context_window, is_reuse=is_reuse, is_answered=answer_lock is not None)
         timings = Timings(match=end_stage("match", started, prompt_tokens=layout.num_tokens, chunks=len(layout.chunks)))
-        runner = self if answer_lock is None else replace(self, model_lock=answer_lock)
+        runner = self
+        if answer_lock is not None:
+            answer_lock.read(layout.num_tokens, self.context_window)
+            runner = replace(self, model_lock=answer_lock)
         if is_reuse:
             result = runner.reuse(layout, chosen, ratio, timings, started, continued)
         else:
