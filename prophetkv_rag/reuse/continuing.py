@@ -28,6 +28,13 @@ from prophetkv_rag.model import ModelSupport, RowsLayer
 from prophetkv_rag.prompt import ChunkSpan, MovedSpan, PromptLayout
 from prophetkv_rag.reuse.selection import QueryContext, Selection, Strategy
 
+RECENT = 128
+"""So many of the latest tokens of a history that moved are computed all the same: a question refers to them first.
+
+Without it moved messages cost fidelity (benchmarks/quality/moved_messages.py); so many are computed in any turn,
+however long the history gets.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
@@ -181,7 +188,8 @@ def _moved_behind(layout: PromptLayout, tier: ConversationTier, tenant: str, len
     """Find which messages stand elsewhere in former prompts, behind the first chunk's and before the one that asks.
 
     A prompt without chunks is computed exactly, and so is what stands before them. So are the messages that hold chunks
-    or ask: what they say besides is an application's instructions, which are in every prompt and no conversation.
+    or ask: what they say besides is an application's instructions, which are in every prompt and no conversation. And
+    so are the latest tokens of the history.
 
     Args:
         layout: The prompt.
@@ -197,7 +205,7 @@ def _moved_behind(layout: PromptLayout, tier: ConversationTier, tenant: str, len
         return ()
     is_free = ~layout.is_chunk
     is_free[: max(length, layout.chunks[0].stop)] = False
-    is_free[last:] = False
+    is_free[max(0, last - RECENT) :] = False
     for chunk in layout.chunks:
         is_free[chunk.start : next(mark for mark in (*layout.marks, layout.num_tokens) if mark >= chunk.stop)] = False
     starts = [chunk.start for chunk in layout.chunks]

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
-from tests.conversations.test_moving import SAID, history_of, messages
+from tests.conversations.test_moving import SAID, all_moves, history_of, messages
 from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
+
+__all__ = ["all_moves"]
 
 MOVES = 10
 FIRST = CORPUS[:2]
