@@ -1,0 +1,66 @@
+"""The chat as an agent: the model itself searches the documents, when it wants to and for what it wants to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from llama_index.core.agent.workflow import AgentStream, FunctionAgent, ToolCall, ToolCallResult
+from llama_index.core.tools import FunctionTool
+from llama_index.core.workflow import Context
+
+AGENT_PROMPT = "You answer questions about the user's documents, briefly. Search them first: you know nothing else."
+MOST_STEPS = 4
+
+Step = tuple[str, Any]
+"""("call", (tool, arguments)), ("found", nodes) or ("token", text)."""
+
+
+def agent_steps(llm: Any, retriever: Any, memory: Any, question: str) -> Iterator[Step]:
+    """Run LlamaIndex's `FunctionAgent` on a loop of its own, step by step; closing the iterator stops it."""
+    loop = asyncio.new_event_loop()
+    steps = _steps(llm, retriever, memory, question)
+    try:
+        while True:
+            try:
+                yield loop.run_until_complete(anext(steps))
+            except StopAsyncIteration:
+                return
+    finally:
+        loop.run_until_complete(steps.aclose())
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+async def _steps(llm: Any, retriever: Any, memory: Any, question: str) -> AsyncIterator[Step]:
+    found: list[Any] = []
+
+    async def search_documents(query: str) -> str:
+        """Search the user's documents."""
+        nodes = await retriever.aretrieve(query)
+        found.extend(node for node in nodes if node.node_id not in {one.node_id for one in found})
+        return "\n\n".join(node.get_content() for node in nodes)  # each is recognised, and its cache is reused
+
+    agent = FunctionAgent(
+        tools=[FunctionTool.from_defaults(async_fn=search_documents)], llm=llm, system_prompt=AGENT_PROMPT
+    )
+    handler = agent.run(
+        question,
+        ctx=Context(agent),
+        memory=memory,
+        max_iterations=MOST_STEPS,
+        early_stopping_method="generate",
+    )
+    try:
+        async for event in handler.stream_events():
+            if isinstance(event, ToolCallResult):
+                yield "found", list(found)
+            elif isinstance(event, ToolCall):
+                yield "call", (event.tool_name, event.tool_kwargs)
+            elif isinstance(event, AgentStream) and event.delta:
+                yield "token", event.delta
+        await handler
+    finally:
+        if not handler.done():
+            await handler.cancel_run()
