@@ -11,7 +11,7 @@ from llama_index.core.tools import FunctionTool
 from llama_index.core.workflow import Context
 
 AGENT_PROMPT = "You answer questions about the user's documents, briefly. Search them first: you know nothing else."
-MOST_STEPS = 4
+MOST_SEARCHES = 3
 
 Step = tuple[str, Any]
 """("call", (tool, arguments)), ("found", nodes) or ("token", text)."""
@@ -35,23 +35,25 @@ def agent_steps(llm: Any, retriever: Any, memory: Any, question: str) -> Iterato
 
 async def _steps(llm: Any, retriever: Any, memory: Any, question: str) -> AsyncIterator[Step]:
     found: list[Any] = []
+    searched: set[str] = set()
 
     async def search_documents(query: str) -> str:
         """Search the user's documents."""
+        if query in searched or len(searched) >= MOST_SEARCHES:
+            agent.tools = []  # small models go round in circles: now an answer is all that is left
+            return "No more searches. Answer from what was found."
+        searched.add(query)
         nodes = await retriever.aretrieve(query)
         found.extend(node for node in nodes if node.node_id not in {one.node_id for one in found})
         return "\n\n".join(node.get_content() for node in nodes)  # each is recognised, and its cache is reused
 
     agent = FunctionAgent(
-        tools=[FunctionTool.from_defaults(async_fn=search_documents)], llm=llm, system_prompt=AGENT_PROMPT
+        tools=[FunctionTool.from_defaults(async_fn=search_documents)],
+        llm=llm,
+        system_prompt=AGENT_PROMPT,
+        allow_parallel_tool_calls=False,
     )
-    handler = agent.run(
-        question,
-        ctx=Context(agent),
-        memory=memory,
-        max_iterations=MOST_STEPS,
-        early_stopping_method="generate",
-    )
+    handler = agent.run(question, ctx=Context(agent), memory=memory)
     try:
         async for event in handler.stream_events():
             if isinstance(event, ToolCallResult):
