@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from prophetkv_rag.errors import InputError, StoreError
+from prophetkv_rag.forks import around_fork
 from prophetkv_rag.vector_stores.caches import Progress, batches
 
 if TYPE_CHECKING:
@@ -61,6 +62,11 @@ class NeighbourPass:
         self._label = label
         self._lock = lock
         self._has_told = False
+        self._begin_anew()
+        around_fork(self, in_child=NeighbourPass._begin_anew)
+
+    def _begin_anew(self) -> None:
+        # What was left to a thread of the parent's is done there.
         self._guard = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
         self._futures: set[Future[None]] = set()
