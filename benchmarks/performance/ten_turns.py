@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ten_turns_ways import QUESTIONS, TOOL_TEMPLATE, WAYS, Setting
+from ten_turns_setting import QUESTIONS, TOOL_TEMPLATE, Setting
+from ten_turns_ways import WAYS
 
 from prophetkv_rag import Grammar, ProphetKVConfig, ProphetKVEngine, ReuseReport
 from prophetkv_rag.defaults import fetch_default_model, read_speeches
