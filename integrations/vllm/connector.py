@@ -6,9 +6,7 @@ then computes that token over them, samples and decodes, and batches it all with
 
 from __future__ import annotations
 
-import gc
 import logging
-import multiprocessing
 from typing import Any
 
 import torch
@@ -162,8 +160,6 @@ class ProphetKVConnector(KVConnectorBase_V1):
     def shutdown(self) -> None:
         """Close the store."""
         self._store.close()
-        if multiprocessing.parent_process() is not None:  # vLLM's own, which ends now
-            gc.freeze()  # else Python looks through all of torch's objects once more, for seconds on a busy machine
 
     # Counters.
 

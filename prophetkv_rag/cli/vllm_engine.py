@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -89,7 +88,6 @@ def open_in_vllm(
         yield engine, Path(chosen).name
     finally:
         engine.close()
-        gc.freeze()  # this process ends: Python need not look through all of torch's objects once more, which is slow
     if engine.has_died:
         msg = "vLLM has died: one of its processes ended, see above; start the server again"
         raise ProphetKVError(msg)
