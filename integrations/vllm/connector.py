@@ -43,8 +43,7 @@ class ProphetKVConnector(KVConnectorBase_V1):
         check_pages(kv_cache_config)
         self._settings = ConnectorSettings.of(vllm_config.kv_transfer_config.kv_connector_extra_config)
         self._max_rows = vllm_config.scheduler_config.max_num_batched_tokens
-        num_blocks = 0 if kv_cache_config is None else kv_cache_config.num_blocks
-        self._num_slots = num_blocks * vllm_config.cache_config.block_size
+        self._num_blocks = 0 if kv_cache_config is None else kv_cache_config.num_blocks
         self._store = open_disk_store(
             self._settings.path,
             ram_bytes=self._settings.ram_bytes if role == KVConnectorRole.WORKER else 0,
@@ -127,7 +126,7 @@ class ProphetKVConnector(KVConnectorBase_V1):
             block_size=self._config.cache_config.block_size,
             max_rows=self._max_rows,
             num_kv_heads=self._config.model_config.get_total_num_kv_heads(),
-            num_slots=self._num_slots,
+            num_blocks=self._num_blocks,
         )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:

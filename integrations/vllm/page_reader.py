@@ -27,21 +27,23 @@ class PageReader:
         self._axis, self._rows, self._places = axis, rows, places
 
     @classmethod
-    def of(cls, layer: Any, num_slots: int) -> PageReader | None:
+    def of(cls, layer: Any, num_blocks: int, block_size: int) -> PageReader | None:
         """Find out how a layer's pages are laid out; `None` if they cannot be read.
 
         Only while all pages are unused: two blocks are written, and zero afterwards.
 
         Args:
             layer: vLLM's.
-            num_slots: Rows of all its pages.
+            num_blocks: Blocks that vLLM has.
+            block_size: Rows of one; a kernel may have it in parts.
         """
         pages = layer.kv_cache
         for axis in (0, 1):
-            if not num_slots or pages.dim() <= axis or num_slots % pages.shape[axis] or pages.shape[axis] < 2:
-                continue
+            rows = 0 if pages.dim() <= axis else num_blocks * block_size // pages.shape[axis]
+            if not 0 < rows <= block_size or block_size % rows:
+                continue  # no axis of blocks
             try:
-                reader = cls._along(layer, axis, num_slots // pages.shape[axis])
+                reader = cls._along(layer, axis, rows)
             except (RuntimeError, ValueError, IndexError, NotImplementedError, TypeError) as error:
                 logger.debug("pages do not lie along axis %d: %s", axis, error)
                 continue
@@ -113,7 +115,7 @@ class PageReader:
         return keys.transpose(0, 1), values.transpose(0, 1)
 
 
-def page_readers(layers: Sequence[Any], num_slots: int) -> list[PageReader] | None:
+def page_readers(layers: Sequence[Any], num_blocks: int, block_size: int) -> list[PageReader] | None:
     """Return a reader for each of vLLM's layers; `None` where one cannot be read. See `PageReader.of`."""
     kinds: dict[Any, PageReader | None] = {}
     found = []
@@ -121,7 +123,7 @@ def page_readers(layers: Sequence[Any], num_slots: int) -> list[PageReader] | No
         pages = layer.kv_cache
         kind = (type(layer.impl), pages.shape, pages.stride(), pages.dtype, layer.num_kv_heads, layer.head_size)
         if kind not in kinds:
-            kinds[kind] = PageReader.of(layer, num_slots)
+            kinds[kind] = PageReader.of(layer, num_blocks, block_size)
         reader = kinds[kind]
         if reader is None:
             logger.warning("vLLM's pages cannot be read here: chunks that are new in a conversation are computed")

@@ -41,7 +41,7 @@ class WorkerStages:
         block_size: Rows of one of vLLM's blocks.
         max_rows: Rows that one forward may have: what vLLM measured its memory with.
         num_kv_heads: The model's, on all ranks.
-        num_slots: Rows of all of vLLM's pages, which are unused yet.
+        num_blocks: vLLM's blocks, which are all unused yet.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class WorkerStages:
         block_size: int,
         max_rows: int,
         num_kv_heads: int,
-        num_slots: int,
+        num_blocks: int,
     ) -> None:
         self._runner = runner
         self.support = support
@@ -66,7 +66,7 @@ class WorkerStages:
         self._block_size = block_size
         self._max_rows = max_rows
         self._num_kv_heads = num_kv_heads
-        self._readers = page_readers(runner.layers, num_slots)
+        self._readers = page_readers(runner.layers, num_blocks, block_size)
         self._prefixes: dict[str, EncodingPrefix | None] = {}
         self.failed_blocks: set[int] = set()
         """Blocks that were to be filled and were not; the connector hands them to vLLM."""
