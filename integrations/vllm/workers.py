@@ -66,7 +66,8 @@ class WorkerStages:
         self._block_size = block_size
         self._max_rows = max_rows
         self._num_kv_heads = num_kv_heads
-        self._readers = page_readers(runner.layers, num_blocks, block_size)
+        readers = page_readers(runner.layers, num_blocks, block_size)
+        self._readers = readers if all(runner.all_agree([readers is not None])) else None
         self._prefixes: dict[str, EncodingPrefix | None] = {}
         self.failed_blocks: set[int] = set()
         """Blocks that were to be filled and were not; the connector hands them to vLLM."""

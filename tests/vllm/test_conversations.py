@@ -11,7 +11,7 @@ import copy
 import pytest
 import torch
 
-from prophetkv_rag.integrations.vllm.turns import ChunkRows, Former, Turns
+from prophetkv_rag.integrations.vllm.turns import Turns
 from prophetkv_rag.model import TransformersRunner
 from prophetkv_rag.prompt import ChunkSpan, PromptLayout
 from prophetkv_rag.reuse import QueryContext, assemble_caches, make_strategy, rows_job, token_budget
@@ -282,26 +282,3 @@ def test_what_cannot_be_read_is_computed(served, monkeypatch):
     rows = rows_of_the_first_turn(served, answer, held, recompute_ratio=0.0)
     assert tokens(output) == continued(served, rows, second)  # the new chunk is computed whole
     assert not served.planner._can_read
-
-
-ROWS = (ChunkRows("key", 3, 60, 0, (), 1),)
-
-
-def chain(ids, salt=b""):
-    return [b"%r" % (ids[: (n + 1) * 4],) + salt for n in range(len(ids) // 4)]
-
-
-def test_memory_of_turns_is_bounded_and_the_longest_is_found():
-    turns = Turns(4, most_hashes=10)
-    ids = list(range(30))
-    turns.keep("s", chain(ids[:9]), ids[:9], ROWS, [b"a"] * 3)
-    turns.keep("s", chain(ids[:18]), ids[:18], ROWS, [b"b"] * 5)
-    assert turns.find("s", chain(ids), ids, ROWS) == Former((b"b",) * 5, 4)
-    assert turns.find("s", chain(ids[:17]), ids[:17], ROWS) == Former((b"a",) * 3, 2)
-    assert turns.find("other", chain(ids), ids, ROWS) == Former()
-    assert turns.find("s", chain(ids, b"tenant"), ids, ROWS) == Former()
-    assert turns.find("s", chain(ids), ids, (ChunkRows("key", 3, 60, 0, (), 2),)) == Former()
-    assert turns.find("s", chain(ids[:8]), ids[:8], ROWS) == Former()
-    turns.keep("s", chain(ids), ids, ROWS, [b"c"] * 4)  # the first was used last
-    assert len(turns) == 2
-    assert turns.find("s", chain(ids[:29]), ids[:29], ROWS) == Former((b"a",) * 3, 2)
