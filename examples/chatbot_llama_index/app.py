@@ -33,17 +33,19 @@ except MissingExtraError as error:
 from prophetkv_rag.text import well_formed
 
 
-def start(service: Service, folder: Path | None, directory: Path | None, model: str | None) -> None:
+def start(service: Service, folder: Path | None, directory: Path | None, model: str | None, tools: bool) -> None:
     """Load the model and index the folder, telling the page how far it is."""
     try:
         with ExitStack() as stack:
-            _start(service, folder, directory, model, stack)
+            _start(service, folder, directory, model, tools, stack)
     except Exception as error:
         logging.exception("the chat could not start")
         service.problem = well_formed(f"The chat could not start: {error}")
 
 
-def _start(service: Service, folder: Path | None, directory: Path | None, model: str | None, stack: ExitStack) -> None:
+def _start(
+    service: Service, folder: Path | None, directory: Path | None, model: str | None, tools: bool, stack: ExitStack
+) -> None:
     def tell(phase: str) -> None:
         service.phase = phase
         say(f"  {phase}")
@@ -71,7 +73,7 @@ def _start(service: Service, folder: Path | None, directory: Path | None, model:
     tell("Loading the model")
     knowledge = Knowledge(path, directory)
     service.notes = knowledge.add_folder(folder, tell)
-    service.conversations = Conversations(knowledge)
+    service.conversations = Conversations(knowledge, tools=tools)
     service.knowledge = knowledge
     tell("Ready")
 
@@ -103,11 +105,17 @@ def serve(service: Service) -> None:
     parser.add_argument("--port", type=int, default=8765, help="0 for any free one")
     parser.add_argument("--db", type=Path, help="where Chroma and the KV caches are kept; default: the user's cache")
     parser.add_argument("--model", help="directory or hub name; default: SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--tools", action="store_true", help="let the model search by itself; for one whose chat template shows tools"
+    )
     arguments = parser.parse_args()
     if arguments.folder is not None and not arguments.folder.is_dir():
         parser.error(f"{arguments.folder} is not a directory; name one with .txt, .md or .pdf files")
     threading.Thread(
-        target=start, args=(service, arguments.folder, arguments.db, arguments.model), daemon=True, name="start"
+        target=start,
+        args=(service, arguments.folder, arguments.db, arguments.model, arguments.tools),
+        daemon=True,
+        name="start",
     ).start()
     server = uvicorn.Server(
         uvicorn.Config(make_app(service), host="127.0.0.1", port=arguments.port, log_level="warning")

@@ -1,4 +1,4 @@
-"""Conversations: LlamaIndex's context chat engine, with a bounded memory per session."""
+"""Conversations: LlamaIndex's context chat engine, or its agent, with a bounded memory per session."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+from agent import Step, agent_steps
 from knowledge import Knowledge
 from llama_index.core.chat_engine import ContextChatEngine
 from llama_index.core.memory import ChatMemoryBuffer
@@ -38,11 +40,21 @@ class Session:
 
 
 class Conversations:
-    """All sessions; the longest unused ones are forgotten."""
+    """All sessions; the longest unused ones are forgotten.
 
-    def __init__(self, knowledge: Knowledge, *, max_new_tokens: int = 160) -> None:
+    With `tools` the model searches the documents itself; else what is near a question stands before it.
+
+    Raises:
+        InputError: With `tools`, if the model's chat template shows none.
+    """
+
+    def __init__(self, knowledge: Knowledge, *, max_new_tokens: int = 160, tools: bool = False) -> None:
+        if tools and not ProphetKVLLM(engine=knowledge.engine).supports_tools:
+            msg = "this model's chat template shows no tools: leave --tools out, or take a model that calls tools"
+            raise InputError(msg)
         self.knowledge = knowledge
         self.max_new_tokens = max_new_tokens
+        self.tools = tools
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -64,7 +76,8 @@ class Conversations:
         with self._lock:
             session = self._sessions.get(wanted)
         messages = session.memory.get_all() if session else []
-        return [{"role": message.role.value, "text": message.content or ""} for message in messages]
+        told = [message for message in messages if message.role.value in ("user", "assistant") and message.content]
+        return [{"role": message.role.value, "text": message.content} for message in told]
 
     def forget(self, wanted: str) -> None:
         """End a conversation."""
@@ -73,7 +86,10 @@ class Conversations:
         self.knowledge.engine.conversations.forget(wanted)
 
     def answer(self, session: Session, question: str, *, compare: bool, cancel: threading.Event) -> Iterator[Event]:
-        """Answer a question, event by event: `sources`, `token`..., `report`, with `compare` also `comparison`, `done`.
+        """Answer a question, event by event.
+
+        `sources`, `token`..., `report`, with `compare` also `comparison`, `done`. With `tools` there are none of the
+        `sources` at first, and each `call` of the model's brings more of them, and a `report` behind it.
 
         Setting `cancel` ends the answer within a token.
 
@@ -84,30 +100,31 @@ class Conversations:
             msg = "This conversation is still answering the question before."
             raise InputError(msg)
         try:
-            engine = self.knowledge.engine
-            llm = ProphetKVLLM(engine=engine, max_new_tokens=self.max_new_tokens, tenant=session.id)
+            llm = ProphetKVLLM(engine=self.knowledge.engine, max_new_tokens=self.max_new_tokens, tenant=session.id)
             llm = llm.cancelled_by(cancel)
-            chat = ContextChatEngine.from_defaults(
-                retriever=self.knowledge.index.as_retriever(similarity_top_k=TOP_K),
-                llm=llm,
-                memory=session.memory,
-                system_prompt=SYSTEM_PROMPT,
-            )
-            response = chat.stream_chat(question)
-            sources = [_source(found) for found in response.source_nodes]
-            yield {"type": "sources", "session": session.id, "sources": sources}
-            view: PromptView | None = None
-            for delta in response.response_gen:
-                if cancel.is_set():
-                    break
-                yield {"type": "token", "text": delta}
-                if view is None and llm.last_report is not None:  # known with the first token
-                    view = llm.last_report.view
-                    assert view is not None
-                    yield _report_event(llm.last_report, view, sources)
-            if compare and view is not None and not cancel.is_set():
+            retriever = self.knowledge.index.as_retriever(similarity_top_k=TOP_K)
+            steps = agent_steps if self.tools else _context_steps
+            sources: list[dict[str, Any]] = []
+            reported: ReuseReport | None = None
+            with closing(steps(llm, retriever, session.memory, question)) as answering:
+                if self.tools:
+                    yield {"type": "sources", "session": session.id, "sources": []}
+                for kind, given in answering:
+                    if cancel.is_set():
+                        break
+                    if kind == "call":
+                        yield {"type": "call", "name": given[0], "arguments": given[1]}
+                    elif kind == "found":
+                        sources = [_source(found) for found in given]
+                        yield {"type": "sources", "session": session.id, "sources": sources}
+                    else:
+                        yield {"type": "token", "text": given}
+                    if kind == "token" and reported is not llm.last_report:  # known with a call's first token
+                        reported = llm.last_report
+                        yield _report_event(reported, sources)
+            if compare and reported is not None and not cancel.is_set():
                 yield {"type": "comparing"}
-                yield {"type": "comparison", "ttft": self._full_prefill(view)}
+                yield {"type": "comparison", "ttft": self._full_prefill(reported.view)}
             yield {"type": "done"}
         finally:
             session.lock.release()
@@ -116,6 +133,15 @@ class Conversations:
         """Prefill the same token ids in full, and return how long that took."""
         prompt = Prompt(view.token_ids.tolist(), (), ())
         return self.knowledge.engine.prefill(prompt, strategy="full_prefill").report.timings_s.ttft
+
+
+def _context_steps(llm: Any, retriever: Any, memory: Any, question: str) -> Iterator[Step]:
+    """Answer from what is near the question, by LlamaIndex's context chat engine."""
+    chat = ContextChatEngine.from_defaults(retriever=retriever, llm=llm, memory=memory, system_prompt=SYSTEM_PROMPT)
+    response = chat.stream_chat(question)
+    yield "found", response.source_nodes
+    for delta in response.response_gen:
+        yield "token", delta
 
 
 def check_question(question: str) -> str:
@@ -141,8 +167,10 @@ def _source(found: Any) -> dict[str, Any]:
     }
 
 
-def _report_event(report: ReuseReport, view: PromptView, sources: list[dict[str, Any]]) -> Event:
+def _report_event(report: ReuseReport, sources: list[dict[str, Any]]) -> Event:
     """The numbers of the report, and each source token by token."""
+    view = report.view
+    assert view is not None
     by_text = {segment.text.strip(): segment for segment in view.segments if segment.kind == "chunk"}
     return {
         "type": "report",

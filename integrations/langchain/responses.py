@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from prophetkv_rag.generation import GenerationResult, StreamChunk
 
 
+_SHARED_REASONS = {"stop": "stop", "length": "length", "tool_calls": "tool_call"}
+"""An answer that was cancelled, or late, ended for another reason."""
+
+
 def usage(chunk: StreamChunk | GenerationResult) -> UsageMetadata:
     """Token counts of a finished answer.
 
@@ -34,10 +38,15 @@ def usage(chunk: StreamChunk | GenerationResult) -> UsageMetadata:
 def metadata(
     chunk: StreamChunk | GenerationResult, model_name: str, finish_reason: str | None = None
 ) -> dict[str, Any]:
-    """`response_metadata` of a finished answer; the whole reuse report is in `["prophetkv"]`."""
+    """`response_metadata` of a finished answer; the whole reuse report is in `["prophetkv"]`.
+
+    `["normalized_finish_reason"]` is the same in the words that all providers share (langchain-core 1.8.4).
+    """
+    reason = finish_reason or chunk.finish_reason
     return {
         "model_name": model_name,
         "model_provider": "prophetkv",
-        "finish_reason": finish_reason or chunk.finish_reason,
+        "finish_reason": reason,
+        "normalized_finish_reason": _SHARED_REASONS.get(reason or "", "other"),
         "prophetkv": chunk.report.to_dict(),
     }

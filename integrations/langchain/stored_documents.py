@@ -12,6 +12,7 @@ from langchain_core.documents import Document
 from langchain_core.vectorstores import VectorStore
 
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.integrations.langchain.near import NearDocuments
 from prophetkv_rag.vector_stores import QUERY_SIZE, Record, UnreadableError, batches
 
 Read = Callable[[], Iterable[Document]]
@@ -43,6 +44,11 @@ class StoredDocuments:
         return str(given)
 
     @property
+    def is_of_one_thread(self) -> bool:
+        """See `Records.is_of_one_thread`: whether it is one connection to a database."""
+        return any(kind.__name__ in ("DuckDB", "SQLiteVec", "SQLiteVSS") for kind in type(self.store).__mro__)
+
+    @property
     def is_overwritten(self) -> bool:
         """Whether a write takes the place of everything that was written before (`LanceDB(mode="overwrite")`)."""
         return self.reader is _lancedb and getattr(self.store, "mode", "") == "overwrite"
@@ -56,6 +62,10 @@ class StoredDocuments:
         except Exception as error:
             msg = f"{type(self.store).__name__}.get_by_ids: {str(error) or type(error).__name__}"
             raise UnreadableError(msg) from error
+
+    def neighbourhood(self, written: Sequence[Record]) -> NearDocuments:
+        """See `Records.neighbourhood`."""
+        return NearDocuments(self, self.store, written)
 
     def read_all(self) -> Iterator[Record]:
         """Return every document."""

@@ -9,6 +9,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeRelationship
 from llama_index.core.vector_stores.types import BasePydanticVectorStore
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
 
+from prophetkv_rag.integrations.llama_index.near import NearNodes
 from prophetkv_rag.vector_stores import QUERY_SIZE, Record, UnreadableError, behind_node
 
 Read = Callable[[], Iterable[BaseNode]]
@@ -34,6 +35,11 @@ class StoredNodes:
     def shows_ids(self) -> bool:
         """Whether it is seen at once which nodes there are."""
         return self._ids is not None
+
+    @property
+    def is_of_one_thread(self) -> bool:
+        """See `Records.is_of_one_thread`: whether it is one connection to a database."""
+        return any(kind.__name__ == "DuckDBVectorStore" for kind in type(self.store).__mro__)
 
     def name(self, given: Any) -> str:
         """Return an id as the vector store gives it back; "" for none."""
@@ -71,6 +77,10 @@ class StoredNodes:
             )
             raise UnreadableError(msg) from error
 
+    def neighbourhood(self, written: Sequence[Record]) -> NearNodes:
+        """See `Records.neighbourhood`."""
+        return NearNodes(self, self.store, written)
+
     def _readable(self) -> Iterator[Record]:
         """What the caller returns, without what the vector store is known not to have (a docstore may have more)."""
         assert self.given is not None
@@ -88,6 +98,7 @@ def as_record(node: BaseNode) -> Record:
         node.get_content(metadata_mode=MetadataMode.NONE),
         behind_node(getattr(previous, "node_id", None)),
         node.ref_doc_id or "",
+        node.embedding,
     )
 
 

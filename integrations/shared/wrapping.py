@@ -12,7 +12,6 @@ import functools
 import inspect
 import logging
 import threading
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from prophetkv_rag.errors import InputError
 from prophetkv_rag.forks import around_fork
 from prophetkv_rag.integrations.shared.framework import Builder, Call, Framework, Settings
 from prophetkv_rag.integrations.shared.looking import looking
+from prophetkv_rag.integrations.shared.states import own_name, share_state
 from prophetkv_rag.vector_stores import Change, StoreLink, arun, arun_alone, is_inside, run, store_name
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,23 @@ class KVCaching:
         """Async twin of `cache_existing`."""
         link = _link_of(self)
         await arun_alone(link, link.cache_existing)
+
+    def encode_behind_neighbours(self, *, refresh: bool = False) -> None:
+        """Encode every text behind its nearest neighbours, where the engine's encoding is that; does what is left.
+
+        A write does that for its own records, in a thread; this waits for it.
+
+        Args:
+            refresh: Also encode anew what stands behind others than most of its neighbours of today.
+
+        Raises:
+            InputError: If the vector store does not say what it has, or what is near.
+        """
+        _link_of(self).encode_behind_neighbours(refresh=refresh)
+
+    async def aencode_behind_neighbours(self, *, refresh: bool = False) -> None:
+        """Async twin of `encode_behind_neighbours`."""
+        await asyncio.to_thread(_link_of(self).encode_behind_neighbours, refresh=refresh)
 
     def __copy__(self) -> Any:
         return _wrapper(copy.copy(_plain(self)), type(self), _link_if_any(self))
@@ -220,7 +237,7 @@ def _maker(made: type, name: str) -> Any:
 
 def _wrapper(plain: Any, made: type, link: StoreLink | None) -> Any:
     wrapper: Any = object.__new__(made)
-    _share_state(plain, wrapper)
+    share_state(plain, wrapper, _LINK)
     if link is not None:
         object.__setattr__(wrapper, _LINK, link)
     return wrapper
@@ -228,19 +245,8 @@ def _wrapper(plain: Any, made: type, link: StoreLink | None) -> Any:
 
 def _plain(wrapper: Any) -> Any:
     plain: Any = object.__new__(_settings(wrapper).wrapped)
-    _share_state(wrapper, plain)
+    share_state(wrapper, plain, _LINK)
     return plain
-
-
-def _share_state(source: Any, target: Any) -> None:
-    for kind in type(source).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            is_private = name.startswith("__") and not name.endswith("__")
-            full = f"_{kind.__name__.lstrip('_')}{name}" if is_private else name
-            if full not in ("__dict__", "__weakref__", _LINK) and hasattr(source, full):
-                object.__setattr__(target, full, getattr(source, full))
-    object.__setattr__(target, "__dict__", source.__dict__)
 
 
 def _settings(wrapper: Any) -> Settings:
@@ -277,14 +283,3 @@ def _make_link(plain: Any, settings: Settings) -> StoreLink:
         raise InputError(msg)
     name = store_name(settings.name, own_name(plain), settings.engine)
     return StoreLink(settings.engine, name, settings.framework.records(plain, settings.read))
-
-
-def own_name(store: Any) -> str | None:
-    """Return what a vector store calls itself, if it has a name that stays: its collection's or table's."""
-    for attribute in ("collection_name", "_collection_name", "table_name", "_table_name", "_table", "index_name"):
-        value = getattr(store, attribute, None)
-        if isinstance(value, str) and value:
-            return f"{type(store).__name__} {value}"
-    with suppress(Exception):  # a property may want more than there is
-        return f"{type(store).__name__} {store._collection.name}"
-    return None

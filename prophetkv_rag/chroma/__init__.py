@@ -2,8 +2,8 @@
 
 In come a chromadb collection and an engine; out comes a collection that both frameworks' Chroma classes work on
 unchanged. Begin reading with `collection.py`, the proxy; `caches.py` keeps the caches in step with what it writes and
-deletes, `neighbours.py` encodes them again behind their nearest neighbours, `records.py` is Chroma's arguments as
-columns, `locks.py` keeps two writers of one collection apart, `store.py` says where a client's caches lie.
+deletes, `near.py` finds what is nearest to a record, `records.py` is Chroma's arguments as columns, `locks.py` keeps
+two writers of one collection apart, `store.py` says where a client's caches lie.
 """
 
 from prophetkv_rag.chroma.collection import KVCachingCollection

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prophetkv_rag.chroma.caches import CollectionCaches
 from prophetkv_rag.chroma.locks import collection_lock
-from prophetkv_rag.chroma.neighbours import NeighbourPass
+from prophetkv_rag.chroma.near import NearInChroma
 from prophetkv_rag.chroma.records import (
     as_list,
     as_records,
@@ -26,7 +26,7 @@ from prophetkv_rag.chroma.records import (
 )
 from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.store.disk import writing
-from prophetkv_rag.vector_stores import QUERY_SIZE, Progress, Record, batches
+from prophetkv_rag.vector_stores import QUERY_SIZE, NeighbourPass, Progress, Record, batches
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine
@@ -65,7 +65,9 @@ class KVCachingCollection:
         self.owner = str(collection.id)
         """Who refers to this collection's caches, in the store's words."""
         self._caches = CollectionCaches(collection, engine, self.owner)
-        self._neighbours = NeighbourPass(lambda: self.collection, engine, self.owner)
+        self._neighbours = NeighbourPass(
+            engine, self.owner, f"collection {collection.name!r}", lambda: collection_lock(self.owner)
+        )
 
     @property
     def collection(self) -> Any:
@@ -146,9 +148,12 @@ class KVCachingCollection:
             progress: Called with (records looked at so far, all of them).
             refresh: Also encode anew what stands behind others than most of its neighbours of today.
         """
-        if self.engine.library.encoding.num_neighbours:
+        if self._neighbours.is_wanted:
             self._neighbours.wait()
-            self._neighbours.run(self.collection.get(include=[])["ids"], progress, refresh=refresh)
+            self._neighbours.run(self.collection.get(include=[])["ids"], self._near, progress, refresh=refresh)
+
+    def _near(self) -> NearInChroma:
+        return NearInChroma(self.collection)
 
     # ---- deletes: Chroma first, then caches -------------------------------------------------------------------------
 
@@ -247,5 +252,5 @@ class KVCachingCollection:
             self._caches.release_if_possible(
                 old.key for old, text in renewed if text is not None and old.key != keys[text]
             )
-        if self.in_background and self.engine.library.encoding.num_neighbours and any(keys.values()):
-            self._neighbours.later(names)
+        if self.in_background and self._neighbours.is_wanted and any(keys.values()):
+            self._neighbours.later(names, self._near)

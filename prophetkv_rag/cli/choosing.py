@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prophetkv_rag.cli.console import progress_bar, results, status
+from prophetkv_rag.cli.console import progress_bar, progress_console, results, status
 from prophetkv_rag.cli.database import check_writable
 from prophetkv_rag.cli.database_settings import DatabaseSettings
 from prophetkv_rag.cli.model_choice import load_options
@@ -42,7 +42,7 @@ def measure(
         documents: Returns its chunks, in order; called with the tokenizer.
         rows: A file in a directory that may be made.
         wanted: Share of full prefill's answer tokens that must be kept.
-        minutes: No question is begun after this time, but for the first few.
+        minutes: No question is begun after this time.
         top_k: Chunks in a prompt.
         questions: File of the user's own questions.
         strategies: What is measured, if not the usual, and
@@ -50,7 +50,7 @@ def measure(
         device: Where the model runs.
 
     Raises:
-        InputError: For bad questions, an unknown strategy or fewer than two chunks.
+        InputError: For bad questions, an unknown strategy, fewer than two chunks, or too little time.
     """
     from prophetkv_rag.defaults import MiniLMEmbedder
     from prophetkv_rag.engine import ProphetKVEngine
@@ -84,6 +84,36 @@ def measure(
             model=Path(settings.model).name,
             on_step=advance,
         )
+
+
+def pick(
+    settings: DatabaseSettings,
+    texts: Sequence[str],
+    db: Path,
+    wanted: float,
+    *,
+    minutes: float,
+    questions: Path | None,
+    device: str,
+) -> Choice | None:
+    """Measure on documents that are to be indexed, see `measure`; `None`, which is said, if time was too short."""
+    from prophetkv_rag.cli.indexing import split_texts
+    from prophetkv_rag.evaluation.quality import TooLittleTimeError, choose
+
+    try:
+        profile = measure(
+            settings,
+            lambda tokenizer: split_texts(texts, settings.chunk_size, tokenizer),
+            db / ROWS_FILE,
+            wanted=wanted,
+            minutes=minutes,
+            questions=questions,
+            device=device,
+        )
+    except TooLittleTimeError as error:  # no reason not to index
+        progress_console().print(f"Nothing is picked, so what is set stays: {error}.", markup=False, soft_wrap=True)
+        return None
+    return choose(profile)
 
 
 def with_choice(settings: DatabaseSettings, choice: Choice) -> DatabaseSettings:

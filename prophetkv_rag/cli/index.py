@@ -10,7 +10,7 @@ import typer
 
 from prophetkv_rag.cli.cache.options import RemoteOptions, with_cache_options
 from prophetkv_rag.cli.cache.remote import finish_uploads
-from prophetkv_rag.cli.choosing import ROWS_FILE, measure, print_choice, with_choice
+from prophetkv_rag.cli.choosing import pick, print_choice, with_choice
 from prophetkv_rag.cli.console import print_json, quiet_libraries, results
 from prophetkv_rag.cli.database import Database, check_packages, check_writable, open_database
 from prophetkv_rag.cli.database_settings import (
@@ -169,23 +169,12 @@ def index(
 
     choice = None
     if fidelity is not None:
-        from prophetkv_rag.cli.indexing import split_texts
-        from prophetkv_rag.evaluation.quality import choose
-
-        texts, size = [file.text for file in documents.files], settings.chunk_size
-        profile = measure(
-            settings,
-            lambda tokenizer: split_texts(texts, size, tokenizer),
-            db / ROWS_FILE,
-            wanted=fidelity,
-            minutes=minutes,
-            questions=questions,
-            device=device,
-        )
-        choice = choose(profile)
-        settings = with_choice(settings, choice)
-        if not as_json:
-            print_choice(choice, fidelity)
+        texts = [file.text for file in documents.files]
+        choice = pick(settings, texts, db, fidelity, minutes=minutes, questions=questions, device=device)
+        if choice is not None:
+            settings = with_choice(settings, choice)
+            if not as_json:
+                print_choice(choice, fidelity)
     with joined(ray, ray_workers, settings, device) as cluster:
         report = _index(db, settings, directory, documents, device, cluster, is_new=remembered is None)
     report["picked"] = None if choice is None else asdict(choice)

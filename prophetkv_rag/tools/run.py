@@ -65,6 +65,7 @@ class ToolRun:
         self._calls: list[WrittenCall] = []
         self._ids: list[str] = []
         self._is_free = forced is None
+        self._most = None if parallel else 1
         self._forgives = forced is None and answer is None
 
     @property
@@ -97,7 +98,8 @@ class ToolRun:
         else:
             words, found = read_words(chunk.text, form)
             if found is None:
-                unmarked = read_unmarked(words, self.names) if is_last and self._forgives else []
+                # Nothing held these to a grammar, which would have ended the answer with the first.
+                unmarked = read_unmarked(words, self.names)[: self._most] if is_last and self._forgives else []
                 shown = words if is_last and not unmarked else shown_words(words, form)
                 return (shown if self._is_free else ""), unmarked
             source = found

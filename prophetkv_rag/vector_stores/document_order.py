@@ -19,12 +19,16 @@ _START = ("start_index", "start_char_idx", "chunk_index")
 
 
 class Record(NamedTuple):
-    """A record of a collection: its id, text and metadata, and the document that it is deleted with, if any."""
+    """A record of a collection: its id, text and metadata, the document that it is deleted with, and its embedding.
+
+    Those two where there is one, and where it is known.
+    """
 
     name: str
     text: str | None
     metadata: Mapping[str, Any] | None
     document: str = ""
+    embedding: Sequence[float] | None = None
 
 
 Fetch = Callable[[Sequence[str]], Sequence[Record]]

@@ -64,9 +64,7 @@ class RecordLedger:
     def put(self, owner: str, rows: Sequence[Row]) -> dict[str, set[str]]:
         """Note what records carry instead of what they carried; returns that, by id, where it is something else."""
         with self._transaction() as run:
-            old: dict[str, set[str]] = {}
-            for name, key in self._named(run, owner, [name for name, _, _ in rows]):
-                old.setdefault(name, set()).add(key)
+            old = self._by_name(run, owner, [name for name, _, _ in rows])
             run.executemany("DELETE FROM records WHERE owner = ? AND name = ?", [(owner, name) for name, _, _ in rows])
             self._insert(run, owner, rows)
         for name, _, key in rows:
@@ -98,6 +96,11 @@ class RecordLedger:
         with self._transaction() as run:
             return {name for name, _ in self._named(run, owner, names)}
 
+    def by_name(self, owner: str, names: Sequence[str]) -> dict[str, set[str]]:
+        """Return what these records of an owner carry, by id."""
+        with self._transaction() as run:
+            return self._by_name(run, owner, names)
+
     def keys(self, owner: str, names: Sequence[str]) -> list[str]:
         """Return the keys of these records of an owner, in their order, as far as they have caches."""
         with self._transaction() as run:
@@ -128,6 +131,12 @@ class RecordLedger:
             "INSERT OR REPLACE INTO records (owner, name, document, key) VALUES (?, ?, ?, ?)",
             [(owner, *row) for row in rows],
         )
+
+    def _by_name(self, run: sqlite3.Connection, owner: str, names: Sequence[str]) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for name, key in self._named(run, owner, names):
+            found.setdefault(name, set()).add(key)
+        return found
 
     def _named(self, run: sqlite3.Connection, owner: str, names: Sequence[str]) -> Iterable[tuple[str, str]]:
         for part in batches(list(names), QUERY_SIZE):

@@ -8,40 +8,22 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from prophetkv_rag.errors import InputError, StoreError
-from prophetkv_rag.vector_stores.caches import QUERY_SIZE, OwnedCaches, batches
+from prophetkv_rag.vector_stores.caches import QUERY_SIZE, OwnedCaches, Progress, batches
 from prophetkv_rag.vector_stores.document_order import Record
 from prophetkv_rag.vector_stores.ledger import RecordLedger, Row, ledger_of, store_directory
+from prophetkv_rag.vector_stores.neighbours import Neighbourhood, NeighbourPass
+from prophetkv_rag.vector_stores.records import Records, UnreadableError, read_somehow
 from prophetkv_rag.vector_stores.store_lock import StoreLock, store_lock
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine
 
 logger = logging.getLogger(__name__)
-
-
-class UnreadableError(Exception):
-    """A vector store that does not say which records it has; the message says what to do."""
-
-
-class Records(Protocol):
-    """What a framework's vector store tells of its records. A text is `None` where it is kept somewhere else."""
-
-    given: Any
-    """The caller's own way to read all of them, if there is one."""
-
-    def name(self, given: Any) -> str:
-        """Return an id as the vector store gives it back; "" for none."""
-
-    def read(self, names: Sequence[str]) -> Sequence[Record]:
-        """Return the records with these ids; raises `UnreadableError` where that cannot be asked."""
-
-    def read_all(self) -> Iterable[Record]:
-        """Return every record; raises `UnreadableError` where that cannot be asked."""
 
 
 class Writing(NamedTuple):
@@ -67,12 +49,7 @@ class StoreLink(OwnedCaches):
         self.ledger: RecordLedger = ledger_of(engine.store)
         self._pending: dict[int, set[str]] = {}  # by the write that is under way
         self.num_writes = 0
-        if engine.library.encoding.num_neighbours:
-            logger.warning(
-                "chunks of %s are encoded without neighbours, which are looked for in Chroma collections only (%s)",
-                self.label,
-                engine.library.encoding,
-            )
+        self.neighbours = NeighbourPass(engine, self.owner, self.label, lambda: self.lock.held())
 
     @property
     def lock(self) -> StoreLock:
@@ -146,7 +123,7 @@ class StoreLink(OwnedCaches):
         wanted = {record.name: record for record in writing.records}
         if "" in wanted:  # ids that the vector store gave, or was about to
             return [record for record in self.records.read_all() if record.text in writing.keys]
-        found = {record.name: record for record in self._read(list(wanted))}
+        found = {record.name: record for record in read_somehow(self.records, list(wanted))}
         self.forget([name for name in wanted if name not in found])
         return [wanted[name] for name, record in found.items() if record.text in (None, wanted[name].text)]
 
@@ -163,11 +140,12 @@ class StoreLink(OwnedCaches):
         finally:
             self._pending.pop(id(writing), None)
         self.release_if_possible({*writing.keys.values(), *(key for keys in replaced.values() for key in keys)})
+        self._encode_later(records)
 
     def _looked_up(self, replaced: dict[str, set[str]], rows: Sequence[Row]) -> list[Row]:
         """What ids that were known before the write carry now: some vector stores keep the old text, some have both."""
         try:
-            found = self._read(list(replaced))
+            found = read_somehow(self.records, list(replaced))
         except UnreadableError:
             return []
         possible = {name: set(keys) for name, keys in replaced.items()}
@@ -202,17 +180,10 @@ class StoreLink(OwnedCaches):
         names = self.ledger.names(self.owner) if names is None else names
         try:
             for part in batches(names, QUERY_SIZE):
-                there = {record.name for record in self._read(part)}
+                there = {record.name for record in read_somehow(self.records, part)}
                 self.forget([name for name in part if name not in there])
         except UnreadableError as error:
             logger.warning("caches of what was deleted from %s may be left over: %s", self.label, error)
-
-    def _read(self, names: Sequence[str]) -> Sequence[Record]:
-        try:
-            return self.records.read(names)
-        except UnreadableError:
-            wanted = set(names)
-            return [record for record in self.records.read_all() if record.name in wanted]
 
     # ---- all of it --------------------------------------------------------------------------------------------------
 
@@ -253,6 +224,36 @@ class StoreLink(OwnedCaches):
                 num_unknown,
                 self.label,
             )
+        self._encode_later([Record(name, None, None) for name in self.ledger.names(self.owner)])
+
+    # ---- behind neighbours ------------------------------------------------------------------------------------------
+
+    def encode_behind_neighbours(self, progress: Progress = None, *, refresh: bool = False) -> None:
+        """Encode every text behind its nearest neighbours, see `NeighbourPass.run`; `lock` is not held.
+
+        Raises:
+            InputError: If the vector store does not say what it has, or what is near.
+        """
+        if not self.neighbours.is_wanted:
+            return
+        self.neighbours.wait()
+        try:
+            self.neighbours.run(self.ledger.names(self.owner), self._near, progress, refresh=refresh)
+        except UnreadableError as error:
+            raise InputError(str(error)) from None
+
+    def _encode_later(self, records: Sequence[Record]) -> None:
+        """Encode what was written in a thread, where that can be; records without a text are read back."""
+        if self.neighbours.is_wanted and records and not self.records.is_of_one_thread:
+            self.neighbours.later([record.name for record in records], lambda: self._near(records))
+
+    def _near(self, written: Sequence[Record] = ()) -> Neighbourhood:
+        """What finds neighbours; of what was written, that which is there still need not be read back."""
+        with_text = [record for record in written if record.text is not None and record.text.strip()]
+        carried = self.ledger.by_name(self.owner, [record.name for record in with_text])
+        return self.records.neighbourhood(
+            [one for one in with_text if self.engine.key_of(one.text or "") in carried.get(one.name, ())]
+        )
 
 
 def _parts(first: list[Record], rest: Iterator[Record]) -> Iterator[list[Record]]:

@@ -40,10 +40,9 @@ def settings() -> dict[str, object]:
 
 
 def test_index_measures_first(run: Run, texts: Path, questions: Path) -> None:
-    arguments = ("index", texts, "--chunk-size", 64, "--fidelity", 0.01, "--minutes", 0, "--questions", questions)
-    printed = run(*arguments)
+    printed = run("index", texts, "--chunk-size", 64, "--fidelity", 0.01, "--questions", questions)
     assert printed.startswith("picked: chunks behind ")
-    assert "on 2 questions of this collection" in printed
+    assert "on 3 questions of this collection" in printed
     held = settings()
     assert held["recompute_ratio"] == 0.1  # 1% of the tokens are kept by anything
     assert held["encoding"] in ("plain", "previous:2", "neighbours:3")
@@ -53,6 +52,17 @@ def test_index_measures_first(run: Run, texts: Path, questions: Path) -> None:
     assert settings()["recompute_ratio"] == 0.1
     report = run("ask", "What is it?", "--recompute-ratio", 0.4, "--json")["report"]
     assert report["recompute_ratio"] == 0.4
+
+
+def test_too_little_time_is_said_and_nothing_is_picked(run: Run, fails: Run, texts: Path, questions: Path) -> None:
+    printed = run("index", texts, "--chunk-size", 64, "--fidelity", 0.9, "--minutes", 0, "--questions", questions)
+    assert "picked: " not in printed
+    held = settings()
+    assert (held["encoding"], held["recompute_ratio"]) == ("previous:2", None)
+    said = fails("calibrate", "--db", ".prophetkv", "--minutes", 0, "--questions", questions)
+    assert "0 of at least 2 questions were measured in 0 minutes" in said
+    assert "--minutes" in said
+    assert settings() == held
 
 
 def test_calibrate_on_a_database(run: Run, texts: Path, questions: Path, tmp_path: Path) -> None:

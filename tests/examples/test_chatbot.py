@@ -21,6 +21,7 @@ from fastapi.testclient import TestClient
 
 from prophetkv_rag.defaults.wheel_fetch import write_source
 from prophetkv_rag.errors import InputError
+from tests.examples.searching import ASKED, MUSEUM, save_taught
 from tests.tiny import save_tiny, save_tiny_encoder, text_of
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "chatbot_llama_index"
@@ -31,7 +32,7 @@ QUESTION = {"question": "When does the museum open?"}
 def example() -> Iterator[Any]:
     """The example's modules, imported as they are when `app.py` runs."""
     sys.path.insert(0, str(EXAMPLE))
-    names = ("knowledge", "conversation", "web")
+    names = ("knowledge", "agent", "conversation", "web")
     try:
         yield {name: importlib.import_module(name) for name in names}
     finally:
@@ -379,3 +380,47 @@ def test_ctrl_c_ends_the_chat_with_one_word(tmp_path: Path) -> None:
         chat.send_signal(signal.SIGINT)
         rest = chat.communicate(timeout=120)[0]
     assert (chat.returncode, rest.strip()) == (130, "stopped")
+
+
+# ---- a model that searches by itself --------------------------------------------------------------------------------
+
+
+def test_a_model_that_calls_tools_searches_by_itself(
+    example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = save_tiny_encoder(tmp_path / "encoder")
+    monkeypatch.setattr("prophetkv_rag.defaults.fetch_embedding_model", lambda progress=None: encoder)
+    save_taught(tmp_path / "model", example["agent"].AGENT_PROMPT)
+    service = example["web"].Service()
+    service.knowledge = knowledge = example["knowledge"].Knowledge(tmp_path / "model", tmp_path / "db")
+    conversations = example["conversation"].Conversations(knowledge, max_new_tokens=90, tools=True)
+    service.conversations = conversations
+    with TestClient(example["web"].make_app(service), base_url="http://127.0.0.1:8765") as client:
+        client.post("/api/documents", files={"file": ("town.md", MUSEUM.encode())})
+        found = events(client.post("/api/chat", json={"question": ASKED}))
+        assert (found[0]["type"], found[0]["sources"]) == ("sources", [])
+        kinds = [event["type"] for event in found]
+        call = next(event for event in found if event["type"] == "call")
+        assert (call["name"], call["arguments"]) == ("search_documents", {"query": "museum"})
+        assert "".join(event["text"] for event in found[: kinds.index("call")] if "text" in event) == "I look."
+        sources = next(event for event in found if event["type"] == "sources" and event["sources"])
+        assert [source["file"] for source in sources["sources"]] == ["town.md"]
+        last = [event for event in found if event["type"] == "report"][-1]
+        assert [source["status"] for source in last["sources"]] == ["hit"]
+        assert kinds[-1] == "done"
+        told = client.get(f"/api/sessions/{found[0]['session']}").json()
+        assert told[0] == {"role": "user", "text": ASKED}
+        assert {message["role"] for message in told} == {"user", "assistant"}
+
+        session = conversations.session(None)
+        answering = conversations.answer(session, ASKED, compare=False, cancel=threading.Event())
+        assert next(answering)["type"] == "sources"
+        next(answering)
+        answering.close()  # a reader that went away
+        assert not session.lock.locked()
+    knowledge.close()
+
+
+def test_a_model_whose_template_shows_no_tools_is_refused(example: Any, service: Any) -> None:
+    with pytest.raises(InputError, match="leave --tools out"):
+        example["conversation"].Conversations(service.knowledge, tools=True)

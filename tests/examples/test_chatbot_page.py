@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.examples.searching import ASKED, MUSEUM, save_taught
 
 APP = Path(__file__).resolve().parents[2] / "examples" / "chatbot_llama_index" / "app.py"
 DOCUMENTS = {
@@ -50,11 +54,18 @@ pytestmark = pytest.mark.model
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A running chatbot over two short documents."""
-    directory = tmp_path_factory.mktemp("chatbot")
+    with running(tmp_path_factory.mktemp("chatbot"), DOCUMENTS) as address:
+        yield address
+
+
+@contextmanager
+def running(directory: Path, documents: dict[str, str], *options: str) -> Iterator[str]:
+    """The address of a chatbot over these documents."""
     (directory / "documents").mkdir()
-    for name, text in DOCUMENTS.items():
+    for name, text in documents.items():
         (directory / "documents" / name).write_text(text, encoding="utf-8")
     command = [sys.executable, str(APP), str(directory / "documents"), "--db", str(directory / "db"), "--port", "0"]
+    command += options
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -88,6 +99,12 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
+    with opened(browser, address) as page:
+        yield page
+
+
+@contextmanager
+def opened(browser: Any, address: str) -> Iterator[Any]:
     """A page that must log no error and load nothing from elsewhere."""
     page = browser.new_page(viewport={"width": 1360, "height": 860})
     page.set_default_timeout(120_000)
@@ -196,3 +213,23 @@ def test_a_phone(page: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
     page.get_by_role("button", name="Close source").click()
     expect(page.locator("#source")).to_be_hidden()
+
+
+def test_a_search_of_the_model_is_shown_with_what_it_found(browser: Any, tmp_path: Path) -> None:
+    expect = sync_api.expect
+    prompt = ast.literal_eval(re.search(r"AGENT_PROMPT = (.+)", (APP.parent / "agent.py").read_text("utf-8"))[1])
+    model = save_taught(tmp_path / "model", prompt)
+    options = ("--model", str(model), "--tools")
+    with running(tmp_path, {"town.md": MUSEUM}, *options) as address, opened(browser, address) as page:
+        turn = ask(page, ASKED)
+        expect(turn.locator(".call")).to_have_text("search documents “museum”")
+        assert turn.locator(".answer").inner_text().startswith("I look.")
+        source = turn.get_by_role("button", name="town.md")
+        expect(source).to_contain_text("from cache")
+        expect(turn.locator(".facts")).to_have_count(1)
+        source.click()
+        assert page.get_by_role("complementary", name="town.md").get_by_role("region").inner_text() == MUSEUM.strip()
+        if shots := os.environ.get("SHOTS"):
+            page.screenshot(path=shots)
+        page.reload()  # the history is kept, without what the search found
+        expect(page.locator(".turn")).to_have_count(1)

@@ -5,6 +5,7 @@ Everything is real: it is trained here for some seconds, and answers by its own 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -45,12 +46,13 @@ class Joke(BaseModel):
 
 @dataclass(frozen=True)
 class Lesson:
-    """A question, the tools at hand, what to say, and a tool's name if one is chosen for the model."""
+    """A question, the tools at hand, what to say, a tool's name if one is chosen for the model, and who it is."""
 
     question: str
     tools: dict[str, tuple[str, ...]]
     answer: str
     chosen: str = ""
+    system: str = ""
 
 
 CATS = "Tell me a joke about cats."
@@ -137,7 +139,9 @@ MOST_STEPS, ENOUGH = 400, 0.05  # steps, mean loss: no answer hangs on a roundin
 
 def _lesson_ids(engine: ProphetKVEngine, lesson: Lesson) -> tuple[list[int], list[int]]:
     """Return a lesson's tokens, and what is to be learned of them: -100 for what is given."""
-    prompt = engine.tokens.render([{"role": "user", "content": lesson.question}], tools=as_tools(lesson.tools))
+    system = [{"role": "system", "content": lesson.system}] if lesson.system else []
+    asked = [*system, {"role": "user", "content": lesson.question}]
+    prompt = engine.tokens.render(asked, tools=as_tools(lesson.tools))
     given = engine.read(prompt).input_ids.tolist()
     said = [*engine.tokenizer(lesson.answer)["input_ids"], engine.tokenizer.eos_token_id]
     start = len(engine.tokenizer(lesson.answer.partition('"arguments"')[0])["input_ids"]) if lesson.chosen else 0
@@ -147,10 +151,15 @@ def _lesson_ids(engine: ProphetKVEngine, lesson: Lesson) -> tuple[list[int], lis
 @cache
 def taught_engine(**shape: int) -> ProphetKVEngine:
     """An engine on a tiny model that knows the lessons; `shape` goes to its configuration."""
+    return teach(LESSONS, **shape)
+
+
+def teach(lessons: Sequence[Lesson], **shape: int) -> ProphetKVEngine:
+    """Return an engine on a tiny model that knows these lessons by heart."""
     model, tokenizer = tiny_llama(num_hidden_layers=2, max_position_embeddings=4096, **shape), tool_tokenizer()
     engine = ProphetKVEngine(model, tokenizer)
     sequences, labels = [], []
-    for lesson in LESSONS:
+    for lesson in lessons:
         sequence, label = _lesson_ids(engine, lesson)
         sequences.append(torch.tensor(sequence))
         labels.append(torch.tensor(label))

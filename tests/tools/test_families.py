@@ -209,14 +209,17 @@ def test_a_prompt_that_opens_a_thought_has_it_ended_before_a_forced_call() -> No
 def test_what_small_models_write() -> None:
     tokenizer = engine_of("hermes").tokenizer
 
-    def names(text: str) -> list[str]:
-        run = run_of("hermes")
+    def names(text: str, **more: Any) -> list[str]:
+        run = run_of("hermes", **more)
         read("hermes", run, tokenizer(text, add_special_tokens=False)["input_ids"])
         return [call.name for call in run.calls]
 
     assert names('{"name": "stop", "arguments": {}}') == ["stop"], "the marker was forgotten"
     assert names('```json\n{"name": "stop", "arguments": {}}\n```') == ["stop"], "a fence was put around it"
     assert names('{"name": "unknown", "arguments": {}}') == [], "an answer in JSON is no call"
+    twice = '{"name": "stop", "arguments": {}}\n' * 2
+    assert names(twice) == ["stop", "stop"]
+    assert names(twice, parallel=False) == ["stop"], "one call was to be made"
     assert names('See {"name": "stop", "arguments": {}}') == [], "an example in an answer is no call"
     run = run_of("hermes")
     read(

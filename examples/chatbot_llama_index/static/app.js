@@ -47,7 +47,16 @@ function addTurn(asked) {
   return { turn, answer };
 }
 
+function showCall(turn, name, given) {
+  const said = Object.values(given).map((value) => `“${value}”`).join(", ");
+  const line = element("p", { className: "call small soft" }, element("strong", { textContent: name.replaceAll("_", " ") }), ` ${said}`);
+  turn.querySelector(".answer").before(line);
+  announce(`${name.replaceAll("_", " ")}: ${said}`);
+}
+
 function showSources(turn, sources) {
+  turn.querySelector(".sources")?.remove();
+  if (!sources.length) return [];
   const buttons = sources.map((source, number) => {
     const button = element(
       "button",
@@ -66,6 +75,12 @@ function showSources(turn, sources) {
   list.setAttribute("aria-label", "Sources of this answer");
   turn.append(list);
   return buttons;
+}
+
+function before(turn, made) {
+  const list = turn.querySelector(".sources");
+  if (list) list.before(made);
+  else turn.append(made);
 }
 
 function showReport(turn, report) {
@@ -87,7 +102,8 @@ function showReport(turn, report) {
   const first = element("span", {}, "First token after ", element("strong", { textContent: seconds(report.timings_s.ttft) }));
   const prompt = element("span", { className: "soft", textContent: `${count(report.prompt_tokens)} prompt tokens` });
   const facts = element("div", { className: "facts" }, element("div", { className: "facts-line" }, first, prompt), bar, keys);
-  turn.querySelector(".sources")?.before(facts);
+  turn.querySelector(".facts")?.remove(); // of the call before
+  before(turn, facts);
 }
 
 function showComparison(turn, ours, full) {
@@ -110,7 +126,7 @@ function showComparison(turn, ours, full) {
     box.append(element("strong", { textContent: verdict }), list);
     announce(`${verdict}: ${seconds(ours)} against ${seconds(full)}.`);
   }
-  turn.querySelector(".sources")?.before(box);
+  before(turn, box);
 }
 
 async function submit(text) {
@@ -143,6 +159,9 @@ async function submit(text) {
         sessionStorage.setItem("session", session);
         sources = event.sources;
         buttons = showSources(turn, sources);
+      } else if (event.type === "call") {
+        showCall(turn, event.name, event.arguments);
+        if (answer.textContent) answer.textContent += "\n\n";
       } else if (event.type === "token") {
         answer.textContent += event.text;
       } else if (event.type === "report") {

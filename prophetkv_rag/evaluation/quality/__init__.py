@@ -6,7 +6,7 @@ show them, `calibration.py` makes a profile of them, and `choice.py` does all of
 """
 
 from prophetkv_rag.evaluation.quality.calibration import calibrate
-from prophetkv_rag.evaluation.quality.choice import QUESTIONS, Choice, choose, measure_collection
+from prophetkv_rag.evaluation.quality.choice import QUESTIONS, Choice, TooLittleTimeError, choose, measure_collection
 from prophetkv_rag.evaluation.quality.engines import PAPER, Engines
 from prophetkv_rag.evaluation.quality.fidelity import Arm, arms_of, forced_logits, full_prefill
 from prophetkv_rag.evaluation.quality.grid import run_grid
@@ -27,6 +27,7 @@ __all__ = [
     "Choice",
     "Engines",
     "ResultsFile",
+    "TooLittleTimeError",
     "arms_of",
     "bootstrap_mean",
     "calibrate",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prophetkv_rag.engine import ProphetKVEngine
+from prophetkv_rag.errors import InputError
 from prophetkv_rag.evaluation.quality.calibration import calibrate
 from prophetkv_rag.evaluation.quality.engines import Engines
 from prophetkv_rag.evaluation.quality.fidelity import arms_of
@@ -35,7 +37,7 @@ LONG_PROMPT = 3000
 """Context tokens from which on `context_share` below 1 makes the first token sooner (docs/performance.md)."""
 
 FEWEST = 8
-"""Questions that are measured however little time there is: fewer say nothing."""
+"""Questions that are picked from at least: fewer say nothing."""
 
 FEWEST_CHUNKS = 16
 _INDEX_SHARE, _INDEX_COST = 1 / 3, 5.0
@@ -82,6 +84,17 @@ class Choice:
         )
 
 
+class TooLittleTimeError(InputError):
+    """So few questions were measured in the time that nothing can be picked."""
+
+    def __init__(self, done: int, seconds: float, took: float) -> None:
+        enough = math.ceil(took * FEWEST / done / 60) + 1 if done else None
+        super().__init__(
+            f"{done} of at least {FEWEST} questions were measured in {seconds / 60:g} minutes: too few to pick from; "
+            + (f"--minutes {enough} should be enough" if enough else "give more --minutes")
+        )
+
+
 def measure_collection(
     engine: ProphetKVEngine,
     documents: Sequence[Sequence[str]],
@@ -113,7 +126,7 @@ def measure_collection(
         opening: What prompts begin with before the chunks, chat template included.
         lead_in: Text that chunks may be encoded behind; `None` if there is none.
         wanted_agreement: Mean share of answer tokens that must agree with full prefill's.
-        seconds: No question is begun after this time, except the first `FEWEST`.
+        seconds: No question is begun after this time.
         top_k: Chunks in a prompt.
         chunk_tokens: Size of the chunks.
         questions: The user's own; made from the chunks if there are none.
@@ -124,8 +137,10 @@ def measure_collection(
 
     Raises:
         InputError: If there are fewer than two chunks, or an unknown strategy.
+        TooLittleTimeError: If fewer than `FEWEST` of more questions were measured in the time.
     """
-    until = time.monotonic() + seconds
+    started = time.monotonic()
+    until = started + seconds
     corpus = sample_corpus(documents, most=_affordable_chunks(engine, documents, seconds))
     asked = list(questions) or make_questions(corpus.chunks, QUESTIONS)
     found_in = [corpus.documents, top_k, opening, lead_in, engine.config.lead_in_tokens, engine.identity.model]
@@ -152,8 +167,10 @@ def measure_collection(
         answer_tokens=ANSWER_TOKENS,
         score_tokens=1,  # nobody knows the right answers
         on_step=step,
-        is_over=lambda: done >= FEWEST and time.monotonic() > until,
+        is_over=lambda: time.monotonic() > until,
     )
+    if done < min(FEWEST, len(examples)):
+        raise TooLittleTimeError(done, seconds, time.monotonic() - started)
     wanted, at = {arm.strategy for arm in arms} | {FULL}, {arm.recompute_ratio for arm in arms}
     return calibrate(
         [row for row in found if row.strategy in wanted and (row.strategy == FULL or row.recompute_ratio in at)],

@@ -9,7 +9,7 @@ import pytest
 from prophetkv_rag import ProphetKVEngine
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.evaluation.quality import calibrate, choice
-from prophetkv_rag.evaluation.quality.choice import choose, default_strategies, measure_collection
+from prophetkv_rag.evaluation.quality.choice import TooLittleTimeError, choose, default_strategies, measure_collection
 from prophetkv_rag.evaluation.quality.results import FULL, QualityRow
 from prophetkv_rag.evaluation.tasks.collection import make_questions, read_plain_questions, sample_corpus
 from tests.evaluation.quality.test_encodings import embed
@@ -121,10 +121,32 @@ def test_rows_of_another_sample_or_setting_are_left_alone(engine, tmp_path, monk
     assert measure(engine, rows, strategies=few) == whole
 
 
-def test_time_is_up(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(choice, "FEWEST", 2)
-    assert measure(engine, tmp_path / "rows.jsonl", seconds=0).examples == 2
-    assert measure(engine, tmp_path / "rows.jsonl", seconds=1000).examples == 3  # goes on
+class Clock:
+    """Says that a second has passed whenever it is asked."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        self.now += 1.0
+        return self.now
+
+
+@pytest.mark.parametrize(("few", "done"), [(2, 2), (3, 2)])
+def test_time_is_up(engine, tmp_path, monkeypatch, few, done):
+    """No question is begun when it is; what was measured is picked from if it is enough."""
+    monkeypatch.setattr(choice, "FEWEST", few)
+    monkeypatch.setattr(choice, "_affordable_chunks", lambda *_: 16)
+    rows, strategies = tmp_path / "rows.jsonl", ["prophetkv@prompt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "time", Clock())
+        if few == done:
+            assert measure(engine, rows, strategies=strategies, seconds=2.5).examples == done
+        else:
+            with pytest.raises(TooLittleTimeError, match=r"2 of at least 3 .* 0\.0416\d+ minutes.*--minutes 2 should"):
+                measure(engine, rows, strategies=strategies, seconds=2.5)
+    assert measure(engine, rows, strategies=strategies).examples == 3  # goes on
+    assert measure(engine, rows, strategies=strategies, seconds=0).examples == 3
 
 
 def test_a_collection_of_one_chunk(engine, tmp_path):

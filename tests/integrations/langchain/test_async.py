@@ -136,6 +136,7 @@ def test_an_answer_ends_at_its_deadline(endless_engine: ProphetKVEngine, monkeyp
     with at_forward(endless_engine.model.model, 5, clock.pass_all_deadlines):
         message = model.invoke("Hi")
     assert message.response_metadata["finish_reason"] == "deadline"
+    assert message.response_metadata["normalized_finish_reason"] == "other"
     assert 0 < message.usage_metadata["output_tokens"] <= 5
     with pytest.raises(DeadlineError):
         model.invoke("Hi", timeout=0)

@@ -173,6 +173,7 @@ def test_stop_strings_end_the_answer(model: ChatProphetKV) -> None:
     message = model.invoke("Hi", stop=[stop], max_tokens=40)
     assert message.text == whole[: whole.index(stop)]
     assert message.response_metadata["finish_reason"] == "stop"
+    assert message.response_metadata["normalized_finish_reason"] == "stop"
 
 
 def test_tokens_are_counted_by_the_models_own_tokenizer(model: ChatProphetKV) -> None:

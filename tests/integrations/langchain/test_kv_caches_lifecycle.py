@@ -551,15 +551,6 @@ def test_split_documents_stand_behind_their_own_chunks_only(kind: Any, tmp_path:
     assert [len(engine.store.behind(chunk_key(engine, one.page_content)).keys) for one in chunks[:3]] == [0, 1, 2]
 
 
-def test_neighbours_are_chromas_alone(caplog: pytest.LogCaptureFixture) -> None:
-    engine = ProphetKVEngine(tiny_llama(), tiny_tokenizer(), config=ProphetKVConfig(encoding="neighbours:2"))
-    with caplog.at_level(logging.WARNING):
-        store = with_kv_caches(InMemoryVectorStore(HashingEmbeddings()), engine)
-    assert "encoded without neighbours" in caplog.text
-    store.add_texts([A, B])
-    check(store, A, B)
-
-
 # ---- vector stores that are tested where they are installed ---------------------------------------------------------
 
 

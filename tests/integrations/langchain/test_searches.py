@@ -53,7 +53,7 @@ async def test_every_search_begins_to_load_what_it_found_once(
             continue
         check(found)
         num_run += 1
-    assert num_run >= 3
+    assert num_run >= 2  # DuckDB has no others
     check(await store.as_retriever(search_kwargs={"k": 2}).ainvoke(QUESTION))
 
 

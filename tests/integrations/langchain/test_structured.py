@@ -78,6 +78,7 @@ def test_half_a_call_is_no_call() -> None:
         streamed = chunk if streamed is None else streamed + chunk
     for message in (bound.invoke(question), streamed):
         assert message.response_metadata["finish_reason"] == "length"
+        assert message.response_metadata["normalized_finish_reason"] == "length"
         assert message.tool_calls == message.invalid_tool_calls == []
         cut = message.response_metadata["cut_off_tool_call"]
         assert cut["name"] == "get_weather"

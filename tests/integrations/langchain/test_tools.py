@@ -43,6 +43,7 @@ def test_a_streamed_call_is_the_invoked_one() -> None:
         [call["args"] for call in whole.tool_calls] == [{"query": "museum"}] == [c["args"] for c in invoked.tool_calls]
     )
     assert whole.response_metadata["finish_reason"] == "tool_calls"
+    assert whole.response_metadata["normalized_finish_reason"] == "tool_call"
 
 
 def test_a_tools_answer_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from prophetkv_rag.chroma.locks import collection_lock
 from prophetkv_rag.errors import InputError, StoreError
-from prophetkv_rag.vector_stores import batches
+from prophetkv_rag.forks import around_fork
+from prophetkv_rag.vector_stores.caches import Progress, batches
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.vector_stores import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -27,30 +27,61 @@ BATCH = 32
 _SPARES = 4  # of what is found, the record itself and others with its very text are left out
 
 
+class Placed(NamedTuple):
+    """A record's text, and where its embedding stands; `None` where the search makes it of the text."""
+
+    text: str
+    embedding: Any
+
+
+class Neighbourhood(Protocol):
+    """How one vector store finds what is near."""
+
+    def place(self, names: Sequence[str]) -> tuple[list[Placed], int]:
+        """Return these records, and how many are left out, as they have no text (an empty one is none) or embedding."""
+
+    def nearest(self, placed: Sequence[Placed], count: int) -> Sequence[Sequence[str | None]]:
+        """Return for each the texts of up to `count` records, the nearest first; its own may be among them."""
+
+
 class NeighbourPass:
     """Encodes the texts of one collection behind their neighbours.
 
     Args:
-        collection: A chromadb collection.
         engine: Computes and keeps the caches; its configuration says behind how many.
         owner: Who refers to them, in the store's words.
+        label: What to call the records' place in messages.
+        lock: Makes what is held while records and caches are changed together.
     """
 
-    def __init__(self, collection: Callable[[], Any], engine: ProphetKVEngine, owner: str) -> None:
-        self._collection = collection
+    def __init__(
+        self, engine: ProphetKVEngine, owner: str, label: str, lock: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
         self._engine = engine
         self._owner = owner
+        self._label = label
+        self._lock = lock
         self._has_told = False
-        self._lock = threading.Lock()
+        self._begin_anew()
+        around_fork(self, in_child=NeighbourPass._begin_anew)
+
+    def _begin_anew(self) -> None:
+        # What was left to a thread of the parent's is done there.
+        self._guard = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
         self._futures: set[Future[None]] = set()
 
-    def later(self, names: Sequence[str]) -> None:
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the engine's encoding is that."""
+        return self._engine.library.encoding.num_neighbours > 0
+
+    def later(self, names: Sequence[str], where: Callable[[], Neighbourhood]) -> None:
         """Encode these records some time soon."""
-        with self._lock:
+        with self._guard:
             if self._worker is None:
                 self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prophetkv-neighbours")
-            future = self._worker.submit(self._guarded, names)
+            future = self._worker.submit(self._guarded, names, where)
             self._futures.add(future)
         future.add_done_callback(self._futures.discard)
 
@@ -60,46 +91,46 @@ class NeighbourPass:
             for future in futures:
                 future.result()
 
-    def run(self, names: Sequence[str], progress: Progress = None, *, refresh: bool = False) -> None:
+    def run(
+        self,
+        names: Sequence[str],
+        where: Callable[[], Neighbourhood],
+        progress: Progress = None,
+        *,
+        refresh: bool = False,
+    ) -> None:
         """Encode these records now.
 
         Args:
             names: Their ids.
+            where: Makes what finds their neighbours; asked anew whenever the lock has been taken.
             progress: Called with (records looked at so far, all of them).
             refresh: Whether to encode anew what stands behind others than most of its neighbours of today.
         """
         for start, part in enumerate(batches(names, BATCH)):
-            with collection_lock(self._owner):
-                self._encode(part, refresh=refresh)
+            with self._lock():
+                self._encode(part, where(), refresh=refresh)
             if progress is not None:
                 progress(min(len(names), (start + 1) * BATCH), len(names))
 
-    def _guarded(self, names: Sequence[str]) -> None:
+    def _guarded(self, names: Sequence[str], where: Callable[[], Neighbourhood]) -> None:
         try:
-            self.run(names)
+            self.run(names, where)
         except Exception as error:  # nobody waits for it, and the plain caches are there
-            logger.warning("chunks stay encoded without their neighbours: %s", error)
+            logger.warning("chunks of %s stay encoded without their neighbours: %s", self._label, error)
             logger.debug("as this failed", exc_info=True)
 
-    def _encode(self, names: Sequence[str], *, refresh: bool) -> None:
-        collection, count = self._collection(), self._engine.library.encoding.num_neighbours
-        found = collection.get(ids=list(names), include=["embeddings", "documents"])
-        rows = [
-            (text, embedding)
-            for text, embedding in zip(found["documents"] or (), _or_none(found["embeddings"]), strict=False)
-            if text and text.strip() and embedding is not None
-        ]
-        if len(rows) < len(found["ids"]):
-            self._tell(collection, len(found["ids"]) - len(rows))
-        alone = set(self._engine.library.without_order([text for text, _ in rows]))
-        rows = [row for row in rows if row[0] in alone]
-        if not rows:
+    def _encode(self, names: Sequence[str], where: Neighbourhood, *, refresh: bool) -> None:
+        count = self._engine.library.encoding.num_neighbours
+        placed, num_left_out = where.place(names)
+        if num_left_out:
+            self._tell(num_left_out)
+        alone = set(self._engine.library.without_order([one.text for one in placed]))
+        placed = [one for one in placed if one.text in alone]
+        if not placed:
             return
-        texts = [text for text, _ in rows]
-        wanted = min(count + _SPARES, collection.count())
-        nearest = collection.query(
-            query_embeddings=[embedding for _, embedding in rows], n_results=wanted, include=["documents"]
-        )["documents"]
+        texts = [one.text for one in placed]
+        nearest = where.nearest(placed, count + _SPARES)
         behind = [_nearest_last(text, others, count) for text, others in zip(texts, nearest, strict=True)]
         try:
             self._engine.library.add(texts, owner=self._owner, behind=behind, refresh=refresh, as_neighbours=True)
@@ -115,18 +146,14 @@ class NeighbourPass:
         except InputError as error:
             logger.debug("a text is no chunk: %s", error)
 
-    def _tell(self, collection: Any, count: int) -> None:
+    def _tell(self, count: int) -> None:
         if not self._has_told:
             logger.warning(
-                "%d records of collection %r have no text or no embedding: they are encoded without neighbours",
+                "%d records of %s have no text or no embedding: they are encoded without neighbours",
                 count,
-                collection.name,
+                self._label,
             )
         self._has_told = True
-
-
-def _or_none(embeddings: Any) -> Iterable[Any]:
-    return () if embeddings is None else embeddings
 
 
 def _nearest_last(text: str, others: Sequence[str | None], count: int) -> list[str]:
