@@ -19,7 +19,13 @@ from prophetkv_rag.integrations.vllm.planner import Planner
 from prophetkv_rag.integrations.vllm.runner import VLLMRunner
 from prophetkv_rag.integrations.vllm.settings import ConnectorSettings
 from prophetkv_rag.integrations.vllm.stats import ProphetKVPromMetrics, ProphetKVStats
-from prophetkv_rag.integrations.vllm.support import check_config, check_pages, check_release, probe_module
+from prophetkv_rag.integrations.vllm.support import (
+    check_config,
+    check_pages,
+    check_release,
+    keeps_all_rows,
+    probe_module,
+)
 from prophetkv_rag.integrations.vllm.turns import Former, salted
 from prophetkv_rag.integrations.vllm.workers import WorkerStages
 from prophetkv_rag.store.disk import open_disk_store
@@ -63,6 +69,7 @@ class ProphetKVConnector(KVConnectorBase_V1):
                 max_rows=self._max_rows,
                 max_positions=vllm_config.model_config.max_model_len,
                 block_size=vllm_config.cache_config.block_size,
+                can_read=keeps_all_rows(kv_cache_config),
                 salt=self._salted,
             )
 

@@ -34,6 +34,7 @@ class Planner:
         max_rows: Rows that one forward may have.
         max_positions: Positions that the model has.
         block_size: Rows of one of vLLM's blocks.
+        can_read: Whether a former turn's rows are there to be read.
         salt: Keeps a request's blocks apart from all others'; as `salted`.
     """
 
@@ -48,6 +49,7 @@ class Planner:
         max_rows: int,
         max_positions: int,
         block_size: int,
+        can_read: bool,
         salt: Callable[..., int | None],
     ) -> None:
         self._store = store
@@ -64,7 +66,7 @@ class Planner:
         self._known: dict[str, KnownRequest] = {}
         self._turns = Turns(block_size)
         self._number = 0  # of the step that is being planned
-        self._can_read = True
+        self._can_read = can_read
         self._refused: dict[str, str] = {}
         self._loads: list[LoadPlan] = []
         self._ahead: list[str] = []
