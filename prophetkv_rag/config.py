@@ -15,6 +15,9 @@ LEAD_IN_TOKENS = 256
 REMEMBER_BYTES = 1 << 30
 """Most bytes of former prompts by default: 23,000 tokens of SmolLM2-135M in fp32, 8,000 of Llama-3.1-8B in bf16."""
 
+BATCH_TOKENS = 32_768
+"""Most tokens of the prompts under way and their answers by default."""
+
 PLACEHOLDER = re.compile(r"\{context\w*\}")
 """Where the chunks stand in `ProphetKVConfig.prompt_template`."""
 
@@ -142,6 +145,9 @@ class ProphetKVConfig:
         max_batch: Most answers that are decoded together, in one forward a token, where several calls are made at once
             (threads, async calls, a framework's batch, `generate_batch`); further ones begin as others end, so it also
             bounds how many prompts' caches there are at a time. 1: one answer after the other.
+        max_batch_tokens: Most tokens of the prompts and answers whose caches are held at a time for that; a prompt that
+            has no room beside those under way waits, and one that is longer is answered by itself. 4 GiB of
+            Llama-3.1-8B in bf16, 1.4 GiB of SmolLM2-135M in fp32.
         batch_prefill: Whether the stages of such prompts share forwards, too. `None`: not on a CPU, where
             what it gains is not sure (docs/performance.md); elsewhere yes.
         max_prompt_tokens: Own limit on a prompt's length, in tokens; `None` for the model's context window.
@@ -164,6 +170,7 @@ class ProphetKVConfig:
     encoding: str = "auto"
     index_batch_tokens: int = 2048
     max_batch: int = 8
+    max_batch_tokens: int = BATCH_TOKENS
     batch_prefill: bool | None = None
     max_prompt_tokens: int | None = None
     remember: bool = True
@@ -192,6 +199,9 @@ class ProphetKVConfig:
             raise ValueError(msg)
         if isinstance(self.max_batch, bool) or self.max_batch < 1:
             msg = f"max_batch is {self.max_batch}; it must be at least 1 (one answer after the other)"
+            raise ValueError(msg)
+        if isinstance(self.max_batch_tokens, bool) or self.max_batch_tokens < 1:
+            msg = f"max_batch_tokens is {self.max_batch_tokens}; it must be at least 1 (one answer after the other)"
             raise ValueError(msg)
         if isinstance(self.remember_bytes, bool) or self.remember_bytes < 0:
             msg = f"remember_bytes is {self.remember_bytes}; it must be 0 (nothing is remembered) or more bytes"

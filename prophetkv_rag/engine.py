@@ -95,9 +95,10 @@ class ProphetKVEngine(AnswersPrompts, SavesConversations):
         self._grammars = GrammarCompiler(tokenizer, self.end_tokens)
         self._reader = PromptReader(self.tokens, self.identity, self.chunk_index)
         self.conversations = ConversationTier(self.config.remember_bytes, self.store.known, self.chunk_index)
-        most, shares = self.config.max_batch, self.config.batch_prefill
-        shares = model.device.type != "cpu" if shares is None else shares
-        self.turns = Turns(self.model_lock, model, self.library.state.check_adapters, most=most, shares_passes=shares)
+        shares = model.device.type != "cpu" if self.config.batch_prefill is None else self.config.batch_prefill
+        most, tokens = self.config.max_batch, self.config.max_batch_tokens
+        check = self.library.state.check_adapters
+        self.turns = Turns(self.model_lock, model, check, most=most, most_tokens=tokens, shares_passes=shares)
         self._prefiller = Prefiller.over(self.library, self.config, self._reader, self.conversations)
 
     @property
@@ -279,7 +280,7 @@ class ProphetKVEngine(AnswersPrompts, SavesConversations):
         settings = SamplingSettings(
             max_new_tokens=max_new_tokens, stop=stop, temperature=temperature, top_p=top_p, seed=seed
         )
-        lock = InterruptibleLock(self.model_lock, cancel, deadline_s, self.turns)
+        lock = InterruptibleLock(self.model_lock, cancel, deadline_s, self.turns, max_new_tokens)
         constraint = None if grammar is None else self._grammars.start(grammar)
         kept = self.config.remember if remember is None else remember
         prefill = partial(self._prefiller.run, prompt, strategy, recompute_ratio, query, remember=kept, tenant=tenant)

@@ -81,6 +81,10 @@ def serve(
         int | None,
         typer.Option(min=1, help="Answers that are decoded together, each with its prompt's cache in memory; 4."),
     ] = None,
+    max_batch_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens of the prompts and answers in memory for that; 32768."),
+    ] = None,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; further ones get status 429.")] = 32,
     max_body: Annotated[int, typer.Option(min=1, help="Longest request body, in KiB.")] = 8192,
     deadline: Annotated[float | None, typer.Option(help="Longest time for a request, waiting included, in s.")] = None,
@@ -98,6 +102,9 @@ def serve(
     remember: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Most memory for conversations, which go on from it: 1GB; or 0.")
     ] = None,
+    max_conversation: Annotated[
+        str, typer.Option(metavar="SIZE", help="Longest conversation that clients may save and load.")
+    ] = "512MB",
     engine: Annotated[
         str, typer.Option(metavar="ENGINE", help="Who runs the model: transformers, or vllm, with --cache-dir.")
     ] = "transformers",
@@ -110,7 +117,7 @@ def serve(
 ) -> None:
     """Serve the model with OpenAI's chat API, reusing the KV caches of chunks found in prompts."""
     create_app = _import_server()
-    from prophetkv_rag.config import ProphetKVConfig
+    from prophetkv_rag.config import BATCH_TOKENS, REMEMBER_BYTES, ProphetKVConfig
     from prophetkv_rag.reuse import make_strategy
     from prophetkv_rag.server import ServerSettings
 
@@ -130,8 +137,8 @@ def serve(
     if is_vllm and remember is not None:
         msg = "--remember is not for --engine vllm, which keeps former prompts by itself"
         raise InputError(msg)
-    if is_vllm and max_batch is not None:
-        msg = "--max-batch is not for --engine vllm (max_num_seqs in --vllm-args)"
+    if is_vllm and (max_batch or max_batch_tokens) is not None:
+        msg = "--max-batch and --max-batch-tokens are not for --engine vllm (max_num_seqs in --vllm-args)"
         raise InputError(msg)
     if is_vllm and ram_limit is not None:
         msg = "--ram-limit is not for --engine vllm (ram_bytes in its connector's settings, docs/vllm.md)"
@@ -147,14 +154,16 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         max_queue=max_queue,
         max_body_bytes=max_body * 1024,
+        max_conversation_bytes=_bytes_of("--max-conversation", max_conversation),
         deadline_s=deadline,
         default_max_tokens=max_new_tokens,
     )
     config = ProphetKVConfig(
         strategy=strategy,
         recompute_ratio=recompute_ratio,
-        remember_bytes=_remembered_bytes(remember),
+        remember_bytes=REMEMBER_BYTES if remember is None else _bytes_of("--remember", remember),
         max_batch=max_batch or _BATCH,
+        max_batch_tokens=max_batch_tokens or BATCH_TOKENS,
     )
     console = progress_console()
     if not settings.api_keys and not is_loopback(host):
@@ -193,12 +202,10 @@ def serve(
         console.print("stopped", markup=False)
 
 
-def _remembered_bytes(size: str | None) -> int:
-    from prophetkv_rag.config import REMEMBER_BYTES
-
-    found = REMEMBER_BYTES if size is None else parse_size(size)
+def _bytes_of(option: str, size: str) -> int:
+    found = parse_size(size)
     if found is None:
-        msg = "--remember is 'none'; give the most bytes, such as 2GB, or 0 to remember nothing"
+        msg = f"{option} is 'none'; give the most bytes, such as 2GB, or 0 for nothing"
         raise InputError(msg)
     return found
 

@@ -8,7 +8,7 @@ computed or stale. Begin reading with `rows.py` (what these words mean, and what
 """
 
 from prophetkv_rag.conversations.moving import SHORTEST, MovedRows
-from prophetkv_rag.conversations.rows import AnsweredRows, RowState, Trace, states_after
+from prophetkv_rag.conversations.rows import AnsweredRows, KeysBefore, RowState, Trace, states_after
 from prophetkv_rag.conversations.saving import SavesConversations
 from prophetkv_rag.conversations.tier import ConversationTier
 from prophetkv_rag.conversations.tree import HeldRows
@@ -18,6 +18,7 @@ __all__ = [
     "AnsweredRows",
     "ConversationTier",
     "HeldRows",
+    "KeysBefore",
     "MovedRows",
     "RowState",
     "SavesConversations",

@@ -2,7 +2,8 @@
 
     metadata                format, version, the identity of what computed them, the runs (JSON), a digest of all of it
     token_ids, states       `[T]`, int32 and uint8
-    keys.<layer>            `[Hkv, T, D]`, rotated to their positions; values.<layer> alike
+    shifts                  `[T]`, int32: a row's position minus the one that its keys are rotated to
+    keys.<layer>            `[Hkv, T, D]`; values.<layer> alike
 
 The text can be read from the token ids, and from the rows: who may read the file may read the conversations.
 """
@@ -24,7 +25,7 @@ from prophetkv_rag.errors import BlobError
 from prophetkv_rag.store import is_key
 
 FORMAT = "prophetkv-conversations"
-VERSION = "1"
+VERSION = "2"
 _LENGTH_BYTES = 8  # a safetensors file: header length (little-endian), header (JSON), tensors
 
 
@@ -44,6 +45,7 @@ def encode_rows(saved: SavedRows, identity: Mapping[str, str]) -> bytes:
         identity: What they depend on beside their tokens; only those of the same are read back.
     """
     tensors = {"token_ids": saved.token_ids.to(torch.int32), "states": saved.states}
+    tensors["shifts"] = saved.shifts.to(torch.int32)
     for layer, (keys, values) in enumerate(saved.rows):
         tensors[f"keys.{layer}"], tensors[f"values.{layer}"] = keys, values
     metadata = {
@@ -122,10 +124,13 @@ def _checked(
         runs = [_run_from_json(one) for one in json.loads(metadata["runs"])]
         num_tokens = sum(run.length for run in runs)
         is_sound = (
-            set(tensors) == names | {"token_ids", "states"}
+            set(tensors) == names | {"token_ids", "states", "shifts"}
             and all(-1 <= run.parent < number and run.length > 0 for number, run in enumerate(runs))
-            and tensors["token_ids"].shape == tensors["states"].shape == (num_tokens,)
-            and (tensors["token_ids"].dtype, tensors["states"].dtype) == (torch.int32, torch.uint8)
+            and all(1 <= run.used <= len(runs) for run in runs)
+            and all(trace.start >= 0 for run in runs for trace in run.traces)
+            and all(tensors[name].shape == (num_tokens,) for name in ("token_ids", "states", "shifts"))
+            and tensors["token_ids"].dtype == tensors["shifts"].dtype == torch.int32
+            and tensors["states"].dtype == torch.uint8
             and bool((tensors["states"] <= max(RowState)).all())
             and all(
                 tensors[name].shape == (shape.heads, num_tokens, width) and tensors[name].dtype == dtype
@@ -139,7 +144,8 @@ def _checked(
         msg = "its parts do not fit together"
         raise BlobError(msg)
     rows = [(tensors[f"keys.{layer}"], tensors[f"values.{layer}"]) for layer in range(len(shapes))]
-    return SavedRows(runs, tensors["token_ids"].to(torch.int64), tensors["states"], rows)
+    token_ids, shifts = tensors["token_ids"].to(torch.int64), tensors["shifts"].to(torch.int64)
+    return SavedRows(runs, token_ids, tensors["states"], rows, shifts)
 
 
 def _run_to_json(run: Run) -> list[Any]:

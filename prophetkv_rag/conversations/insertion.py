@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from prophetkv_rag.conversations.rows import Trace
-from prophetkv_rag.conversations.tree import Node, path_of
+from prophetkv_rag.conversations.rows import KeysBefore, RowState, Trace
+from prophetkv_rag.conversations.tree import Node, Rows, path_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class NewRows:
         layers: `keys` `[1, Hkv, M, D]` and `values` alike, M at least L - `first`.
         copies: Whether somebody goes on to use the layers; else they may be kept as they are.
         first: Position of the first row that the layers have; those before it must be in the tree.
+        moved: Keys of rows that were moved, as they were computed; they are kept so.
     """
 
     token_ids: torch.Tensor
@@ -33,6 +34,7 @@ class NewRows:
     layers: Sequence[Any]
     copies: bool
     first: int = 0
+    moved: Sequence[KeysBefore] = ()
 
 
 def insert(root: Node, new: NewRows, used: int) -> None:
@@ -67,6 +69,8 @@ def insert(root: Node, new: NewRows, used: int) -> None:
         prompts={prompt for prompt in new.prompts if start < prompt[0] <= length},
         used=used,
     )
+    is_moved = leaf.states == int(RowState.MOVED)
+    _put_back(leaf.rows, leaf.shifts, start, is_moved.nonzero()[:, 0] + start, new.moved)
     node.children[int(leaf.token_ids[0])] = leaf
 
 
@@ -80,6 +84,20 @@ def _improve(node: Node, new: NewRows) -> None:
             for held, part in ((keys, layer.keys), (values, layer.values)):
                 held[:, better - node.start] = part[0, :, (better - new.first).to(part.device)].to("cpu")
         node.states[better - node.start] = new.states[better]
+        node.shifts[better - node.start] = 0
+        is_moved = new.states[better] == int(RowState.MOVED)
+        _put_back(node.rows, node.shifts, node.start, better[is_moved], new.moved)
+
+
+def _put_back(
+    rows: Rows, shifts: torch.Tensor, first: int, positions: torch.Tensor, moved: Sequence[KeysBefore]
+) -> None:
+    """Give the rows at these positions the keys that were computed, and what turns them to where they stand."""
+    for run in moved:
+        here = positions[(positions >= run.start) & (positions < run.start + run.shifts.shape[0])]
+        for (keys, _), before in zip(rows, run.keys, strict=True):
+            keys[:, here - first] = before[:, here - run.start]
+        shifts[here - first] = run.shifts[here - run.start]
 
 
 def _owned(layer: Any, start: int, stop: int, copies: bool) -> tuple[torch.Tensor, torch.Tensor]:

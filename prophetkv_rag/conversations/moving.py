@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prophetkv_rag.conversations.tree import Node, Rows, path_of
+from prophetkv_rag.conversations.rows import KeysBefore
+from prophetkv_rag.conversations.tree import Node, Part, path_of
 from prophetkv_rag.model import ModelSupport, RopeTables, RowsLayer
 
 SHORTEST = 16
@@ -33,26 +34,33 @@ class MovedRows:
         stop: The one behind its last.
         shift: By how much it moved: position here minus position there.
         keys: Of the chunks whose texts its rows hold or attended to.
-        parts: (First position there, rows) of the nodes that it lies in.
+        parts: Of the nodes that it lies in, by positions there.
     """
 
     start: int
     stop: int
     shift: int
     keys: frozenset[str]
-    parts: Sequence[tuple[int, Rows]]
+    parts: Sequence[Part]
 
-    def put_into(self, layers: Sequence[RowsLayer], support: ModelSupport) -> None:
-        """Copy the rows to their new positions. Rotations add up, so keys are turned by the difference, once."""
-        for first, rows in self.parts:
+    def put_into(self, layers: Sequence[RowsLayer], support: ModelSupport) -> list[KeysBefore]:
+        """Copy the rows to their new positions; returns their keys as they were computed.
+
+        Rotations add up, so keys are turned by the difference to where they were computed, once.
+        """
+        taken = []
+        for first, rows, shifts in self.parts:
             begin = max(first, self.start - self.shift)
             end = min(first + rows[0][0].shape[1], self.stop - self.shift)
             device = layers[0].keys.device
-            tables = RopeTables(torch.full((end - begin,), self.shift, device=device))
             here, there = slice(begin + self.shift, end + self.shift), slice(begin - first, end - first)
+            turns = shifts[there] + self.shift
+            tables = RopeTables(turns.to(device))
             for layer, (keys, values), found in zip(layers, rows, support.layers, strict=True):
                 layer.keys[0, :, here] = tables.rotate(keys[:, there].to(device), found.rotation)
                 layer.values[0, :, here] = values[:, there].to(device)
+            taken.append(KeysBefore(here.start, turns, [keys[:, there].clone() for keys, _ in rows]))
+        return taken
 
 
 def find_moved(
@@ -138,7 +146,7 @@ def _moved(last: Node, start: int, place: int, length: int) -> MovedRows:
     node: Node | None = last
     while node is not None and node.parent is not None:
         if node.stop > start:
-            parts.append((node.start, list(node.rows)))
+            parts.append(node.part)
         for trace in node.traces:
             if trace.start < start + length:
                 keys |= trace.keys

@@ -40,6 +40,21 @@ class Trace:
 
 
 @dataclass(frozen=True, slots=True)
+class KeysBefore:
+    """Keys of n moved rows as they were computed, so that however often they move they are turned, and rounded, once.
+
+    Attributes:
+        start: Position of the first row in the prompt that they were moved into.
+        shifts: `[n]`, int64: each row's position there minus the one that its keys are rotated to.
+        keys: `[Hkv, n, D]` of each layer, on the CPU.
+    """
+
+    start: int
+    shifts: torch.Tensor
+    keys: Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class AnsweredRows:
     """What a prefill leaves to be told of its prompt's rows, once its answer is there.
 
@@ -49,6 +64,7 @@ class AnsweredRows:
         traces: In order of position.
         tenant: Whose they are.
         settings: How tokens were chosen for recomputation, in any words that differ where that does.
+        moved: The keys of those rows that were moved into the prompt.
     """
 
     token_ids: Sequence[int]
@@ -56,6 +72,7 @@ class AnsweredRows:
     traces: tuple[Trace, ...]
     tenant: str
     settings: str = ""
+    moved: Sequence[KeysBefore] = ()
 
 
 def states_after(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from prophetkv_rag.conversations.insertion import NewRows
-from prophetkv_rag.conversations.rows import Trace
+from prophetkv_rag.conversations.rows import KeysBefore, Trace
 from prophetkv_rag.conversations.tree import Node, Rows, path_of
 
 
@@ -44,13 +44,15 @@ class SavedRows:
         runs: In the order of their tokens.
         token_ids: `[T]`, int64.
         states: `[T]`, uint8.
-        rows: One (keys `[Hkv, T, D]`, values `[Hkv, T, Dv]`) a layer, rotated to the positions where they stood.
+        rows: One (keys `[Hkv, T, D]`, values `[Hkv, T, Dv]`) a layer, rotated to where they were computed.
+        shifts: `[T]`, int64; see `Node`.
     """
 
     runs: Sequence[Run]
     token_ids: torch.Tensor
     states: torch.Tensor
     rows: Rows
+    shifts: torch.Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -85,6 +87,7 @@ class SavedRows:
                 )
                 for layer in range(len(taken[0][0].rows) if taken else 0)
             ],
+            torch.cat([nothing, *(node.shifts[:count] for node, count in taken)]),
         )
 
     def without(self, deleted: Collection[str]) -> Iterator[tuple[NewRows, int]]:
@@ -110,7 +113,10 @@ class SavedRows:
                 ]
                 traces = [trace for trace in run.traces if trace.start < length]
                 prompts = frozenset(prompt for prompt in run.prompts if prompt[0] <= length)
-                yield NewRows(token_ids[:length], states, traces, prompts, layers, copies=True, first=start), run.used
+                shifts = self.shifts[at : at + length - start]
+                moved = [KeysBefore(start, shifts, [layer.keys[0] for layer in layers])]
+                new = NewRows(token_ids[:length], states, traces, prompts, layers, True, start, moved)
+                yield new, run.used
             at += run.length
 
 

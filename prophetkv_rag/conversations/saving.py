@@ -1,4 +1,4 @@
-"""An engine's conversations in a file, so that they survive the process."""
+"""An engine's conversations in a file, or as its bytes, so that they survive the process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Engine(Protocol):
 
 
 class SavesConversations:
-    """The half of an engine that writes conversations to files and reads them back."""
+    """The half of an engine that writes conversations to files, or as bytes, and reads them back."""
 
     def save_conversation(self: _Engine, path: str | Path, prompt: AnyPrompt | None = None, *, tenant: str = "") -> int:
         """Write what is remembered of a tenant to one safetensors file, whole or not at all.
@@ -50,19 +50,17 @@ class SavesConversations:
             InputError: If there is nothing to write; what stood there is left alone.
             StoreError: If the file cannot be written, or the store is locked.
         """
-        token_ids = None if prompt is None else self.read(prompt).input_ids
-        saved = self.conversations.copy_of(tenant, token_ids)
-        if not saved.num_tokens:
+        data, num_tokens = _dumped(self, prompt, tenant, "")
+        if not num_tokens:
             what = "nothing" if prompt is None else "nothing that this prompt begins with"
             msg = f"{what} is remembered of tenant {tenant!r}, so {path} is not written; answer a prompt first"
             raise InputError(msg)
-        data = encode_rows(saved, _told(self.identity))
         try:
-            write_file(Path(path), self.store.seal(_NAME, data))
+            write_file(Path(path), data)
         except OSError as error:
             msg = f"the conversation cannot be written to {path}: {error.strerror or error}"
             raise StoreError(msg) from error
-        return saved.num_tokens
+        return num_tokens
 
     def load_conversation(self: _Engine, path: str | Path, *, tenant: str = "") -> int:
         """Remember what `save_conversation` wrote, beside what is remembered already.
@@ -86,17 +84,72 @@ class SavesConversations:
         except OSError as error:
             msg = f"cannot read the conversation file {path}: {error.strerror or error}"
             raise InputError(msg) from error
-        layers = self.support.layers
-        shapes = [RowShape(layer.num_key_value_heads, layer.head_dim, layer.value_head_dim) for layer in layers]
-        try:
-            plain = self.store.unseal(_NAME, data)
-            saved = decode_rows(plain, _told(self.identity), shapes, getattr(torch, self.support.dtype))
-        except BlobError as error:
-            msg = f"the conversation file {path} is not loaded: {error}"
-            raise InputError(msg) from error
-        del data, plain
-        self.conversations.add(saved, tenant)
-        return self.conversations.stats(tenant).tokens
+        return _restored(self, data, tenant, "", f"the conversation file {path}")
+
+    def dump_conversation(
+        self: _Engine, prompt: AnyPrompt | None = None, *, tenant: str = "", bound_to: str = ""
+    ) -> bytes:
+        """Return what `save_conversation` writes, as bytes.
+
+        Args:
+            prompt: As in `save_conversation`.
+            tenant: As in `save_conversation`.
+            bound_to: Where the store encrypts, only `restore_conversation` with the same words takes the bytes: so
+                whoever comes by them cannot go on with somebody else's conversation.
+
+        Raises:
+            InputError: If there is nothing to write.
+            StoreError: If the store is locked.
+        """
+        data, num_tokens = _dumped(self, prompt, tenant, bound_to)
+        if not num_tokens:
+            msg = "nothing is remembered, so there is nothing to save; answer a prompt first"
+            raise InputError(msg)
+        return data
+
+    def restore_conversation(self: _Engine, data: bytes, *, tenant: str = "", bound_to: str = "") -> int:
+        """Remember what `dump_conversation` gave, as `load_conversation` does.
+
+        Args:
+            data: Its bytes.
+            tenant: Whose conversations they are from now on.
+            bound_to: As in `dump_conversation`.
+
+        Returns:
+            How many tokens are remembered of the tenant now.
+
+        Raises:
+            InputError: As `load_conversation`.
+        """
+        return _restored(self, data, tenant, bound_to, "the conversation")
+
+
+def _dumped(engine: _Engine, prompt: AnyPrompt | None, tenant: str, bound_to: str) -> tuple[bytes, int]:
+    """Return the bytes of what is remembered, and of how many tokens; none at all of none."""
+    token_ids = None if prompt is None else engine.read(prompt).input_ids
+    saved = engine.conversations.copy_of(tenant, token_ids)
+    if not saved.num_tokens:
+        return b"", 0
+    return engine.store.seal(_NAME + bound_to, encode_rows(saved, _told(engine.identity))), saved.num_tokens
+
+
+def _restored(engine: _Engine, data: bytes, tenant: str, bound_to: str, what: str) -> int:
+    layers = engine.support.layers
+    shapes = [RowShape(layer.num_key_value_heads, layer.head_dim, layer.value_head_dim) for layer in layers]
+    try:
+        plain = engine.store.unseal(_NAME + bound_to, data)
+    except BlobError as error:
+        whose = ", or it was saved for somebody else, who alone can load it where the store is encrypted"
+        msg = f"{what} is not loaded: {error}{whose if bound_to else ''}"
+        raise InputError(msg) from error
+    try:
+        saved = decode_rows(plain, _told(engine.identity), shapes, getattr(torch, engine.support.dtype))
+    except BlobError as error:
+        msg = f"{what} is not loaded: {error}"
+        raise InputError(msg) from error
+    del data, plain
+    engine.conversations.add(saved, tenant)
+    return engine.conversations.stats(tenant).tokens
 
 
 def _told(identity: CacheIdentity) -> Mapping[str, str]:

@@ -13,7 +13,7 @@ import torch
 from prophetkv_rag.conversations.insertion import NewRows, insert
 from prophetkv_rag.conversations.moving import MovedRows, find_moved
 from prophetkv_rag.conversations.room import make_room
-from prophetkv_rag.conversations.rows import AnsweredRows, RowState
+from prophetkv_rag.conversations.rows import AnsweredRows, KeysBefore, RowState
 from prophetkv_rag.conversations.saved import SavedRows
 from prophetkv_rag.conversations.tree import HeldRows, Node, path_of
 from prophetkv_rag.errors import StoreError
@@ -70,7 +70,7 @@ class ConversationTier:
                 torch.cat([node.states for node, _ in path]),
                 tuple(trace for node, _ in path for trace in node.traces),
                 frozenset(prompt for node, _ in path for prompt in node.prompts),
-                [(node.start, list(node.rows)) for node, _ in path],
+                [node.part for node, _ in path],
             )
         return found.first(length)
 
@@ -84,12 +84,15 @@ class ConversationTier:
 
     def put_into(
         self, held: HeldRows, moved: Sequence[MovedRows], layers: Sequence[RowsLayer], support: ModelSupport
-    ) -> None:
-        """Copy rows that were found into a prompt's cache; none of them is written to meanwhile."""
+    ) -> list[KeysBefore]:
+        """Copy rows that were found into a prompt's cache; none of them is written to meanwhile.
+
+        Returns:
+            The keys of those that moved, as they were computed.
+        """
         with self._lock:
-            held.put_into(layers)
-            for rows in moved:
-                rows.put_into(layers, support)
+            held.put_into(layers, support)
+            return [keys for rows in moved for keys in rows.put_into(layers, support)]
 
     def deletable(self, keys: Iterable[str]) -> frozenset[str]:
         """Return those keys that somebody may delete: of chunks that the store knows, or is about to."""
@@ -139,7 +142,8 @@ class ConversationTier:
         prompts = frozenset({(answered.states.shape[0], answered.settings)})
         root = self._roots.setdefault(answered.tenant, Node.root())
         self._clock += 1
-        insert(root, NewRows(token_ids, states, answered.traces, prompts, layers, copies), self._clock)
+        new = NewRows(token_ids, states, answered.traces, prompts, layers, copies, moved=answered.moved)
+        insert(root, new, self._clock)
 
     def copy_of(self, tenant: str, token_ids: torch.Tensor | None = None) -> SavedRows:
         """Return a copy of what is remembered of a tenant.

@@ -8,15 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from prophetkv_rag.conversations.rows import Trace
-from prophetkv_rag.model import RowsLayer
+from prophetkv_rag.model import ModelSupport, RopeTables, RowsLayer
 
 Rows: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]
-"""One (keys `[Hkv, n, D]`, rotated to their positions, values `[Hkv, n, Dv]`) a decoder layer, on the CPU."""
+"""One (keys `[Hkv, n, D]`, rotated to where they were computed, values `[Hkv, n, Dv]`) a decoder layer, on the CPU."""
+
+
+class Part(NamedTuple):
+    """The rows of one node: position of the first, rows, and each row's shift (see `Node`)."""
+
+    start: int
+    rows: Rows
+    shifts: torch.Tensor
 
 
 @dataclass(eq=False, slots=True)
@@ -33,6 +41,8 @@ class Node:
         prompts: (Length, settings) of prompts that ended here.
         children: By their first token.
         used: When it was last used, in answers.
+        shifts: `[n]`, int64: each row's position minus the one that its keys are rotated to, which is another only
+            for rows that were moved. In the dtype of a cache every rotation costs a rounding, so there is one.
     """
 
     start: int
@@ -44,6 +54,11 @@ class Node:
     prompts: set[tuple[int, str]] = field(default_factory=set)
     children: dict[int, Node] = field(default_factory=dict)
     used: int = 0
+    shifts: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def __post_init__(self) -> None:
+        if self.shifts.shape != self.token_ids.shape:
+            self.shifts = torch.zeros_like(self.token_ids)
 
     @classmethod
     def root(cls) -> Node:
@@ -60,6 +75,11 @@ class Node:
     def nbytes(self) -> int:
         """Bytes of its keys and values."""
         return sum(part.nbytes for pair in self.rows for part in pair)
+
+    @property
+    def part(self) -> Part:
+        """Its rows as they are now, or get better meanwhile."""
+        return Part(self.start, list(self.rows), self.shifts)
 
     def below(self) -> Iterator[Node]:
         """Yield the node and all behind it."""
@@ -79,6 +99,7 @@ class Node:
         """Keep the first rows alone; what stood behind them is gone, and so is its memory."""
         assert length > 0
         self.token_ids, self.states = self.token_ids[:length].clone(), self.states[:length].clone()
+        self.shifts = self.shifts[:length].clone()
         self.rows = [(keys[:, :length].clone(), values[:, :length].clone()) for keys, values in self.rows]
         self._end()
         self.children = {}
@@ -95,6 +116,7 @@ class Node:
             {prompt for prompt in self.prompts if prompt[0] > self.start + length},
             self.children,
             self.used,
+            self.shifts[length:].clone(),
         )
         for child in rest.children.values():
             child.parent = rest
@@ -102,6 +124,7 @@ class Node:
             rest.rows.append((keys[:, length:].clone(), values[:, length:].clone()))
             self.rows[layer] = (keys[:, :length].clone(), values[:, :length].clone())
         self.token_ids, self.states = self.token_ids[:length].clone(), self.states[:length].clone()
+        self.shifts = self.shifts[:length].clone()
         self._end()
         self.children = {int(rest.token_ids[0]): rest}
 
@@ -140,13 +163,13 @@ class HeldRows:
         states: `[R]`, uint8.
         traces: In order of position, all before R.
         prompts: (Length, settings) of the prompts that ended among them.
-        parts: (First position, rows) of each run; the last may be longer than is wanted.
+        parts: Of each run; the last may be longer than is wanted.
     """
 
     states: torch.Tensor
     traces: tuple[Trace, ...] = ()
     prompts: frozenset[tuple[int, str]] = frozenset()
-    parts: Sequence[tuple[int, Rows]] = ()
+    parts: Sequence[Part] = ()
 
     @classmethod
     def none(cls) -> HeldRows:
@@ -168,13 +191,18 @@ class HeldRows:
             self.states[:length],
             tuple(trace for trace in self.traces if trace.start < length),
             frozenset(prompt for prompt in self.prompts if prompt[0] <= length),
-            [(start, rows) for start, rows in self.parts if start < length],
+            [part for part in self.parts if part.start < length],
         )
 
-    def put_into(self, layers: Sequence[RowsLayer]) -> None:
+    def put_into(self, layers: Sequence[RowsLayer], support: ModelSupport) -> None:
         """Copy the rows to their positions, which are those that they had."""
-        for start, rows in self.parts:
-            for layer, (keys, values) in zip(layers, rows, strict=True):
-                stop = min(self.length, start + keys.shape[1])
-                layer.keys[0, :, start:stop] = keys[:, : stop - start].to(layer.keys.device)
-                layer.values[0, :, start:stop] = values[:, : stop - start].to(layer.values.device)
+        for start, rows, shifts in self.parts:
+            count = min(self.length - start, shifts.shape[0])
+            moved = shifts[:count].nonzero()[:, 0]
+            tables = RopeTables(shifts[moved])
+            for layer, (keys, values), found in zip(layers, rows, support.layers, strict=True):
+                layer.keys[0, :, start : start + count] = keys[:, :count].to(layer.keys.device)
+                layer.values[0, :, start : start + count] = values[:, :count].to(layer.values.device)
+                if moved.shape[0]:
+                    turned = tables.rotate(keys[:, moved], found.rotation)
+                    layer.keys[0, :, (start + moved).to(layer.keys.device)] = turned.to(layer.keys.device)

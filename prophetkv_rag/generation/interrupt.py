@@ -39,6 +39,7 @@ class InterruptibleLock(AbstractContextManager[None]):
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
         turns: Turns | None = None,
+        answer_tokens: int = 0,
     ) -> None:
         """Wrap a lock for one call.
 
@@ -47,6 +48,7 @@ class InterruptibleLock(AbstractContextManager[None]):
             cancel: Stops the call when set.
             deadline_s: Seconds from now; 0 or less has passed already. `None` for no deadline.
             turns: Those of the calls on the model, which are taken along with the lock.
+            answer_tokens: Longest answer.
 
         Raises:
             InputError: If the deadline is not a number.
@@ -58,6 +60,7 @@ class InterruptibleLock(AbstractContextManager[None]):
         self._cancel = cancel
         self._ends_at = math.inf if deadline_s is None else time.monotonic() + deadline_s
         self.turns = turns
+        self.answer_tokens, self.num_tokens = answer_tokens, 0
         self._has_turn: list[bool] = []
 
     @property
@@ -98,6 +101,10 @@ class InterruptibleLock(AbstractContextManager[None]):
         except Interrupted:
             self._lock.release()
             raise
+
+    def read(self, prompt_tokens: int, context_window: int) -> None:
+        """Say how long the prompt is, before its first turn: that and the answer decide when there is room for it."""
+        self.num_tokens = min(prompt_tokens + self.answer_tokens, context_window)
 
     def leave(self) -> None:
         """Say that the call takes no more turns."""

@@ -35,6 +35,8 @@ Without it those that are quickest would run alone and the others after them, fo
 class Caller(Protocol):
     """A call as far as turns know it; see `InterruptibleLock`."""
 
+    num_tokens: int
+
     def check(self) -> None:
         """Raise if the call must stop."""
 
@@ -76,21 +78,30 @@ class _Turn:
 class Turns:
     """The turns of the calls on one engine.
 
-    A new prompt's turn waits while so many answers are under way that a forward is full, so that many calls at once do
-    not hold many caches. An answer that nobody reads on does not count: it holds nobody up.
+    A new prompt's turn waits while so many answers are under way that a forward is full, or so many tokens that its own
+    have no room beside them, so that many calls at once do not hold many caches. Where nothing is under way there is
+    room for any prompt. An answer that nobody reads on does not count: it holds nobody up.
 
     Args:
         lock: The model's lock, which others know too; held during every turn.
         model: The language model.
         check: Called before it runs several steps; raises if it must not.
         most: Most steps in one forward.
+        most_tokens: Most tokens of the prompts under way and their answers.
         shares_passes: Whether the stages of several prompts share forwards too.
     """
 
     def __init__(
-        self, lock: threading.RLock, model: Any, check: Callable[[], None], *, most: int, shares_passes: bool = False
+        self,
+        lock: threading.RLock,
+        model: Any,
+        check: Callable[[], None],
+        *,
+        most: int,
+        most_tokens: int,
+        shares_passes: bool = False,
     ) -> None:
-        self.most = most
+        self.most, self.most_tokens = most, most_tokens
         self.shares_passes = shares_passes and most > 1
         self.lock = lock
         self._model, self._check = model, check
@@ -209,10 +220,13 @@ class Turns:
         if self._away and time.monotonic() >= self._away_until:
             self._away.clear()
         steps = [turn.caller for turn in self._waiting if turn.step is not None]
-        num_answering = len({*steps, *self._away, *self._prefilling})
+        answering = {*steps, *self._away, *self._prefilling}
+        room = self.most_tokens - sum(caller.num_tokens for caller in answering)
+        has_room = len(answering) < self.most
         for turn in self._waiting:
             if turn.step is None:
-                if num_answering < self.most:
+                has_room &= not answering or turn.caller.num_tokens <= room
+                if has_room:  # else nobody who came later goes first, however short
                     return turn
                 continue
             is_full = len(steps) >= self.most

@@ -18,6 +18,7 @@ from prophetkv_rag.conversations import (
     AnsweredRows,
     ConversationTier,
     HeldRows,
+    KeysBefore,
     MovedRows,
     RowState,
     Trace,
@@ -26,6 +27,13 @@ from prophetkv_rag.conversations import (
 from prophetkv_rag.model import ModelSupport, RowsLayer
 from prophetkv_rag.prompt import ChunkSpan, MovedSpan, PromptLayout
 from prophetkv_rag.reuse.selection import QueryContext, Selection, Strategy
+
+RECENT = 128
+"""So many of the latest tokens of a history that moved are computed all the same: a question refers to them first.
+
+Without it moved messages cost fidelity (benchmarks/quality/moved_messages.py); so many are computed in any turn,
+however long the history gets.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +103,11 @@ class Continuation:
         """Whether the rows of a chunk that is taken over came from a cache that was encoded behind no other chunk."""
         return all(len(trace.keys) == 1 for trace in self.held.traces if trace.start == chunk.start)
 
-    def put_into(self, layers: Sequence[RowsLayer], support: ModelSupport) -> None:
-        """Copy the rows that are taken over to their positions."""
-        if self.tier is not None and (self.length or self.moved):
-            self.tier.put_into(self.held, self.moved, layers, support)
+    def put_into(self, layers: Sequence[RowsLayer], support: ModelSupport) -> Sequence[KeysBefore]:
+        """Copy the rows that are taken over to their positions; returns the keys of those that moved, as computed."""
+        if self.tier is None or not (self.length or self.moved):
+            return ()
+        return self.tier.put_into(self.held, self.moved, layers, support)
 
     def keep_copy(self, answered: AnsweredRows | None, layers: Sequence[Any]) -> None:
         """Keep a prompt that has no answer (yet), as far as it is to be kept."""
@@ -118,6 +127,7 @@ class Continuation:
         *,
         visible: torch.Tensor | None = None,
         behind: Mapping[str, Sequence[str]] | None = None,
+        moved: Sequence[KeysBefore] = (),
     ) -> AnsweredRows | None:
         """Return what is to be kept of the prompt; `None` if nothing is.
 
@@ -126,6 +136,7 @@ class Continuation:
             ran: `[m]`, ascending: chunk rows that ran through every layer; `None` for all.
             visible: `[N]`, bool: what those saw; `None` for everything before them.
             behind: For the key of a chunk those of the chunks that left a trace in its cache.
+            moved: What `put_into` returned.
         """
         if self.tier is None:
             return None
@@ -146,7 +157,7 @@ class Continuation:
         ]
         here += [Trace(rows.start, rows.keys) for rows in self.moved if rows.keys]
         traces = tuple(sorted({*self.held.traces, *here}, key=lambda trace: trace.start))
-        return AnsweredRows(layout.input_ids.tolist(), states, traces, self.tenant, self.settings)
+        return AnsweredRows(layout.input_ids.tolist(), states, traces, self.tenant, self.settings, moved)
 
 
 def _length_of(layout: PromptLayout, held: HeldRows, *, is_asked: bool) -> int:
@@ -177,7 +188,8 @@ def _moved_behind(layout: PromptLayout, tier: ConversationTier, tenant: str, len
     """Find which messages stand elsewhere in former prompts, behind the first chunk's and before the one that asks.
 
     A prompt without chunks is computed exactly, and so is what stands before them. So are the messages that hold chunks
-    or ask: what they say besides is an application's instructions, which are in every prompt and no conversation.
+    or ask: what they say besides is an application's instructions, which are in every prompt and no conversation. And
+    so are the latest tokens of the history.
 
     Args:
         layout: The prompt.
@@ -193,7 +205,7 @@ def _moved_behind(layout: PromptLayout, tier: ConversationTier, tenant: str, len
         return ()
     is_free = ~layout.is_chunk
     is_free[: max(length, layout.chunks[0].stop)] = False
-    is_free[last:] = False
+    is_free[max(0, last - RECENT) :] = False
     for chunk in layout.chunks:
         is_free[chunk.start : next(mark for mark in (*layout.marks, layout.num_tokens) if mark >= chunk.stop)] = False
     starts = [chunk.start for chunk in layout.chunks]

@@ -137,7 +137,10 @@ class Prefiller:
         is_reuse = chosen.uses_caches and bool(layout.chunks or continued.length)
         layout.check_fits(self.context_window, is_reuse=is_reuse, is_answered=answer_lock is not None)
         timings = Timings(match=end_stage("match", started, prompt_tokens=layout.num_tokens, chunks=len(layout.chunks)))
-        runner = self if answer_lock is None else replace(self, model_lock=answer_lock)
+        runner = self
+        if answer_lock is not None:
+            answer_lock.read(layout.num_tokens, self.context_window)
+            runner = replace(self, model_lock=answer_lock)
         if is_reuse:
             result = runner.reuse(layout, chosen, ratio, timings, started, continued)
         else:
@@ -202,7 +205,7 @@ class Prefiller:
                 known_prefix=layout.known_prefix,
             )
             del caches
-            continued.put_into(layers, self.support)
+            moved = continued.put_into(layers, self.support)
             timings.assemble = time.perf_counter() - mark
 
             mark = time.perf_counter()
@@ -257,7 +260,7 @@ class Prefiller:
         attach_view(report, layout, recomputed, context.scores, self.reader.tokens.codec, num_held=continued.length)
         cache = resumable_cache([layer.keys for layer in layers], [layer.values for layer in layers])
         seen = None if visible is None else visible.nonzero()[:, 0]
-        answered = continued.answered(layout, done.rows, visible=visible, behind=behind)
+        answered = continued.answered(layout, done.rows, visible=visible, behind=behind, moved=moved)
         return PrefillResult(cache, context.input_ids[None], done.logits, report, recomputed, seen, answered)
 
     def query_context(

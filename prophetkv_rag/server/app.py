@@ -68,7 +68,9 @@ def create_app(engine: ServedEngine, settings: ServerSettings) -> FastAPI:
         raise InputError(msg)
     chat_queue = WorkQueue("chat", max_waiting=settings.max_queue, num_threads=engine.max_concurrent)
     chunk_queue = WorkQueue("chunks", max_waiting=settings.max_queue)
-    conversations = ConversationService(engine, has_keys=bool(settings.api_keys))
+    conversations = ConversationService(
+        engine, chunk_queue, has_keys=bool(settings.api_keys), max_bytes=settings.max_conversation_bytes
+    )
     metrics = ServerMetrics(engine.store.stats, (chat_queue, chunk_queue), conversations.tier)
     services = Services(
         ChatService(engine, settings, chat_queue, metrics, conversations),
@@ -89,7 +91,12 @@ def create_app(engine: ServedEngine, settings: ServerSettings) -> FastAPI:
     app = FastAPI(title="prophetkv-rag", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.services = services
     app.add_middleware(ErrorBoundary)
-    app.add_middleware(Gate, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        Gate,
+        api_keys=settings.api_keys,
+        max_body_bytes=settings.max_body_bytes,
+        max_transfer_bytes=settings.max_conversation_bytes,
+    )
     if settings.cors_origins:  # outermost: browsers ask without a key, and want to read refusals too
         app.add_middleware(
             CORSMiddleware,
@@ -148,6 +155,15 @@ def _add_routes(app: FastAPI, services: Services, settings: ServerSettings) -> N
     @app.delete("/v1/conversations")
     async def forget(request: Request, namespace: Annotated[Namespace, Query()] = DEFAULT) -> dict[str, Any]:
         return await asyncio.to_thread(services.conversations.forget, request, namespace)
+
+    @get("/v1/conversations")
+    async def save(request: Request, namespace: Annotated[Namespace, Query()] = DEFAULT) -> Response:
+        data = await services.conversations.dump(request, namespace)
+        return Response(data, media_type="application/octet-stream")
+
+    @app.put("/v1/conversations")
+    async def load(request: Request, namespace: Annotated[Namespace, Query()] = DEFAULT) -> dict[str, Any]:
+        return await services.conversations.restore(request, namespace, await request.body())
 
     @get("/health")
     async def health() -> dict[str, str]:

@@ -1,12 +1,17 @@
-"""`/v1/conversations`: whose conversations go on from each other over HTTP, and forgetting them."""
+"""`/v1/conversations`: whose conversations go on from each other over HTTP; saving, loading and forgetting them."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
+
+from prophetkv_rag.errors import InputError
+from prophetkv_rag.server.errors import ApiError
+from prophetkv_rag.server.work_queue import Ticket, WorkQueue
 
 if TYPE_CHECKING:
     from prophetkv_rag.conversations import ConversationTier
@@ -18,10 +23,19 @@ DEFAULT = "default"
 
 @dataclass(frozen=True, slots=True)
 class ConversationService:
-    """What is remembered of chats, apart for every API key, and within one for every namespace."""
+    """What is remembered of chats, apart for every API key, and within one for every namespace.
+
+    Attributes:
+        engine: Remembers them.
+        queue: Where conversations are saved and loaded, one after the other.
+        has_keys: Whether requests have API keys.
+        max_bytes: Longest conversation that is saved.
+    """
 
     engine: ServedEngine
+    queue: WorkQueue
     has_keys: bool
+    max_bytes: int
 
     @property
     def tier(self) -> ConversationTier | None:
@@ -50,6 +64,50 @@ class ConversationService:
         elif self.salts is not None:
             self.salts.forget(tenant)
         return {"object": "conversations", "namespace": namespace, "forgotten_tokens": tokens}
+
+    async def dump(self, request: Request, namespace: str) -> bytes:
+        """Return what is remembered of a namespace of this API key, as `restore` takes it.
+
+        Raises:
+            ApiError: If that is nothing (404), or longer than is given out (413).
+        """
+        engine, tenant = self._saving_engine(), self._tenant(request, namespace)
+
+        def work(ticket: Ticket[bytes]) -> Iterator[bytes]:
+            stats = engine.conversations.stats(tenant)
+            if not stats.tokens:
+                message = f"nothing is remembered in the namespace {namespace!r}; answer a prompt first"
+                raise ApiError(message, status=404, code="not_found", param="namespace")
+            if stats.nbytes > self.max_bytes:
+                message = (
+                    f"what is remembered in the namespace {namespace!r} takes {stats.nbytes} bytes, and this server "
+                    f"gives out {self.max_bytes} at most; put conversations into namespaces of their own"
+                )
+                raise ApiError(message, status=413, code="conversation_too_large", param="namespace")
+            yield engine.dump_conversation(tenant=tenant, bound_to=tenant)
+
+        return await anext(self.queue.submit(work))
+
+    async def restore(self, request: Request, namespace: str, data: bytes) -> dict[str, Any]:
+        """Remember what `dump` gave, in a namespace of this API key.
+
+        Raises:
+            InputError: If it is damaged, another model's, or, where the store is encrypted, was given to another key
+                or namespace; nothing of it is used.
+        """
+        engine, tenant = self._saving_engine(), self._tenant(request, namespace)
+
+        def work(ticket: Ticket[int]) -> Iterator[int]:
+            yield engine.restore_conversation(data, tenant=tenant, bound_to=tenant)
+
+        tokens = await anext(self.queue.submit(work))
+        return {"object": "conversations", "namespace": namespace, "remembered_tokens": tokens}
+
+    def _saving_engine(self) -> Any:  # a ProphetKVEngine; vLLM's has no such methods
+        if self.tier is None:
+            msg = "conversations are not saved and loaded with vLLM, which keeps prompts by itself"
+            raise InputError(msg)
+        return self.engine
 
     def forget_namespace(self, namespace: str) -> None:
         """Forget the conversations of a namespace, whoever's they are."""

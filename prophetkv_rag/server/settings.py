@@ -19,7 +19,9 @@ class ServerSettings:
         model_name: What clients call the model; a request for another one is an error.
         api_keys: Clients must send one of these as `Authorization: Bearer KEY`; empty for no check. Never printed.
         max_queue: Requests that may wait while one is answered; further ones are told to come back (429).
-        max_body_bytes: Longest request body.
+        max_body_bytes: Longest request body, but for a conversation's.
+        max_conversation_bytes: Longest conversation that is given out or taken back by `/v1/conversations`; two at a
+            time are, and each is in memory up to three times meanwhile.
         deadline_s: Longest time for a request, waiting included; `None` for no limit. A request may ask for less.
         default_max_tokens: Longest answer where a request does not say, in tokens.
         cors_origins: Web pages of these origins (`https://chat.example.com`) may call the server from a browser; `"*"`
@@ -34,6 +36,7 @@ class ServerSettings:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     max_queue: int = 32
     max_body_bytes: int = 8 * 1024 * 1024
+    max_conversation_bytes: int = 512 * 1024 * 1024
     deadline_s: float | None = None
     default_max_tokens: int = 512
     cors_origins: tuple[str, ...] = ()
@@ -53,7 +56,8 @@ class ServerSettings:
                     "own, port, in lower case: https://chat.example.com, http://localhost:3000; or * for any"
                 )
                 raise InputError(msg)
-        for name, least in (("max_queue", 0), ("max_body_bytes", 1), ("default_max_tokens", 1)):
+        leasts = (("max_queue", 0), ("max_body_bytes", 1), ("max_conversation_bytes", 1), ("default_max_tokens", 1))
+        for name, least in leasts:
             value = getattr(self, name)
             if value < least:
                 msg = f"{name} is {value}; it must be at least {least}"

@@ -88,7 +88,7 @@ def kept_rows(engine: ProphetKVEngine, ids: torch.Tensor, tenant: str = "") -> A
     held = engine.conversations.match(ids[0], tenant)
     pairs = []
     for layer in range(len(engine.support.layers)):
-        parts = [rows[layer] for _, rows in held.parts]
+        parts = [part.rows[layer] for part in held.parts]
         keys, values = (torch.cat([part[which] for part in parts], dim=1)[:, : held.length] for which in (0, 1))
         pairs.append((keys, values))
     return held, pairs

@@ -66,8 +66,9 @@ def test_nothing_is_left_after_forget(engine: ProphetKVEngine) -> None:
     chat = Chat(engine)
     chat.ask(with_context(QUESTIONS[0]))
     chat.ask(QUESTIONS[1])
-    rows = [weakref.ref(part) for _, parts in engine.conversations.match(prompt_ids(engine, chat.messages)[0], "").parts
-            for pair in parts for part in pair]  # fmt: skip
+    parts = engine.conversations.match(prompt_ids(engine, chat.messages)[0], "").parts
+    rows = [weakref.ref(tensor) for part in parts for pair in part.rows for tensor in pair]
+    del parts
     assert all(row() is not None for row in rows)
     engine.conversations.forget()
     gc.collect()

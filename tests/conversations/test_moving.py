@@ -17,8 +17,9 @@ from prophetkv_rag.conversations import SHORTEST, RowState
 from prophetkv_rag.conversations.insertion import NewRows, insert
 from prophetkv_rag.conversations.moving import MovedRows, find_moved
 from prophetkv_rag.conversations.rows import Trace
-from prophetkv_rag.conversations.tree import Node
+from prophetkv_rag.conversations.tree import Node, Part
 from prophetkv_rag.model import RopeTables, RowsLayer, cache_argument
+from prophetkv_rag.reuse import continuing
 from tests import families
 from tests.conversations.chats import Chat, counted_rows, divergence, full_prefill, kept_rows, prompt_ids, user
 from tests.tiny import CORPUS, tiny_llama, tiny_tokenizer
@@ -38,6 +39,13 @@ def make_engine(seed: int = 0, **settings: Any) -> ProphetKVEngine:
     engine = ProphetKVEngine(model, tiny_tokenizer(), config=ProphetKVConfig(encoding="plain", **settings))
     engine.add_chunks(CORPUS[:6])
     return engine
+
+
+@pytest.fixture(autouse=True)
+def all_moves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Histories here are short; that their latest tokens are computed has tests of its own."""
+    if "latest" not in request.node.name:
+        monkeypatch.setattr(continuing, "RECENT", 0)
 
 
 @pytest.fixture
@@ -101,6 +109,24 @@ def test_what_every_prompt_says_is_no_conversation(engine: ProphetKVEngine, role
     assert report.moved_tokens == 0
     assert report.fresh_tokens > 40
     assert len(report.chunks) == 2
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 3])
+def test_the_latest_messages_are_computed(engine: ProphetKVEngine, pairs: int) -> None:
+    """However long the history is: so many of its last tokens, to which a question refers first, are no stale ones."""
+    assert continuing.RECENT == 128
+    said = (SAID * 3)[:pairs]
+    engine.generate(messages(CONTEXTS[0], said), max_new_tokens=2)
+    sent = messages(CONTEXTS[1], said)
+    start, stop = history_of(engine, sent)
+    with counted_rows(engine) as rows:
+        result = engine.prefill(sent, recompute_ratio=0.1, remember=True)
+    report = result.report
+    assert report.moved_tokens == max(0, stop - start - 128)
+    assert (report.moved_tokens > 0) == (pairs == 3)
+    states = result.answered.states
+    assert bool((states[start + report.moved_tokens : stop] == int(RowState.COMPUTED)).all())
+    assert rows[-1] == report.fresh_tokens + report.recomputed_tokens > 128 * (pairs == 3)
 
 
 def test_ratio_bounds_what_is_recomputed_of_it(engine: ProphetKVEngine) -> None:
@@ -361,7 +387,8 @@ def test_moving_equals_the_models_own_rows_there(name: str, shift: int) -> None:
     before, expected = rows_at(30), rows_at(30 + shift)
     room = [RowsLayer(*(torch.zeros(1, part.shape[0], 400, part.shape[2]) for part in pair)) for pair in before]
     start = 30 + shift
-    MovedRows(start + 5, start + 40, shift, frozenset(), [(30, before)]).put_into(room, engine.support)
+    part = Part(30, before, torch.zeros(40, dtype=torch.int64))
+    MovedRows(start + 5, start + 40, shift, frozenset(), [part]).put_into(room, engine.support)
     for layer, (keys, values) in zip(room, expected, strict=True):
         torch.testing.assert_close(layer.keys[0, :, start + 5 : start + 40], keys[:, 5:], atol=2e-4, rtol=2e-4)
         torch.testing.assert_close(layer.values[0, :, start + 5 : start + 40], values[:, 5:], atol=2e-4, rtol=2e-4)
@@ -386,7 +413,8 @@ def test_moving_is_a_rotation_in_float64_rounded_once(engine: ProphetKVEngine) -
     expected = turned(turned(keys.double(), -old), new)
     room = [RowsLayer(torch.zeros(1, 2, 200, 16), torch.zeros(1, 2, 200, 16))]
     support: Any = SimpleNamespace(layers=engine.support.layers[:1])
-    MovedRows(90, 110, 90 - 7000, frozenset(), [(7000, [(keys, keys)])]).put_into(room, support)
+    part = Part(7000, [(keys, keys)], torch.zeros(20, dtype=torch.int64))
+    MovedRows(90, 110, 90 - 7000, frozenset(), [part]).put_into(room, support)
     torch.testing.assert_close(room[0].keys[0, :, 90:110].double(), expected, atol=1e-6, rtol=1e-6)
 
 

@@ -11,6 +11,7 @@ from llama_index.core.bridge.pydantic import PrivateAttr
 
 from prophetkv_rag.integrations.llama_index import ProphetKVLLM
 from prophetkv_rag.prompt.prompt import Prompt
+from tests.integrations.taught import CALL
 
 ANSWER = "The museum opens at ten."
 USE_TOOL = 'Thought: I need to look this up.\nAction: town\nAction Input: {"input": "When does the museum open?"}'
@@ -23,6 +24,9 @@ SUB_QUESTIONS = (
 
 def town_script(prompt: str, last: str) -> str:
     """What a good model would say to LlamaIndex's own prompts; `last` is the last message."""
+    if "<|im_start|>system\nTools:" in prompt:  # the template's, where it shows tools
+        is_told = "<|im_start|>tool\n" in prompt
+        return ANSWER if is_told else CALL % ("town", '{"input": "When does the museum open?"}')
     if last.startswith("Observation:"):
         return DONE
     if "Thought: The current language of the user is" in prompt:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llama_index.core import Document, SummaryIndex, VectorStoreIndex
-from llama_index.core.agent.workflow import ReActAgent
+from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ReActAgent
 from llama_index.core.bridge.pydantic import BaseModel, Field
 from llama_index.core.indices.query.query_transform import HyDEQueryTransform
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
@@ -42,6 +42,7 @@ from prophetkv_rag.integrations.llama_index import (
 )
 from tests.integrations.rag import QUESTION, TEXTS, HashingEmbedding, chunk_key
 from tests.integrations.scripted import ScriptedLLM
+from tests.integrations.taught import TOOL_TEMPLATE
 
 TOP_K = 3
 
@@ -91,8 +92,12 @@ class Town:
         engine.chat(QUESTION)
         engine.chat("And on Sunday?")
 
-    def agent(self, tool: Any) -> None:
-        agent = ReActAgent(tools=[tool], llm=self.llm)
+    def agent(self, tool: Any, kind: str = "ReActAgent") -> None:
+        if kind != "ReActAgent":
+            self.engine.tokenizer.chat_template = TOOL_TEMPLATE
+        agent: Any = (ReActAgent if kind == "ReActAgent" else FunctionAgent)(tools=[tool], llm=self.llm)
+        if kind == "AgentWorkflow":
+            agent = AgentWorkflow(agents=[agent], root_agent=agent.name)
 
         async def talk() -> None:
             await agent.run(QUESTION)
@@ -319,6 +324,21 @@ ROWS = [
         "`ReActAgent` with a retriever tool",
         lambda town: lambda: town.agent(retriever_tool(town)),
         "the call after the tool's; the first has no chunks yet",
+    ),
+    Row(
+        "`FunctionAgent` with a query-engine tool",
+        lambda town: lambda: town.agent(town.tool(), "FunctionAgent"),
+        "the tool's own call; the agent's calls hold the tool's answer, not its chunks",
+    ),
+    Row(
+        "`FunctionAgent` with a retriever tool",
+        lambda town: lambda: town.agent(retriever_tool(town), "FunctionAgent"),
+        "the call after the tool's; the first has no chunks yet",
+    ),
+    Row(
+        "`AgentWorkflow` with a retriever tool",
+        lambda town: lambda: town.agent(retriever_tool(town), "AgentWorkflow"),
+        "likewise",
     ),
 ]
 

@@ -61,7 +61,10 @@ def chat(name: str, top_k: int, vector_store: Any, engine: Any) -> Any:
         ("condense_plus_context", CHANGING),
     ],
 )
-def test_what_a_turn_computes(name: str, top_k: int, new_vector_store: Any, call_log: CallLog) -> None:
+def test_what_a_turn_computes(
+    name: str, top_k: int, new_vector_store: Any, call_log: CallLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prophetkv_rag.reuse.continuing.RECENT", 0)  # so short a history would be computed
     engine = make_engine(remember=True)
     talker = chat(name, top_k, new_vector_store(engine), engine)
     with counted_rows(engine) as rows:
