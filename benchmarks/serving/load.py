@@ -49,7 +49,7 @@ async def drive(url: str, model: str, prompts: Sequence[str], *, clients: int, r
 
         async def one(prompt: str) -> Timed:
             async with places:
-                return await _answer(http, url, model, prompt, tokens)
+                return await answer(http, url, model, prompt, tokens)
 
         tasks = []
         for prompt in prompts:
@@ -58,8 +58,11 @@ async def drive(url: str, model: str, prompts: Sequence[str], *, clients: int, r
         return list(await asyncio.gather(*tasks))
 
 
-async def _answer(http: httpx.AsyncClient, url: str, model: str, prompt: str, tokens: int) -> Timed:
-    timed, body = Timed(), _body(model, prompt, tokens)
+async def answer(
+    http: httpx.AsyncClient, url: str, model: str, prompt: str, tokens: int, timed: Timed | None = None
+) -> Timed:
+    """Send one prompt and time its answer, in `timed` if it is given."""
+    timed, body = timed or Timed(), _body(model, prompt, tokens)
     started = time.perf_counter()
     async with http.stream("POST", f"{url}/chat/completions", json=body) as response:
         if response.status_code != 200:

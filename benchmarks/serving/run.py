@@ -51,8 +51,8 @@ def main() -> None:
         wanted = [clients for clients in args.clients if (system, clients) not in done]
         if not wanted:
             continue
-        with _server(system, model, args) as (url, name):
-            _register(system, url, chunks)
+        with server(system, model, args) as (url, name):
+            register(system, url, chunks)
             _measure(url, name, chunks, 1, args, count=2)  # what is loaded lazily
             for clients in wanted:
                 row = {"system": system, "clients": clients, **_measure(url, name, chunks, clients, args)}
@@ -95,13 +95,15 @@ def _measure(
     return summary(answers, time.perf_counter() - started)
 
 
-def _register(system: str, url: str, chunks: list[str]) -> None:
+def register(system: str, url: str, chunks: list[str]) -> None:
+    """Have a system compute the caches of a document's chunks; vLLM alone has none."""
     if system != "vllm":
         httpx.put(f"{url}/chunks", json={"chunks": chunks, "in_order": True}, timeout=None).raise_for_status()
 
 
 @contextmanager
-def _server(system: str, model: str, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+def server(system: str, model: str, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Start a system in a process of its own; yields its address and what it calls the model."""
     engine = {"dtype": args.dtype, "max_model_len": args.max_model_len, "max_num_seqs": 16, "enforce_eager": True}
     program = [str(Path(sys.executable).with_name("prophetkv-rag")), "serve", "--model", model, "--port", str(PORT)]
     program += ["--max-queue", "1000"]

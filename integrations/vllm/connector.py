@@ -19,7 +19,14 @@ from prophetkv_rag.integrations.vllm.planner import Planner
 from prophetkv_rag.integrations.vllm.runner import VLLMRunner
 from prophetkv_rag.integrations.vllm.settings import ConnectorSettings
 from prophetkv_rag.integrations.vllm.stats import ProphetKVPromMetrics, ProphetKVStats
-from prophetkv_rag.integrations.vllm.support import check_config, check_pages, check_release, probe_module
+from prophetkv_rag.integrations.vllm.support import (
+    check_config,
+    check_pages,
+    check_release,
+    keeps_all_rows,
+    probe_module,
+)
+from prophetkv_rag.integrations.vllm.turns import Former, salted
 from prophetkv_rag.integrations.vllm.workers import WorkerStages
 from prophetkv_rag.store.disk import open_disk_store
 
@@ -42,6 +49,7 @@ class ProphetKVConnector(KVConnectorBase_V1):
         check_pages(kv_cache_config)
         self._settings = ConnectorSettings.of(vllm_config.kv_transfer_config.kv_connector_extra_config)
         self._max_rows = vllm_config.scheduler_config.max_num_batched_tokens
+        self._num_blocks = 0 if kv_cache_config is None else kv_cache_config.num_blocks
         self._store = open_disk_store(
             self._settings.path,
             ram_bytes=self._settings.ram_bytes if role == KVConnectorRole.WORKER else 0,
@@ -60,6 +68,8 @@ class ProphetKVConnector(KVConnectorBase_V1):
                 num_layers=vllm_config.model_config.hf_text_config.num_hidden_layers,
                 max_rows=self._max_rows,
                 max_positions=vllm_config.model_config.max_model_len,
+                block_size=vllm_config.cache_config.block_size,
+                can_read=keeps_all_rows(kv_cache_config),
                 salt=self._salted,
             )
 
@@ -77,19 +87,14 @@ class ProphetKVConnector(KVConnectorBase_V1):
         except ProphetKVError as error:
             logger.warning("request %s is left to vLLM: %s", request.request_id, error)
 
-    def _salted(self, request: Any, salt: str) -> bool:
-        """Keep a request's blocks apart from all others'; returns whether that could be done."""
+    def _salted(self, request: Any, salt: str, former: Former | None, *, is_apart: bool = True) -> int | None:
+        """Keep a request's blocks apart from all others', but for those of a former turn; see `salted`."""
         if not self._config.cache_config.enable_prefix_caching:
-            return True
-        hashes, update = getattr(request, "block_hashes", None), getattr(request, "update_block_hashes", None)
-        if not isinstance(hashes, list) or update is None or not hasattr(request, "cache_salt"):
+            return 0
+        found = salted(request, salt, former, is_apart=is_apart)
+        if found is None:
             logger.warning("this release of vLLM cannot salt a request's blocks; it is left to vLLM")
-            return False
-        before = list(hashes)
-        request.cache_salt = salt
-        hashes.clear()
-        update()
-        return not before or before != list(request.block_hashes)
+        return found
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Claim all of a prompt but its last token, in this step; or nothing; or ask to be asked again."""
@@ -128,6 +133,7 @@ class ProphetKVConnector(KVConnectorBase_V1):
             block_size=self._config.cache_config.block_size,
             max_rows=self._max_rows,
             num_kv_heads=self._config.model_config.get_total_num_kv_heads(),
+            num_blocks=self._num_blocks,
         )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:

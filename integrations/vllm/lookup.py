@@ -69,7 +69,7 @@ class ChunkLookup:
                 self._index.add(key, ids)
             for key in list(self._lost)[:_LOOKED_AT]:
                 lost, version = self._lost.pop(key)
-                if not version or self._version(key) != version:
+                if not version or self.version(key) != version:
                     self._index.add(key, lost)
                 elif key in self._store.known([key]):
                     self._lost[key] = lost, version  # the same bad file is there: the last in turn now
@@ -85,7 +85,7 @@ class ChunkLookup:
     def lose(self, key: str) -> None:
         """Leave a chunk out whose cache is missing or bad, until there is another one."""
         if key in self._index:
-            self._lost[key] = tuple(self._index.ids(key)), self._version(key)
+            self._lost[key] = tuple(self._index.ids(key)), self.version(key)
             self._index.remove(key)
 
     def give_up(self, key: str) -> None:
@@ -123,7 +123,7 @@ class ChunkLookup:
         found = Found(tuple(matches), behind, missing=missing)
         if first_chunk == "opening" and behind[0]:
             self._take_second(found)
-        found.versions = tuple(self._version(key) if keys else 0 for key, keys in zip(found.keys, behind, strict=True))
+        found.versions = tuple(map(self.version, found.keys))
         return found
 
     def _take_second(self, found: Found) -> None:
@@ -148,7 +148,8 @@ class ChunkLookup:
     def _behind(self, key: str) -> tuple[str, ...]:
         return self._store.behind(key).keys if self._identity.encoding else ()
 
-    def _version(self, key: str) -> int:
+    def version(self, key: str) -> int:
+        """Return what tells apart the caches that a key had one after the other; 0 if it has none."""
         try:
             return self._store.files.path(key).stat().st_mtime_ns
         except OSError:

@@ -34,7 +34,7 @@ class LoadPlan:
     Attributes:
         request_id: vLLM's.
         input_ids: The whole prompt, N tokens.
-        matches: The chunks in it.
+        matches: The chunks in it that stand behind the rows that are held, or what stands there of the first of them.
         behind: For each of them, the keys of the chunks that its cache was encoded behind.
         first_key: Key of the second cache that the first chunk is taken from; "" for its own.
         first_chunk: See `ProphetKVConfig`.
@@ -42,6 +42,7 @@ class LoadPlan:
         question_ids: See `RequestOptions`.
         block_ids: All blocks of the request.
         first_row: Rows before it are in the blocks already.
+        num_held: So many of those are a former prompt's, which this one goes on from; the stages read them.
     """
 
     request_id: str
@@ -54,6 +55,7 @@ class LoadPlan:
     question_ids: tuple[int, ...]
     block_ids: tuple[int, ...]
     first_row: int
+    num_held: int = 0
 
 
 @dataclass
@@ -85,6 +87,7 @@ class StepReport(KVConnectorWorkerMetadata):
         lost: Keys whose cache is missing or bad.
         encoded: Keys that are stored now.
         not_encoded: Key -> why it is not.
+        can_read: Whether rows can be read from vLLM's pages.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -92,6 +95,7 @@ class StepReport(KVConnectorWorkerMetadata):
     lost: list[str] = field(default_factory=list)
     encoded: list[str] = field(default_factory=list)
     not_encoded: dict[str, str] = field(default_factory=dict)
+    can_read: bool = True
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         """Put two workers' reports together: what one could not do has failed."""
@@ -102,4 +106,5 @@ class StepReport(KVConnectorWorkerMetadata):
             list(dict.fromkeys([*self.lost, *other.lost])),
             list(dict.fromkeys([*self.encoded, *other.encoded])),
             {**self.not_encoded, **other.not_encoded},
+            self.can_read and other.can_read,
         )

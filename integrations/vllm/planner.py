@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 from prophetkv_rag.errors import InputError
-from prophetkv_rag.integrations.vllm.lookup import ChunkLookup, Found
+from prophetkv_rag.integrations.vllm.known import Filling, KnownRequest
+from prophetkv_rag.integrations.vllm.lookup import ChunkLookup
 from prophetkv_rag.integrations.vllm.messages import LoadPlan, StepPlan, StepReport
-from prophetkv_rag.integrations.vllm.plans import (
-    make_layout,
-    num_recomputed,
-    stage_one_rows,
-    stage_two_rows,
-    with_caches,
-)
 from prophetkv_rag.integrations.vllm.registration import Registrations
 from prophetkv_rag.integrations.vllm.settings import NAME, ConnectorSettings, RequestOptions
-from prophetkv_rag.prompt import PromptLayout
-from prophetkv_rag.reuse import ratio_by_encoding, token_budget
+from prophetkv_rag.integrations.vllm.turns import Former, Turns
 from prophetkv_rag.store import CacheIdentity
 from prophetkv_rag.store.disk import DiskStore
 
@@ -30,23 +20,6 @@ logger = logging.getLogger(__name__)
 
 _MOST_PARTS = 8
 """Forwards that stage II of one request may take; a request with more rows is left to vLLM, which spreads it out."""
-
-
-@dataclass
-class _Known:
-    """A request whose prompt has known chunks.
-
-    Attributes:
-        plan: What the workers will be told, but for the blocks.
-        stage_rows: Rows that its stages run, both.
-        report: What its answer will say.
-        is_left: Whether vLLM prefills it.
-    """
-
-    plan: LoadPlan
-    stage_rows: int
-    report: dict[str, Any]
-    is_left: bool = False
 
 
 class Planner:
@@ -60,7 +33,9 @@ class Planner:
         num_layers: The model's.
         max_rows: Rows that one forward may have.
         max_positions: Positions that the model has.
-        salt: Keeps a request's blocks apart from all others'; returns whether that could be done.
+        block_size: Rows of one of vLLM's blocks.
+        can_read: Whether a former turn's rows are there to be read.
+        salt: Keeps a request's blocks apart from all others'; as `salted`.
     """
 
     def __init__(
@@ -73,7 +48,9 @@ class Planner:
         num_layers: int,
         max_rows: int,
         max_positions: int,
-        salt: Callable[[Any, str], bool],
+        block_size: int,
+        can_read: bool,
+        salt: Callable[..., int | None],
     ) -> None:
         self._store = store
         self._identity = identity
@@ -83,9 +60,13 @@ class Planner:
         self._max_rows = max_rows
         self._max_positions = max_positions
         self._max_stage_tokens = settings.max_stage_tokens or max_rows
+        self._block_size = block_size
         self._salt = salt
         self.chunks = ChunkLookup(store, identity)
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, KnownRequest] = {}
+        self._turns = Turns(block_size)
+        self._number = 0  # of the step that is being planned
+        self._can_read = can_read
         self._refused: dict[str, str] = {}
         self._loads: list[LoadPlan] = []
         self._ahead: list[str] = []
@@ -122,69 +103,49 @@ class Planner:
         found = self.chunks.find(ids, first_chunk)
         if found is None:
             return
-        layout = make_layout(ids, found.matches, options.question_ids, self._identity.prefix_ids)
-        if layout.num_chunk_tokens < self._settings.min_chunk_tokens:
+        known = KnownRequest(request, ids, found, ratio, first_chunk, options.question_ids, self._identity.prefix_ids)
+        if known.num_chunk_tokens < self._settings.min_chunk_tokens:
             return
-        layout = with_caches(layout, found.behind)
-        if ratio is None:
-            lengths = [len(chunk.input_ids) for chunk in layout.chunks]
-            is_alone = [not keys for keys in found.behind]
-            ratio = ratio_by_encoding(lengths, is_alone, has_exact_first=layout.exact_first_chunk)
-        one, two = stage_one_rows(layout), stage_two_rows(layout, ratio, first_chunk)
-        longest = max((len(job.input_ids) for job in found.missing.values()), default=0)
-        if (
-            max(one, longest, two // _MOST_PARTS) > self._max_rows
-            or len(ids) + len(options.question_ids) > self._max_positions
-        ):
+        former = self._turns.find(known.settings, known.plain, ids, known.chunk_rows)
+        if not former.num_same and self._is_too_long(known.filling(0)):
             self._count("too_long", 1)
             return
-        plan = LoadPlan(
-            request.request_id,
-            ids,
-            found.matches,
-            found.behind,
-            found.first_key,
-            first_chunk,
-            ratio,
-            options.question_ids,
-            (),
-            0,
-        )
-        if not self._salt(request, _salt_of(plan, found, request.cache_salt, self._identity.fingerprint)):
+        if not self._put_apart(known, former):
             return
-        report = self._report_of(plan, found, layout, one, two)
-        self._known[request.request_id] = _Known(plan, one + two, report)
-        if found.missing:
-            self.registrations.await_caches(request.request_id, found.missing)
-        ready = [key for key in found.keys if key not in found.missing]
+        self._known[request.request_id] = known
+        self._await_caches(known)
+        filling = known.filling(known.num_taken)
+        ready = [key for key in filling.keys if key not in found.missing]
         self._ahead += [key for key in ready if key != found.first_key]
         self._second_ahead += [key for key in ready if key == found.first_key]
 
-    def _report_of(self, plan: LoadPlan, found: Found, layout: PromptLayout, one: int, two: int) -> dict[str, Any]:
-        recomputed = num_recomputed(layout, plan.recompute_ratio, plan.first_chunk)
-        has_choice = 0 < token_budget(plan.recompute_ratio, layout.num_chunk_tokens) < int(layout.is_chunk.sum())
-        row_layers = (two + 1 + one * has_choice) * self._num_layers
-        unavoidable = (layout.num_tokens - layout.num_chunk_tokens - layout.known_prefix) * self._num_layers
-        return {
-            "strategy": "prophetkv",
-            "recompute_ratio": plan.recompute_ratio,
-            "prompt_tokens": layout.num_tokens,
-            "chunk_tokens": layout.num_chunk_tokens,
-            "reused_tokens": layout.num_chunk_tokens - recomputed,
-            "recomputed_tokens": recomputed,
-            "row_layers": row_layers,
-            "charged_ratio": (row_layers - unavoidable) / (layout.num_chunk_tokens * self._num_layers),
-            "chunks": [
-                {
-                    "key": match.key,
-                    "start": match.start,
-                    "stop": match.stop,
-                    "status": "miss" if key in found.missing else "hit",
-                    "behind": len(behind),
-                }
-                for key, match, behind in zip(found.keys, plan.matches, plan.behind, strict=True)
-            ],
-        }
+    def _put_apart(self, known: KnownRequest, former: Former) -> bool:
+        """Salt a request's blocks, behind those of a former turn; returns whether that could be done."""
+        salt = known.salt(self._identity.fingerprint)
+        taken = self._salt(known.request, salt, former)
+        if taken and not self._is_worth(known.filling(taken * self._block_size)):
+            taken = self._salt(known.request, salt, former, is_apart=False)  # vLLM computes what is new, all of it
+        if taken is None:
+            return False
+        known.num_taken = taken * self._block_size
+        return True
+
+    def _await_caches(self, known: KnownRequest) -> None:
+        filling = known.filling(known.num_taken)
+        missing = {key: job for key, job in known.found.missing.items() if key in filling.keys}
+        if missing and self._is_worth(filling):
+            self.registrations.await_caches(known.request.request_id, missing)
+
+    def _is_worth(self, filling: Filling) -> bool:
+        """Whether so many known tokens are new that their caches are used; of a turn, a whole block at least is new."""
+        is_many = filling.num_chunk_tokens >= self._settings.min_chunk_tokens
+        is_block = not filling.num_held or filling.num_new > self._block_size
+        return is_many and is_block and not self._is_too_long(filling)
+
+    def _is_too_long(self, filling: Filling) -> bool:
+        longest = max((len(job.input_ids) for job in filling.missing), default=0)
+        rows = max(filling.stage_one, longest, filling.stage_two // _MOST_PARTS)
+        return rows > self._max_rows or filling.num_positions > self._max_positions
 
     def claim(self, request: Any, num_local: int) -> int | None:
         """Return how many tokens behind the first `num_local` will be filled; `None` to be asked in the next step."""
@@ -193,26 +154,52 @@ class Planner:
         known = self._known.get(request.request_id)
         if known is None or known.is_left:
             return 0
+        if num_local < known.num_taken:  # vLLM needed the room of the former turn's blocks
+            blocks = num_local // self._block_size
+            if not self._put_apart(known, Former(tuple(request.block_hashes[:blocks]), blocks)):
+                return self._leave(known, "its blocks cannot be told apart from others")
+            self._await_caches(known)
+            return self.claim(request, num_local)
         if errors := self.registrations.errors(request.request_id):
-            self._leave(known, next(iter(errors.values())))
-            return 0
-        wanted = len(known.plan.input_ids) - 1 - num_local
-        if wanted <= 0:  # the same prompt's blocks are there already
-            return 0
+            return self._leave(known, next(iter(errors.values())))
+        filling = known.filling(known.num_taken)
+        known.first_row = num_local
+        is_filled = self._is_worth(filling) and (self._can_read or not known.num_taken)
+        if not is_filled or not filling.has_chunks_behind(num_local):
+            return 0  # vLLM computes the rest over the rows that are there
         taken = self._admitted_rows + self.registrations.reserved
-        if taken and taken + known.stage_rows > self._max_stage_tokens:
+        if taken and taken + filling.num_rows > self._max_stage_tokens:
             return None
-        return wanted
+        return filling.stop - num_local if self._is_settled(known) else None
+
+    def _is_settled(self, known: KnownRequest) -> bool:
+        """Whether the rows that a request goes on from are in the pages before this step: reading does not wait.
+
+        Blocks are found from the moment on when they are to be written. Those on a chain of ours are written by
+        requests that are known here, each from the row on where it began.
+        """
+        mine = known.request.block_hashes
+        for other in self._known.values():
+            if other is known or other.began_in is None:
+                continue
+            there = other.first_row if other.began_in == self._number else other.request.num_computed_tokens
+            block, theirs = there // self._block_size, other.request.block_hashes
+            if block * self._block_size < known.num_taken and block < len(theirs) and theirs[block] == mine[block]:
+                return False
+        return True
 
     def admit(self, request: Any, block_ids: list[int], count: int) -> None:
-        """Fill a request in this step."""
+        """Fill a request in this step, or see it begin otherwise."""
         known = self._known.get(request.request_id)
-        if known is None or count == 0:
+        if known is None:
             return
-        first = len(known.plan.input_ids) - 1 - count
-        self._loads.append(replace(known.plan, block_ids=tuple(block_ids), first_row=first))
-        self._admitted_rows += known.stage_rows
-        known.report["status"] = "reused"
+        known.began_in = self._number
+        if count == 0:
+            return
+        filling = known.filling(known.num_taken)
+        self._loads.append(filling.plan(request.request_id, block_ids, len(known.input_ids) - 1 - count))
+        self._admitted_rows += filling.num_rows
+        known.loaded(filling, {key: self.chunks.version(key) for key in filling.keys}, self._num_layers)
 
     def step(self) -> StepPlan:
         """Return what the workers do in this step, and begin the next."""
@@ -220,14 +207,17 @@ class Planner:
         plan = StepPlan(self._identity, self._loads, encode, self._ahead, self._second_ahead)
         for load in self._loads:
             report = self._known[load.request_id].report
+            assert report is not None
             self._count("requests", 1)
             for name in ("chunk_tokens", "reused_tokens", "recomputed_tokens"):
                 self._count(name, report[name])
         self._loads, self._ahead, self._second_ahead, self._admitted_rows = [], [], [], 0
+        self._number += 1
         return plan
 
     def learn(self, report: StepReport) -> None:
         """Take in what the workers say."""
+        self._can_read = self._can_read and report.can_read
         for key in report.lost:
             self.chunks.lose(key)
         for request_id, reason in report.failed.items():
@@ -236,8 +226,9 @@ class Planner:
                 self._leave(known, reason)
         for request_id, seconds in report.seconds.items():
             self._count("stage_seconds", seconds)
-            if request_id in self._known:
-                self._known[request_id].report.setdefault("stage_s", round(seconds, 4))
+            known = self._known.get(request_id)
+            if known is not None and known.report is not None:
+                known.report.setdefault("stage_s", round(seconds, 4))
         for key in report.not_encoded:
             self.chunks.give_up(key)
         for key, job in self.registrations.learn(report).items():
@@ -247,11 +238,12 @@ class Planner:
                 self.chunks.add(key, job.input_ids)
                 self._count("encoded_chunks", 1)
 
-    def _leave(self, known: _Known, reason: str) -> None:
+    def _leave(self, known: KnownRequest, reason: str) -> int:
         """Leave a request to vLLM: asked again, after a preemption, it must not fail again and again."""
         self._count("failed_requests", 1)
         known.is_left = True
-        known.report |= {"status": "left_to_vllm", "reason": reason, "reused_tokens": 0}
+        known.report = known.report_of_vllm(self._num_layers) | {"status": "left_to_vllm", "reason": reason}
+        return 0
 
     def finish(self, request: Any) -> dict[str, Any] | None:
         """Return what a request's answer says, and forget it."""
@@ -263,7 +255,14 @@ class Planner:
         if registered is not None:
             return {NAME: registered}
         known = self._known.pop(request_id, None)
-        return None if known is None else {NAME: {"status": "prefix_cache"} | known.report}
+        if known is None:
+            return None
+        if request.num_computed_tokens >= len(known.input_ids):
+            whole = request.block_hashes[: request.num_computed_tokens // self._block_size]
+            self._turns.keep(known.settings, known.plain, known.input_ids, known.chunk_rows, whole)
+        report = known.report or known.report_of_vllm(self._num_layers)
+        self._count("remembered_tokens", report["remembered_tokens"])
+        return {NAME: report}
 
     def _count(self, name: str, value: float) -> None:
         self.counts[name] = self.counts.get(name, 0) + value
@@ -278,15 +277,3 @@ def _is_plain(request: Any) -> bool:
         and not request.mm_features
         and not getattr(request, "skip_reading_prefix_cache", False)
     )
-
-
-def _salt_of(plan: LoadPlan, found: Found, given: str | None, fingerprint: str) -> str:
-    """Return what an approximate prompt's blocks are told apart by.
-
-    Every row depends on the question at the prompt's end, so only requests that are the same throughout share blocks;
-    and only while the caches are the same: what a chunk was encoded behind may be deleted, and it encoded anew.
-    """
-    parts: list[Any] = [given, fingerprint, plan.recompute_ratio, plan.question_ids, plan.input_ids]
-    parts += [plan.first_chunk, plan.first_key, plan.behind, found.versions]
-    parts += [[match.key, match.start, match.stop, match.skipped] for match in plan.matches]
-    return "prophetkv-" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()

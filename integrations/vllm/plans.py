@@ -34,13 +34,11 @@ def make_layout(
 
 
 def layout_of(load: LoadPlan, prefix_ids: tuple[int, ...]) -> PromptLayout:
-    """Return the layout of a request that is to be filled."""
-    return with_caches(make_layout(load.input_ids, load.matches, load.question_ids, prefix_ids), load.behind)
-
-
-def with_caches(layout: PromptLayout, behind: Sequence[Sequence[str]]) -> PromptLayout:
-    """Return a layout whose first chunk is exact only if its cache was encoded behind the opening alone, too."""
-    return replace(layout, exact_first_chunk=layout.exact_first_chunk and not behind[0])
+    """Return the layout of a request that is to be filled; rows that it goes on from are a known prefix."""
+    layout = make_layout(load.input_ids, load.matches, load.question_ids, prefix_ids)
+    layout = replace(layout, known_prefix=max(layout.known_prefix, load.num_held))
+    # It is exact only if its cache was encoded behind the opening alone, too.
+    return replace(layout, exact_first_chunk=layout.exact_first_chunk and not load.behind[0])
 
 
 def stage_one_rows(layout: PromptLayout) -> int:

@@ -27,6 +27,7 @@ from prophetkv_rag.integrations.vllm.reports import report_of
 from prophetkv_rag.integrations.vllm.sampling import BACKEND, Sampling
 from prophetkv_rag.integrations.vllm.served_chunks import ServedChunks
 from prophetkv_rag.integrations.vllm.settings import NAME, ConnectorSettings, transfer_config
+from prophetkv_rag.integrations.vllm.tenants import TenantSalts
 from prophetkv_rag.prompt import AnyPrompt, ChunkIndex, PromptLayout, PromptReader, Tokens
 from prophetkv_rag.store import ChunkStore
 from prophetkv_rag.store.disk import open_disk_store
@@ -62,6 +63,7 @@ class VLLMEngine:
             msg = f"vLLM does not take these settings: {error}; see `vllm serve --help`, with _ for -"
             raise InputError(msg) from error
         self.has_died = False
+        self.tenant_salts = TenantSalts()
         self._closing = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="prophetkv-vllm", daemon=True)
@@ -118,7 +120,7 @@ class VLLMEngine:
         """Send chunks in a request of their own, and return what it was answered."""
         sampling = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {NAME: said}})
         answered: Mapping[str, Any] = {}
-        for output in self._outputs([0], sampling, None, None):
+        for output in self._outputs({"prompt_token_ids": [0]}, sampling, None, None):
             answered = (output.kv_transfer_params or {}).get(NAME, answered)
         return answered
 
@@ -143,8 +145,13 @@ class VLLMEngine:
         grammar: Grammar | None = None,
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
+        tenant: str = "",
+        remember: bool | None = None,
     ) -> Iterator[StreamChunk]:
         """Answer a prompt piece by piece; see `ProphetKVEngine.stream`.
+
+        Former prompts of its tenant that it begins with are in vLLM's prefix cache. Without `remember` it takes nothing
+        from there, and leaves nothing that is found again.
 
         Raises:
             InputError: For an empty prompt, a strategy that vLLM does not run, a ratio outside [0, 1], or a grammar
@@ -174,9 +181,11 @@ class VLLMEngine:
             seed=seed,
             grammar=grammar,
         )
-        text, token_ids, said = "", (), None
+        text, token_ids, said, num_cached = "", (), None, 0
         started, first_at = time.monotonic(), None
-        for output in self._outputs(layout.input_ids.tolist(), sampling, cancel, ends_at):
+        salt = self.tenant_salts.once() if remember is False else self.tenant_salts.salt(tenant)
+        prompt_ids = {"prompt_token_ids": layout.input_ids.tolist(), "cache_salt": salt}
+        for output in self._outputs(prompt_ids, sampling, cancel, ends_at):
             if isinstance(output, str):
                 if output == "deadline" and not token_ids:
                     msg = "the deadline passed before the prompt was prefilled"
@@ -186,20 +195,21 @@ class VLLMEngine:
                 first_at = first_at or time.monotonic()
                 answer, said = output.outputs[0], (output.kv_transfer_params or {}).get(NAME)
                 delta, reason = answer.text, answer.finish_reason
+                if reason is not None:  # before, rows of our own count, too, and nothing says so
+                    num_cached = output.num_cached_tokens or 0
                 token_ids += tuple(answer.token_ids)
             text += delta
-            report = report_of(layout, said, ttft_s=(first_at or started) - started)
+            report = report_of(layout, said, ttft_s=(first_at or started) - started, num_cached=num_cached)
             yield StreamChunk(delta, text, token_ids, None if reason is None else _REASONS[reason], report)
             if reason is not None:
                 return
 
     def _outputs(
-        self, input_ids: Sequence[int], sampling: Any, cancel: threading.Event | None, ends_at: float | None
+        self, prompt: Mapping[str, Any], sampling: Any, cancel: threading.Event | None, ends_at: float | None
     ) -> Iterator[Any]:
         """Yield vLLM's outputs of one request, and last "cancelled" or "deadline" if it ended so."""
         outputs: queue.Queue[Any] = queue.Queue()
         request_id = uuid.uuid4().hex
-        prompt = {"prompt_token_ids": list(input_ids)}
         task = asyncio.run_coroutine_threadsafe(
             _pump(self._llm.generate(prompt, sampling, request_id), outputs), self._loop
         )

@@ -12,6 +12,7 @@ COUNTERS = {
     "chunk_tokens": "Tokens of known chunks in them.",
     "reused_tokens": "Those of them that were not computed again.",
     "recomputed_tokens": "Those of them that were.",
+    "remembered_tokens": "Tokens of prompts with known chunks that came from a former turn.",
     "failed_requests": "Requests left to vLLM because a cache was missing or bad.",
     "too_long": "Requests left to vLLM because they have more rows than a step may run.",
     "encoded_chunks": "Chunks encoded and stored.",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import vllm
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from prophetkv_rag.errors import InputError, UnsupportedModelError
 from prophetkv_rag.integrations.vllm.runner import VLLMRunner
@@ -239,3 +240,14 @@ def check_pages(kv_cache_config: Any) -> None:
     if len(groups) > 1:
         msg = f"vLLM keeps this model's cache in {len(groups)} groups of layers; only one is supported"
         raise UnsupportedModelError(msg)
+
+
+def keeps_all_rows(kv_cache_config: Any) -> bool:
+    """Whether a request's rows stay in its pages. Those that a sliding window has left behind, vLLM gives away."""
+    groups = kv_cache_config.kv_cache_groups if kv_cache_config is not None else []
+    specs = [
+        spec
+        for group in groups
+        for spec in getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values()
+    ]
+    return bool(specs) and all(isinstance(spec, FullAttentionSpec) for spec in specs)

@@ -15,7 +15,8 @@ from prophetkv_rag.errors import ProphetKVError
 from prophetkv_rag.integrations.vllm.heads import whole_heads
 from prophetkv_rag.integrations.vllm.identity import opening_of
 from prophetkv_rag.integrations.vllm.messages import LoadPlan, StepPlan, StepReport
-from prophetkv_rag.integrations.vllm.pages import PagedLayer, Pages
+from prophetkv_rag.integrations.vllm.page_reader import page_readers
+from prophetkv_rag.integrations.vllm.pages import HeldRows, PagedLayer, Pages
 from prophetkv_rag.integrations.vllm.plans import groups_of, layout_of, stage_one_rows, stage_two_rows
 from prophetkv_rag.integrations.vllm.rank_caches import RankCaches
 from prophetkv_rag.integrations.vllm.runner import VLLMRunner
@@ -40,6 +41,7 @@ class WorkerStages:
         block_size: Rows of one of vLLM's blocks.
         max_rows: Rows that one forward may have: what vLLM measured its memory with.
         num_kv_heads: The model's, on all ranks.
+        num_blocks: vLLM's blocks, which are all unused yet.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class WorkerStages:
         block_size: int,
         max_rows: int,
         num_kv_heads: int,
+        num_blocks: int,
     ) -> None:
         self._runner = runner
         self.support = support
@@ -63,6 +66,8 @@ class WorkerStages:
         self._block_size = block_size
         self._max_rows = max_rows
         self._num_kv_heads = num_kv_heads
+        readers = page_readers(runner.layers, num_blocks, block_size)
+        self._readers = readers if all(runner.all_agree([readers is not None])) else None
         self._prefixes: dict[str, EncodingPrefix | None] = {}
         self.failed_blocks: set[int] = set()
         """Blocks that were to be filled and were not; the connector hands them to vLLM."""
@@ -74,7 +79,7 @@ class WorkerStages:
 
     def run(self, plan: StepPlan) -> StepReport:
         """Do what a step asks for."""
-        report = StepReport()
+        report = StepReport(can_read=self._readers is not None)
         for keys, whose in ((plan.read_ahead, plan.identity), (plan.second_ahead, opening_of(plan.identity))):
             if keys:
                 self._store.read_ahead(keys, fingerprint=whose.fingerprint)
@@ -93,10 +98,12 @@ class WorkerStages:
         found, report.lost = self._caches.load(plan.loads, plan.identity, opening_of(plan.identity))
         ready: list[_Query] = []
         for load, caches in zip(plan.loads, found, strict=True):
-            if caches is not None:
-                ready.append(_Query(load, caches, plan.identity))
-            else:
+            if caches is None:
                 self._fail(load, "a chunk's cache is missing or bad", report)
+            elif load.num_held and self._readers is None:
+                self._fail(load, "vLLM's pages cannot be read", report)
+            else:
+                ready.append(_Query(load, caches, plan.identity))
         for group in groups_of(ready, lambda query: query.num_rows, self._max_rows):
             error = run_together(partial(self._fill, group, plan.identity))
             if error is not None:
@@ -186,7 +193,7 @@ class WorkerStages:
 
     def assembly(self, query: _Query, prefix: EncodingPrefix | None) -> Assembly:
         """Return what a query's layers are made of."""
-        layout = query.layout
+        layout, is_held = query.layout, query.load.num_held > 0
         return Assembly(
             self.support,
             query.caches,
@@ -194,13 +201,16 @@ class WorkerStages:
             layout.num_tokens + len(layout.probe_ids),
             dtype=getattr(torch, self.support.dtype),
             device=self._runner.device,
-            prefix=prefix,
-            known_prefix=layout.known_prefix,
+            prefix=None if is_held else prefix,
+            known_prefix=0 if is_held else layout.known_prefix,
         )
 
-    def paged(self, assembly: Assembly, pages: Pages | None) -> list[PagedLayer]:
+    def paged(self, query: _Query, assembly: Assembly, pages: Pages | None) -> list[PagedLayer]:
         """Return a query's layers."""
-        return [PagedLayer(assembly, index, layer, pages) for index, layer in enumerate(self._runner.layers)]
+        load, held = query.load, None
+        if load.num_held and self._readers is not None:
+            held = HeldRows(load.block_ids, self._block_size, load.num_held, self._readers, self._runner.device)
+        return [PagedLayer(assembly, index, layer, pages, held) for index, layer in enumerate(self._runner.layers)]
 
     def context(self, query: _Query, layers: Sequence[PagedLayer]) -> QueryContext:
         """Return what the strategy sees of a query."""
@@ -219,6 +229,7 @@ class WorkerStages:
             config=config,
         )
         context.exact_rows = layout.known_prefix
+        context.held_rows = query.load.num_held
         return context
 
     def pages(self, query: _Query) -> Pages:
@@ -268,7 +279,7 @@ class _Query:
 
     def prepare(self, stages: WorkerStages, prefix: EncodingPrefix | None) -> None:
         self._assembly = stages.assembly(self, prefix)
-        self.context = stages.context(self, stages.paged(self._assembly, None))
+        self.context = stages.context(self, stages.paged(self, self._assembly, None))
 
     @property
     def num_rows(self) -> int:
@@ -281,4 +292,4 @@ class _Query:
         return 0 < self.context.budget < int(self.context.eligible.sum())
 
     def jobs(self, stages: WorkerStages, most: int) -> Iterator[RowsJob]:
-        return stages.jobs(self.context, stages.paged(self._assembly, stages.pages(self)), most)
+        return stages.jobs(self.context, stages.paged(self, self._assembly, stages.pages(self)), most)

@@ -16,7 +16,7 @@ from prophetkv_rag.server.work_queue import Ticket, WorkQueue
 if TYPE_CHECKING:
     from prophetkv_rag.conversations import ConversationTier
     from prophetkv_rag.server.schemas import ReuseOptions
-    from prophetkv_rag.server.served import ServedEngine
+    from prophetkv_rag.server.served import ServedEngine, TenantSalts
 
 DEFAULT = "default"
 
@@ -42,26 +42,27 @@ class ConversationService:
         """The engine's; `None` of one that remembers in a way of its own (vLLM)."""
         return getattr(self.engine, "conversations", None)
 
-    def options(self, request: Request, ours: ReuseOptions) -> dict[str, Any]:
-        """Return what the engine is told of whose conversation a request goes on with.
+    @property
+    def salts(self) -> TenantSalts | None:
+        """Of such an engine."""
+        return getattr(self.engine, "tenant_salts", None)
 
-        Raises:
-            InputError: If the request asks for what the engine does not do.
-        """
-        if self.tier is None:
-            if ours.remember is not None or ours.namespace is not None:
-                msg = "prophetkv.remember and prophetkv.namespace are not for vLLM, which keeps prompts by itself"
-                raise InputError(msg)
-            return {}
+    def options(self, request: Request, ours: ReuseOptions) -> dict[str, Any]:
+        """Return what the engine is told of whose conversation a request goes on with."""
         return {"remember": ours.remember, "tenant": self._tenant(request, ours.namespace or DEFAULT)}
 
     def forget(self, request: Request, namespace: str) -> dict[str, Any]:
-        """Forget the conversations of a namespace, as far as they are this API key's."""
+        """Forget the conversations of a namespace, as far as they are this API key's.
+
+        How many tokens that were is not known of an engine that remembers in a way of its own.
+        """
         tenant = self._tenant(request, namespace)
-        tokens = 0
+        tokens = None
         if self.tier is not None:
             tokens = self.tier.stats(tenant).tokens
             self.tier.forget(tenant)
+        elif self.salts is not None:
+            self.salts.forget(tenant)
         return {"object": "conversations", "namespace": namespace, "forgotten_tokens": tokens}
 
     async def dump(self, request: Request, namespace: str) -> bytes:
@@ -114,6 +115,8 @@ class ConversationService:
         for tenant in tier.tenants() if tier is not None else ():
             if tier is not None and tenant.partition("/")[0] == namespace:
                 tier.forget(tenant)
+        if self.salts is not None:
+            self.salts.forget_namespace(namespace)
 
     def _tenant(self, request: Request, namespace: str) -> str:
         given = request.headers.get("authorization", "") if self.has_keys else ""

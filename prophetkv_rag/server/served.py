@@ -11,6 +11,16 @@ if TYPE_CHECKING:
     from prophetkv_rag.store import ChunkStore
 
 
+class TenantSalts(Protocol):
+    """How an engine without a `conversations` of ours keeps tenants apart; it remembers in a way of its own."""
+
+    def forget(self, tenant: str) -> None:
+        """Have what was computed for a tenant found no more."""
+
+    def forget_namespace(self, namespace: str) -> None:
+        """Have what was computed for the tenants of a namespace found no more."""
+
+
 class ServedEngine(Protocol):
     """See `ProphetKVEngine`, whose contract these methods have. Any thread may call."""
 

@@ -90,8 +90,15 @@ class Served:
     def ids(self, prompt: Any) -> list[int]:
         return self.engine.read(prompt).input_ids.tolist()
 
-    def run(self, prompts: list[list[int]], options: list[Any] | None = None, *, max_tokens: int = ANSWER) -> list[Any]:
-        """Send token ids, all at once; `options` are our part of `kv_transfer_params`."""
+    def run(
+        self,
+        prompts: list[list[int]],
+        options: list[Any] | None = None,
+        *,
+        max_tokens: int = ANSWER,
+        tenant: str | None = None,
+    ) -> list[Any]:
+        """Send token ids, all at once; `options` are our part of `kv_transfer_params`, `tenant` vLLM's `cache_salt`."""
         said = options or [None] * len(prompts)
         sampling = [
             SamplingParams(
@@ -102,7 +109,8 @@ class Served:
             )
             for one in said
         ]
-        return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+        whose = {} if tenant is None else {"cache_salt": tenant}
+        return self.llm.generate([{"prompt_token_ids": ids} | whose for ids in prompts], sampling, use_tqdm=False)
 
     def answers(self, prompts: list[Any], ratio: float | None = None, **options: Any) -> list[list[int]]:
         """Answers of vLLM with our connector, sent at once."""

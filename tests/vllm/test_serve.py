@@ -162,6 +162,48 @@ def test_random_cancellations_leave_the_others_right(server, keys, engine):
     assert [text for _, text in answers] == [expected[number] for number, _ in answers]
 
 
+def talk(server, **ours):
+    """Two turns of a chat; returns what their reports say was remembered."""
+    messages, found = chat(2), []
+    for number in range(2):
+        answer = post(server, messages=messages, prophetkv=ours).json()
+        found.append(answer["prophetkv"]["remembered_tokens"])
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= found[-1]
+        said = answer["choices"][0]["message"]["content"]
+        messages = [
+            *messages,
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": text_of(8, seed=60 + number)},
+        ]
+    return found
+
+
+def forget(server, namespace):
+    answer = httpx.request("DELETE", f"{server}/conversations", params={"namespace": namespace})
+    assert answer.json()["forgotten_tokens"] is None
+
+
+def test_conversations_go_on_within_a_namespace_until_they_are_forgotten(server, keys):
+    first, second = talk(server, namespace="alice")
+    assert first == 0 < 250 < second
+    assert talk(server, namespace="alice")[1] >= second  # the same once more: answered from the prefix cache
+    assert talk(server, namespace="bob")[0] == 0
+    assert talk(server, namespace="carol", remember=False) == [0, 0]
+    forget(server, "bob")
+    assert talk(server, namespace="alice")[0] > 0
+    forget(server, "alice")
+    assert talk(server, namespace="alice")[0] == 0
+    httpx.request("DELETE", f"{server}/chunks", json={"all": True, "namespace": "alice"})
+    assert talk(server, namespace="alice")[0] == 0
+
+
+def test_conversations_without_chunks_are_remembered_too(server, keys):
+    text = [{"role": "user", "content": text_of(70, seed=77)}]
+    found = [post(server, messages=text, prophetkv={"namespace": name}).json()["prophetkv"] for name in ("d", "d", "e")]
+    assert [one["remembered_tokens"] > 0 for one in found] == [False, True, False]
+    assert all(one["remembered_tokens"] + one["fresh_tokens"] == one["prompt_tokens"] for one in found)
+
+
 def test_a_deleted_chunk_is_not_reused(server, keys):
     extra = text_of(70, seed=30)
     (chunk,) = httpx.put(f"{server}/chunks", json={"chunks": [extra], "namespace": "two"}, timeout=None).json()["data"]
