@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from prophetkv_rag.integrations.vllm.turns import Turns
-from prophetkv_rag.model import TransformersRunner
+from prophetkv_rag.model import CACHE_NAME, TransformersRunner
 from prophetkv_rag.prompt import ChunkSpan, PromptLayout
 from prophetkv_rag.reuse import QueryContext, assemble_caches, make_strategy, rows_job, token_budget
 from tests.tiny import save_tiny, text_of
@@ -78,11 +78,11 @@ def rows_of_the_first_turn(served, answer, num_held, **settings):
     """Our engine's rows of the first prompt and its answer: `num_held` of them."""
     prompt = [{"role": "user", "content": "\n\n".join(CHUNKS[:3]) + f"\n\n{text_of(8, seed=50)}"}]
     result = served.engine.prefill(prompt, **settings)
-    cache = copy.deepcopy(result.inputs["past_key_values"])
+    cache = copy.deepcopy(result.inputs[CACHE_NAME])
     last = torch.tensor([[*first_turn(served)[-1:], *answer]])
     positions = torch.arange(last.shape[1])[None] + len(first_turn(served)) - 1
     with torch.inference_mode():
-        served.engine.model(last, past_key_values=cache, position_ids=positions)
+        served.engine.model(last, position_ids=positions, **{CACHE_NAME: cache})
     return [(layer.keys[:, :, :num_held].clone(), layer.values[:, :, :num_held].clone()) for layer in cache.layers]
 
 
@@ -98,7 +98,7 @@ def continued(served, rows, ids):
         for _ in range(ANSWER):
             at = cache.get_seq_length()
             positions = torch.arange(at, at + new.shape[1])[None]
-            logits = served.engine.model(new, past_key_values=cache, position_ids=positions).logits
+            logits = served.engine.model(new, position_ids=positions, **{CACHE_NAME: cache}).logits
             new = logits[:, -1:].argmax(-1)
             found.append(int(new))
     return found
