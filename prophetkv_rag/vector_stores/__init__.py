@@ -2,9 +2,9 @@
 
 In come records (id, text, metadata) and what is done to them; out come caches in the engine's store, owned by the
 vector store. Begin reading with `link.py`: before and after a write, a delete, and all that is there; `calls.py` runs
-a call between the two, plain or awaited. `caches.py` is what Chroma's own link has in common with it, `ledger.py` knows
-which record carries which cache, `document_order.py` which chunks stand before which, and `neighbours.py` encodes
-chunks again behind what is near them.
+a call between the two, plain or awaited. `caches.py` is what Chroma's own link has in common with it, `records.py` what
+a vector store tells of its records, `ledger.py` knows which of them carries which cache, `document_order.py` which
+chunks stand before which, and `neighbours.py` encodes chunks again behind those that are near (`near_records.py`).
 """
 
 from prophetkv_rag.vector_stores.caches import QUERY_SIZE, OwnedCaches, Progress, batches
