@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
+
+from prophetkv_rag.once import once
 
 BLOCK_ELEMENTS = 384
 """Query rows x groups handled per attention call: large enough for the matrix products, small enough that a block of
@@ -88,7 +89,7 @@ class RowBlocks:
         self._outside: tuple[torch.Tensor, torch.Tensor] | None = None
         self._tile_rows: dict[tuple[int, int], torch.Tensor] = {}
 
-    @cached_property
+    @once
     def _bounds(self) -> list[tuple[int, int]]:
         """First and last key of each row.
 

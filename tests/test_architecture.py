@@ -23,25 +23,26 @@ FRAMEWORKS = ("llama_index", "langchain", "langchain_core", "langchain_chroma", 
 MAY_IMPORT = {
     # Every package along the data path, the lowest first, and those it may import, which all stand above it.
     "lazy": "",
+    "once": "",
     "errors": "",
     "text": "errors",
     "extras": "errors",
     "forks": "",
     "home": "errors",
     "waiting": "",
-    "kernels": "",
+    "kernels": "once",
     "config": "errors",
-    "report": "",
+    "report": "once",
     "model": "errors extras forks kernels",
     "generation": "errors extras forks report model",
     "defaults": "errors text extras forks home model",
-    "store": "errors forks kernels",
+    "store": "once errors forks kernels",
     "store.encryption": "errors extras",
     "store.blobs": "errors store store.encryption",
     "store.catalog": "errors forks store",
     "store.remote": "errors extras forks store store.encryption store.catalog",
     "store.disk": "errors forks store store.encryption store.blobs store.catalog store.remote",
-    "prompt": "errors text forks config store",
+    "prompt": "once errors text forks config store",
     "chunks": "errors text forks config report model store prompt",
     "conversations": "errors forks model store prompt",
     "tools": "errors generation prompt",
@@ -53,17 +54,17 @@ MAY_IMPORT = {
     "prophetkv_rag": "lazy errors waiting config report generation prompt reuse engine",
     "distributed": "lazy errors text extras config model defaults store store.encryption store.remote store.disk "
     "engine",
-    "evaluation": "lazy errors extras kernels config model defaults store store.blobs store.catalog store.disk prompt "
-    "reuse profile engine",
+    "evaluation": "lazy once errors extras kernels config model defaults store store.blobs store.catalog store.disk "
+    "prompt reuse profile engine",
     "server": "lazy errors text extras report generation store prompt conversations tools",
     "integrations.shared": "errors forks engine vector_stores",
-    "integrations.llama_index": "errors extras forks config report generation defaults store prompt tools engine "
+    "integrations.llama_index": "once errors extras forks config report generation defaults store prompt tools engine "
     "vector_stores chroma integrations.shared",
     "integrations.langchain": "lazy errors text extras config report generation defaults store prompt tools engine "
     "vector_stores "
     "chroma integrations.shared",
-    "integrations.vllm": "errors text extras kernels config report model generation store store.disk prompt chunks "
-    "reuse",
+    "integrations.vllm": "once errors text extras kernels config report model generation store store.disk prompt "
+    "chunks reuse",
     "cli": "errors text extras home kernels config profile report model defaults store store.encryption store.blobs "
     "store.catalog "
     "store.remote store.disk reuse engine chroma distributed evaluation server integrations.llama_index "

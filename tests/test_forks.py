@@ -18,8 +18,9 @@ import torch
 from prophetkv_rag import Prompt, ProphetKVEngine, forks
 from prophetkv_rag.forks import around_fork, kept_from_children
 from prophetkv_rag.model.attention import AttentionPass, attention_implementation
+from prophetkv_rag.once import once
 from prophetkv_rag.store.disk import DiskStore
-from tests.forked import Child, Elsewhere, forked
+from tests.forked import NOT_FOR_EVER_S, Child, Elsewhere, forked
 from tests.tiny import text_of, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +82,39 @@ def test_a_fork_waits_for_who_holds_a_lock() -> None:
     os.register_at_fork(before=holder.let_go)  # hooks run in the reverse order; it cannot be taken back, and is idle
     assert forked(lambda: owner._lock.acquire(timeout=0)) is True
     holder.leave()
+
+
+class Slow:
+    """Computes a property for as long as it is told to."""
+
+    def __init__(self) -> None:
+        self.may_begin, self.may_end = threading.Event(), threading.Event()
+
+    @once
+    def value(self) -> list[int]:
+        self.may_begin.set()
+        assert self.may_end.wait(NOT_FOR_EVER_S)
+        return [1]
+
+
+def test_a_property_that_a_thread_computes_meanwhile_is_computed_in_the_child() -> None:
+    busy, other = Slow(), Slow()
+    thread = threading.Thread(target=lambda: busy.value)
+    thread.start()
+    assert busy.may_begin.wait(NOT_FOR_EVER_S)
+    other.may_end.set()
+    assert forked(lambda: other.value) == [1]
+    busy.may_end.set()
+    assert busy.value is busy.value  # whoever computed it
+    thread.join()
+
+
+def test_no_property_has_a_lock_that_all_objects_share() -> None:
+    """As `functools.cached_property` before Python 3.12."""
+    sources = [
+        path for folder in ("prophetkv_rag", "integrations", "kernels") for path in (ROOT / folder).rglob("*.py")
+    ]
+    assert [path.name for path in sources if "import cached_property" in path.read_text("utf-8")] == []
 
 
 def test_what_nobody_uses_any_more_is_forgotten() -> None:

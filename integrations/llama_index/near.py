@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 from llama_index.core.schema import MetadataMode
 from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQueryResult
 
+from prophetkv_rag.once import once
 from prophetkv_rag.vector_stores import NearRecords, Placed, Record, UnreadableError
 
 Embeddings = Mapping[str, Any]
@@ -50,7 +50,7 @@ class NearNodes(NearRecords):
             raise UnreadableError(msg)
         return texts
 
-    @cached_property
+    @once
     def _kept(self) -> dict[str, str | None]:
         """Texts by id, of a vector store that has none: of what was just written, and of what the caller reads."""
         texts = {name: record.text for name, record in self.written.items()}

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 from prophetkv_rag.config import FirstChunk
@@ -14,6 +13,7 @@ from prophetkv_rag.integrations.vllm.lookup import Found
 from prophetkv_rag.integrations.vllm.messages import EncodeJob, LoadPlan
 from prophetkv_rag.integrations.vllm.plans import layout_of, num_recomputed, stage_one_rows, stage_two_rows
 from prophetkv_rag.integrations.vllm.turns import ChunkRows
+from prophetkv_rag.once import once
 from prophetkv_rag.prompt import PromptLayout
 from prophetkv_rag.reuse import ratio_by_encoding, token_budget
 
@@ -134,7 +134,7 @@ class Filling:
             ratio = ratio_by_encoding(lengths, is_alone, has_exact_first=self.layout.exact_first_chunk)
             self._load = replace(self._load, recompute_ratio=ratio)
 
-    @cached_property
+    @once
     def layout(self) -> PromptLayout:
         """The prompt, with the chunks that are filled."""
         return layout_of(self._load, self._known.prefix_ids)
@@ -164,12 +164,12 @@ class Filling:
         """Positions that the stages need."""
         return len(self._known.input_ids) + len(self._known.question_ids)
 
-    @cached_property
+    @once
     def stage_one(self) -> int:
         """Rows that stage I runs, if it runs."""
         return stage_one_rows(self.layout)
 
-    @cached_property
+    @once
     def stage_two(self) -> int:
         """Rows that stage II runs."""
         return stage_two_rows(self.layout, self._load.recompute_ratio, self._load.first_chunk)

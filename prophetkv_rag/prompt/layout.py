@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from prophetkv_rag.errors import ContextWindowError
+from prophetkv_rag.once import once
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class PromptLayout:
         """N."""
         return int(self.input_ids.shape[0])
 
-    @cached_property
+    @once
     def is_chunk(self) -> torch.Tensor:
         """`[N]` bool: tokens whose rows come from a chunk cache, or from elsewhere in a former prompt.
 
@@ -76,7 +76,7 @@ class PromptLayout:
         mask[-1] = False
         return mask
 
-    @cached_property
+    @once
     def spans(self) -> tuple[ChunkSpan | MovedSpan, ...]:
         """Chunks and moved messages in order of position."""
         return tuple(sorted((*self.chunks, *self.moved), key=lambda span: span.start))

@@ -9,12 +9,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from prophetkv_rag.once import once
 
 SegmentKind = Literal["prefix", "chunk", "glue", "suffix"]
 
@@ -111,7 +112,7 @@ class PromptView:
     def __repr__(self) -> str:
         return f"PromptView({len(self.token_ids)} tokens, {len(self.chunks)} chunks)"
 
-    @cached_property
+    @once
     def segments(self) -> tuple[SegmentView, ...]:
         """The prompt from its first token to its last."""
         recomputed = np.zeros(len(self.token_ids), dtype=bool)
@@ -155,7 +156,7 @@ class PromptView:
             self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
 
-    @cached_property
+    @once
     def _shade_limits(self) -> list[float]:
         """The scores at which shades begin."""
         if self.scores is None or not self.chunks:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from prophetkv_rag.errors import StoreError
+from prophetkv_rag.once import once
 from prophetkv_rag.store.failures import Failures
 from prophetkv_rag.store.reports import StoreStats, VerifyReport
 from prophetkv_rag.store.text_entry import EntryColumns, TextEntry
@@ -39,7 +39,7 @@ class ChunkStore(ABC):
 
     policy: Policy = "eager"
 
-    @cached_property
+    @once
     def failures(self) -> Failures:
         """What could not be written since the store was opened; the engine notes here what it had to do without."""
         return Failures()

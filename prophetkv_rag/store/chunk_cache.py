@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from prophetkv_rag.kernels import ops
+from prophetkv_rag.once import once
 
 LAYOUT_VERSION = 1
 """Bumped whenever the meaning of a stored tensor changes; part of every key, so old blobs are simply not found."""
@@ -125,7 +125,7 @@ class CacheIdentity:
     namespace: str = ""
     encoding: str = ""
 
-    @cached_property
+    @once
     def fingerprint(self) -> str:
         """64 hex digits; equal for two engines exactly if their chunk caches are interchangeable."""
         parts = [f"layout={LAYOUT_VERSION}", self.model, self.tokenizer, self.dtype, repr(self.prefix_ids)]

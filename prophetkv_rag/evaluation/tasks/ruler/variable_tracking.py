@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import pairwise
 
 from prophetkv_rag.evaluation.tasks.example import TaskExample
 from prophetkv_rag.evaluation.tasks.ruler.fitting import largest_size
 from prophetkv_rag.evaluation.tasks.ruler.haystack import NOISE_LINE, insert_units, lines_to_pieces
 from prophetkv_rag.evaluation.tasks.ruler.settings import TaskSettings
+from prophetkv_rag.once import once
 
 BEFORE = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 QUESTION = "Find all variables that are assigned the value {query} in the text above."
@@ -34,7 +34,7 @@ class VariableTracking:
     def __init__(self, settings: TaskSettings) -> None:
         self.settings = settings
 
-    @cached_property
+    @once
     def _example_size(self) -> int:
         """Lines of noise in the worked example; by a tokenizer, which a task that is only made need not have."""
         return largest_size(self._example_fits, self.min_size)
