@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import chromadb
+from chat_turns import QUESTIONS
 from langchain_core.documents import Document
 from llama_index.core import VectorStoreIndex
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
@@ -16,18 +17,6 @@ from prophetkv_rag.integrations.langchain import ChatProphetKV, MiniLMEmbeddings
 from prophetkv_rag.integrations.llama_index import MiniLMEmbedding, ProphetKVChromaVectorStore, ProphetKVLLM
 
 Ask = Callable[[str], Any]
-QUESTIONS = [
-    "What is said of the people?",
-    "And what of the nation?",
-    "Who is spoken to?",
-    "Is there a promise in it?",
-    "What should be done next?",
-    "Name one thing that is feared.",
-    "Name one thing that is hoped for.",
-    "How does it end?",
-    "Which year is spoken of?",
-    "Thank you. Say it in one sentence.",
-]
 TOOL_TEMPLATE = (
     "{% if tools %}<|im_start|>system\nYou may call functions:\n"
     "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"

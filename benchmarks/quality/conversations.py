@@ -12,8 +12,6 @@ reusing chunks alone. "remembered": it goes on from the former turn's rows. An i
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import random
 import sys
 from collections.abc import Iterator
@@ -21,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conversation_rows import arguments, difference, kept_rows, mean, read_articles, write_rows
 
 from prophetkv_rag import ProphetKVEngine
 from prophetkv_rag.defaults import fetch_default_model
-from prophetkv_rag.evaluation.quality import bootstrap_mean, forced_logits
+from prophetkv_rag.evaluation.quality import forced_logits
 from prophetkv_rag.model import cache_argument, complete_cache
 
 ARMS = {
@@ -37,11 +36,8 @@ ARMS = {
 
 def conversations(file: Path, options: argparse.Namespace) -> Iterator[list[tuple[tuple[str, ...], str]]]:
     """Yield each conversation as its turns: (new passages, question)."""
-    opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "rt", encoding="utf-8") as text:
-        articles = json.load(text)["data"]
     draw = random.Random(options.seed)
-    for article in draw.sample(articles, options.conversations):
+    for article in draw.sample(read_articles(file), options.conversations):
         paragraphs = [one for one in article["paragraphs"] if any(asked["answers"] for asked in one["qas"])]
         count = options.passages + (options.turns - 1) // 3
         chosen = draw.sample(paragraphs, count)
@@ -111,57 +107,31 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = []
         for arm in ARMS:
             found = [row for row in rows if row["arm"] == arm and row["turn"] in chosen]
-            cells.append(f"{_mean(found, 'computed'):,.0f}, {_mean(found, 'kl'):.3f}")
-        prompt = _mean([row for row in rows if row["turn"] in chosen], "prompt")
+            cells.append(f"{mean(found, 'computed'):,.0f}, {mean(found, 'kl'):.3f}")
+        prompt = mean([row for row in rows if row["turn"] in chosen], "prompt")
         lines.append(f"| {name} | {prompt:,.0f} | " + " | ".join(cells) + " |")
     names = list(ARMS)
     for again, remembered in (names[:2], names[2:]):
         by_arm = {(row["arm"], row["conversation"], row["turn"]): row["kl"] for row in rows if row["turn"] > 1}
         pairs = [key[1:] for key in by_arm if key[0] == again and (remembered, *key[1:]) in by_arm]
         differences = [by_arm[remembered, *key] - by_arm[again, *key] for key in pairs]
-        change = bootstrap_mean(differences)
-        lower = sum(value < 0 for value in differences)
-        interval = f"{change.mean:+.4f} ({change.low:+.4f} to {change.high:+.4f})"
-        lines.append(
-            f"\n{remembered} minus {again}, turns 2 and later: KL {interval}, lower in {lower} of {len(differences)}."
-        )
+        lines.append(f"\n{remembered} minus {again}, turns 2 and later: {difference(differences)}.")
     return "\n".join(lines)
-
-
-def _mean(rows: list[dict[str, Any]], name: str) -> float:
-    return sum(row[name] for row in rows) / max(1, len(rows))
 
 
 @torch.no_grad()
 def main() -> None:
     """Measure what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--squad", type=Path, help="SQuAD's JSON.")
-    source.add_argument("--table", type=Path, help="Print the table of kept rows; needs no model.")
-    parser.add_argument("--model", help="Model directory; SmolLM2-135M-Instruct by default.")
-    parser.add_argument("--conversations", type=int, default=4)
-    parser.add_argument("--turns", type=int, default=10)
-    parser.add_argument("--passages", type=int, default=3, help="Of the first turn.")
-    parser.add_argument("--answer-tokens", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="Rows are kept here.")
+    parser = arguments(__doc__ or "", conversations=4, turns=10, passages=3, answer_tokens=16)
     options = parser.parse_args()
-    kept = options.table or options.out
-    rows = [json.loads(line) for line in kept.read_text("utf-8").splitlines()] if kept and kept.exists() else []
+    rows = kept_rows(parser, options)
     if options.squad is not None:
-        settings = {name: getattr(options, name) for name in ("turns", "passages", "answer_tokens", "seed")}
-        conditions = settings | {"squad": options.squad.name, "model": Path(str(options.model or "SmolLM2")).name}
-        if rows and rows[0] != conditions:
-            parser.error(f"{kept} holds rows of other settings: {rows[0]}; give another --out, or those settings")
         done = {row["conversation"] for row in rows[1:]}
         engine = ProphetKVEngine.from_pretrained(options.model or fetch_default_model(), dtype=torch.float32)
-        rows = rows or [conditions]
         for number, turns in enumerate(conversations(options.squad, options)):
             if number not in done:
                 rows += [{"conversation": number, **row} for row in measure(engine, turns, options.answer_tokens)]
-                if options.out is not None:  # whole conversations only
-                    options.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+                write_rows(options, rows)  # whole conversations only
                 sys.stderr.write(f"conversation {number + 1} of {options.conversations}\n")
     sys.stdout.write(table(rows[1:]) + "\n")
 

@@ -71,6 +71,22 @@ def main() -> None:
                 if of
             ]
             sys.stdout.write(f"    {task} ({len(found[FULL])}): {'; '.join(cells)}\n")
+    _print_whole_answers()
+
+
+def _print_whole_answers() -> None:
+    """Print the scores of whole answers of tasks that are weak above."""
+    rows = rows_of("smollm2-scores") | rows_of("smollm2-lcc")
+    sys.stdout.write("\nsmollm2, whole answers: score (full prefill's), paired; KL\n")
+    for task, arm in sorted({(task, arm) for (task, _), arm in rows if arm != FULL}):
+        prompts = [prompt for prompt, other in rows if other == arm and prompt[0] == task]
+        ours, full = ([100 * rows[prompt, of]["score"] for prompt in prompts] for of in (arm, FULL))
+        found = bootstrap_mean([one - other for one, other in zip(ours, full, strict=True)])
+        kl = sum(rows[prompt, arm]["kl"] for prompt in prompts) / len(prompts)
+        sys.stdout.write(
+            f"  {task} ({len(prompts)}) {arm[1]:4.0%} {sum(ours) / len(ours):5.1f} ({sum(full) / len(full):.1f})  "
+            f"{found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f}); {kl:.3f}\n"
+        )
 
 
 def _line(rows: dict[tuple[Prompt, tuple[str, float]], Row], prompts: list[Prompt], arm: tuple[str, float]) -> str:

@@ -16,8 +16,6 @@ which are computed otherwise. A run that was interrupted goes on with what its r
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,27 +23,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conversation_rows import arguments, difference, kept_rows, mean, read_articles, write_rows
 from conversations import keep_answer
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.defaults import fetch_default_model
-from prophetkv_rag.evaluation.quality import bootstrap_mean, forced_logits
+from prophetkv_rag.evaluation.quality import forced_logits
 from prophetkv_rag.reuse import continuing
 
 RATIOS = {"20%, the default here": None, "5%": 0.05}
 WAYS = ("anew", "computed", "all moved", "moved")
+PAIRS = (("moved", "anew"), ("moved", "computed"), ("all moved", "computed"), ("moved", "all moved"))
 SYSTEM = "Answer from the context, in one sentence.\n\n"
 Turn = tuple[tuple[str, ...], str]
 
 
 def conversations(file: Path, options: argparse.Namespace) -> Iterator[list[Turn]]:
     """Yield each conversation as its turns: (passages retrieved, question)."""
-    opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "rt", encoding="utf-8") as text:
-        articles = json.load(text)["data"]
     draw = random.Random(options.seed)
     contexts = (options.turns + 1) // 2
-    for article in draw.sample(articles, options.conversations):
+    for article in draw.sample(read_articles(file), options.conversations):
         paragraphs = [one for one in article["paragraphs"] if any(asked["answers"] for asked in one["qas"])]
         wanted = options.passages + (contexts - 1) * (options.passages - 1)
         chosen = [draw.choice(paragraphs) for _ in range(wanted)] if len(paragraphs) < wanted else []
@@ -114,7 +111,7 @@ def measure(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the table: turns of changed and of the same context, then paired differences."""
-    heads = ["turns", "ratio", "prompt", "moved", *(f"{way}: computed, KL, same top token" for way in WAYS)]
+    heads = ["turns", "ratio", "prompt", *(f"{way}: moved, computed, KL, same top token" for way in WAYS)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     kinds: dict[str, Callable[[dict[str, Any]], bool]] = {
         "the context changed": lambda row: row["is_changed"],
@@ -125,13 +122,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             chosen = [row for row in rows if row["ratio"] == ratio and is_of(row)]
             by_way = [[row for row in chosen if row["way"] == way] for way in WAYS]
             cells = [
-                f"{_mean(part, 'computed'):,.0f}, {_mean(part, 'kl'):.4f}, {_mean(part, 'top1'):.1%}" for part in by_way
+                f"{mean(part, 'moved'):,.0f}, {mean(part, 'computed'):,.0f}, {mean(part, 'kl'):.4f}, "
+                f"{mean(part, 'top1'):.1%}"
+                for part in by_way
             ]
-            lines.append(
-                f"| {kind} | {ratio} | {_mean(chosen, 'prompt'):,.0f} | {_mean(by_way[-1], 'moved'):,.0f} | "
-                + " | ".join(cells)
-                + " |"
-            )
+            lines.append(f"| {kind} | {ratio} | {mean(chosen, 'prompt'):,.0f} | " + " | ".join(cells) + " |")
     for ratio in RATIOS:
         for kind, is_of in kinds.items():
             kl = {
@@ -139,58 +134,30 @@ def table(rows: list[dict[str, Any]]) -> str:
                 for row in rows
                 if row["ratio"] == ratio and is_of(row)
             }
-            for other in WAYS[:3]:
-                pairs = [
-                    (kl["moved", *key[1:]], kl[key]) for key in kl if key[0] == other and ("moved", *key[1:]) in kl
-                ]
-                change = bootstrap_mean([moved - theirs for moved, theirs in pairs])
-                lower = sum(moved < theirs for moved, theirs in pairs)
-                lines.append(
-                    f"\n{ratio}, {kind}: moved minus {other}: KL {change.mean:+.4f} ({change.low:+.4f} to "
-                    f"{change.high:+.4f}), lower in {lower} of {len(pairs)}."
-                )
+            for way, other in PAIRS:
+                values = [kl[way, *key[1:]] - kl[key] for key in kl if key[0] == other and (way, *key[1:]) in kl]
+                lines.append(f"\n{ratio}, {kind}: {way} minus {other}: {difference(values)}.")
     return "\n".join(lines)
-
-
-def _mean(rows: list[dict[str, Any]], name: str) -> float:
-    return sum(row[name] for row in rows) / max(1, len(rows))
 
 
 @torch.no_grad()
 def main() -> None:
     """Measure what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--squad", type=Path, help="SQuAD's JSON.")
-    source.add_argument("--table", type=Path, help="Print the table of kept rows; needs no model.")
-    parser.add_argument("--model", help="Directory or GGUF file; SmolLM2-135M-Instruct by default.")
-    parser.add_argument("--conversations", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=8)
-    parser.add_argument("--passages", type=int, default=4, help="Retrieved at a time.")
-    parser.add_argument("--answer-tokens", type=int, default=24)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="Rows are kept here.")
+    parser = arguments(__doc__ or "", conversations=8, turns=8, passages=4, answer_tokens=24)
     options = parser.parse_args()
-    kept = options.table or options.out
-    rows = [json.loads(line) for line in kept.read_text("utf-8").splitlines()] if kept and kept.exists() else []
+    rows = kept_rows(parser, options)
     if options.squad is not None:
-        settings = {name: getattr(options, name) for name in ("turns", "passages", "answer_tokens", "seed")}
-        conditions = settings | {"squad": options.squad.name, "model": Path(str(options.model or "SmolLM2")).name}
-        if rows and rows[0] != conditions:
-            parser.error(f"{kept} holds rows of other settings: {rows[0]}; give another --out, or those settings")
         done = {(row["conversation"], row["ratio"], row["way"]) for row in rows[1:]}
         config = ProphetKVConfig(encoding="previous:2", remember_bytes=4 << 30)
         engine = ProphetKVEngine.from_pretrained(
             options.model or fetch_default_model(), dtype=torch.float32, config=config
         )
-        rows = rows or [conditions]
         for number, turns in enumerate(conversations(options.squad, options)):
             arms = [(ratio, way) for ratio in RATIOS for way in WAYS if (number, ratio, way) not in done]
             if arms:
                 found = measure(engine, turns, options.answer_tokens, arms)
                 rows += [{"conversation": number, **row} for row in found]
-                if options.out is not None:  # whole conversations only
-                    options.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+                write_rows(options, rows)  # whole conversations only
                 sys.stderr.write(f"conversation {number + 1} of {options.conversations}\n")
     sys.stdout.write(table(rows[1:]) + "\n")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llama_index.core.schema import MetadataMode
+from llama_index.core.schema import BaseNode, MetadataMode
 from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQueryResult
 
 from prophetkv_rag.once import once
@@ -18,8 +18,11 @@ class NearNodes(NearRecords):
     """See `NearRecords`."""
 
     def kept_text(self, name: str) -> str | None:
-        """See `NearRecords.kept_text`."""
-        return self._kept.get(name)
+        """See `NearRecords.kept_text`: what was just written, or what the caller reads."""
+        if name in self.written:
+            return self.written[name].text
+        node = self._read.get(name)
+        return None if node is None else node.get_content(metadata_mode=MetadataMode.NONE)
 
     def with_embeddings(self, records: Sequence[Record]) -> list[Placed]:
         """See `NearRecords.with_embeddings`; embeddings that came with no node are read from the vector store."""
@@ -41,7 +44,7 @@ class NearNodes(NearRecords):
         if found.nodes:
             return [node.get_content(metadata_mode=MetadataMode.NONE) for node in found.nodes]
         names = [str(name) for name in found.ids or ()]
-        texts = [self._kept.get(name) for name in names]
+        texts = [self.kept_text(name) for name in names]
         if names and not any(texts):
             msg = (
                 f"{type(self.store).__name__} does not say what is near: it keeps no texts, and its ids are not "
@@ -51,12 +54,9 @@ class NearNodes(NearRecords):
         return texts
 
     @once
-    def _kept(self) -> dict[str, str | None]:
-        """Texts by id, of a vector store that has none: of what was just written, and of what the caller reads."""
-        texts = {name: record.text for name, record in self.written.items()}
-        if self.records.given is not None:
-            texts |= {record.name: record.text for record in self.records.read_all()}
-        return texts
+    def _read(self) -> dict[str, BaseNode]:
+        """The caller's nodes, by id: what they say is looked at where it is wanted."""
+        return {} if self.records.given is None else {node.node_id: node for node in self.records.given()}
 
 
 def _query(embedding: Any, count: int) -> VectorStoreQuery:

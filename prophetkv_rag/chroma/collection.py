@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from prophetkv_rag.chroma.caches import CollectionCaches
@@ -152,7 +153,7 @@ class KVCachingCollection:
             self._neighbours.wait()
             self._neighbours.run(self.collection.get(include=[])["ids"], self._near, progress, refresh=refresh)
 
-    def _near(self) -> NearInChroma:
+    def _near(self, _names: Sequence[str] = ()) -> NearInChroma:
         return NearInChroma(self.collection)
 
     # ---- deletes: Chroma first, then caches -------------------------------------------------------------------------

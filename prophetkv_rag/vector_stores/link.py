@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from prophetkv_rag.errors import InputError, StoreError
@@ -245,14 +246,15 @@ class StoreLink(OwnedCaches):
     def _encode_later(self, records: Sequence[Record]) -> None:
         """Encode what was written in a thread, where that can be; records without a text are read back."""
         if self.neighbours.is_wanted and records and not self.records.is_of_one_thread:
-            self.neighbours.later([record.name for record in records], lambda: self._near(records))
+            written = {record.name: record for record in records if record.text is not None and record.text.strip()}
+            self.neighbours.later([record.name for record in records], lambda names: self._near(names, written))
 
-    def _near(self, written: Sequence[Record] = ()) -> Neighbourhood:
+    def _near(self, names: Sequence[str], written: Mapping[str, Record] = MappingProxyType({})) -> Neighbourhood:
         """What finds neighbours; of what was written, that which is there still need not be read back."""
-        with_text = [record for record in written if record.text is not None and record.text.strip()]
-        carried = self.ledger.by_name(self.owner, [record.name for record in with_text])
+        here = [written[name] for name in names if name in written]
+        carried = self.ledger.by_name(self.owner, [record.name for record in here])
         return self.records.neighbourhood(
-            [one for one in with_text if self.engine.key_of(one.text or "") in carried.get(one.name, ())]
+            [one for one in here if self.engine.key_of(one.text or "") in carried.get(one.name, ())]
         )
 
 

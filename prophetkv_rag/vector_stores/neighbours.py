@@ -44,6 +44,10 @@ class Neighbourhood(Protocol):
         """Return for each the texts of up to `count` records, the nearest first; its own may be among them."""
 
 
+MakeNeighbourhood = Callable[[Sequence[str]], Neighbourhood]
+"""Makes what finds the neighbours of records with these ids; asked anew for each part, as the lock was free between."""
+
+
 class NeighbourPass:
     """Encodes the texts of one collection behind their neighbours.
 
@@ -76,7 +80,7 @@ class NeighbourPass:
         """Whether the engine's encoding is that."""
         return self._engine.library.encoding.num_neighbours > 0
 
-    def later(self, names: Sequence[str], where: Callable[[], Neighbourhood]) -> None:
+    def later(self, names: Sequence[str], where: MakeNeighbourhood) -> None:
         """Encode these records some time soon."""
         with self._guard:
             if self._worker is None:
@@ -94,7 +98,7 @@ class NeighbourPass:
     def run(
         self,
         names: Sequence[str],
-        where: Callable[[], Neighbourhood],
+        where: MakeNeighbourhood,
         progress: Progress = None,
         *,
         refresh: bool = False,
@@ -103,17 +107,17 @@ class NeighbourPass:
 
         Args:
             names: Their ids.
-            where: Makes what finds their neighbours; asked anew whenever the lock has been taken.
+            where: Makes what finds their neighbours.
             progress: Called with (records looked at so far, all of them).
             refresh: Whether to encode anew what stands behind others than most of its neighbours of today.
         """
         for start, part in enumerate(batches(names, BATCH)):
             with self._lock():
-                self._encode(part, where(), refresh=refresh)
+                self._encode(part, where(part), refresh=refresh)
             if progress is not None:
                 progress(min(len(names), (start + 1) * BATCH), len(names))
 
-    def _guarded(self, names: Sequence[str], where: Callable[[], Neighbourhood]) -> None:
+    def _guarded(self, names: Sequence[str], where: MakeNeighbourhood) -> None:
         try:
             self.run(names, where)
         except Exception as error:  # nobody waits for it, and the plain caches are there

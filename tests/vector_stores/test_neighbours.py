@@ -32,12 +32,12 @@ def test_a_child_has_a_thread_of_its_own() -> None:
     engine = ProphetKVEngine(tiny_llama(), tiny_tokenizer(), config=ProphetKVConfig(encoding="neighbours:1"))
     behind = NeighbourPass(engine, "owner", "a place", nullcontext)
     parents, childs = Nowhere(), Nowhere()
-    behind.later(["a"], lambda: parents)
+    behind.later(["a"], lambda names: parents)
     assert parents.is_asked.wait(NOT_FOR_EVER_S)
     childs.may_go_on.set()
 
     def in_child() -> bool:
-        behind.later(["b"], lambda: childs)
+        behind.later(["b"], lambda names: childs)
         behind.wait()
         return childs.is_asked.is_set()
 

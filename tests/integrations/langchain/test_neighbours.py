@@ -11,7 +11,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.integrations.langchain import with_kv_caches
-from prophetkv_rag.vector_stores import Record
+from prophetkv_rag.vector_stores import Record, neighbours
 from tests.integrations.langchain.minimal import MinimalStore
 from tests.integrations.langchain.rag import HashingEmbeddings
 from tests.integrations.langchain.stores import KINDS, StoreKind
@@ -77,10 +77,22 @@ def test_what_changed_before_its_turn_came_is_taken_as_it_is_now() -> None:
     link = store._prophetkv_link
     store.add_documents([Document(NEAR_TEXTS[0])], ids=["a"])
     store.add_documents([Document(BESIDE)], ids=["a"])
-    written = [Record("a", NEAR_TEXTS[0], None)]
-    assert [one.text for one in link._near(written).place(["a"])[0]] == [BESIDE]
+    written = {"a": Record("a", NEAR_TEXTS[0], None)}
+    assert [one.text for one in link._near(["a"], written).place(["a"])[0]] == [BESIDE]
     store.delete(["a"])
-    assert link._near(written).place(["a"]) == ([], 0)
+    assert link._near(["a"], written).place(["a"]) == ([], 0)
+
+
+def test_a_large_write_is_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many parts it is encoded in."""
+    monkeypatch.setattr(neighbours, "BATCH", 2)
+    store = with_kv_caches(InMemoryVectorStore(HashingEmbeddings()), near_engine())
+    link = store._prophetkv_link
+    made, looked = link.engine.key_of, list[str]()
+    monkeypatch.setattr(link.engine, "key_of", lambda text: looked.append(text) or made(text))
+    store.add_texts(NEAR_TEXTS)
+    link.neighbours.wait()
+    assert sorted(looked) == sorted(NEAR_TEXTS)
 
 
 def test_one_that_cannot_be_read_or_searched_says_so(caplog: pytest.LogCaptureFixture) -> None:

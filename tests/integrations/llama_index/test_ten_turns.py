@@ -33,12 +33,10 @@ def asked(number: int) -> str:
     return f"{QUESTIONS[number]} Say it of the {PLACES[number % len(PLACES)]}."
 
 
-@pytest.mark.parametrize("top_k", [SAME, CHANGING])
-def test_context(top_k: int, new_vector_store: Any) -> None:
-    engine = CountedEngine(ANSWERS)
-    retriever = build_index(new_vector_store(engine)).as_retriever(similarity_top_k=top_k)
-    chat = ContextChatEngine.from_defaults(
-        retriever=retriever,
+def talk(kind: Any, engine: CountedEngine, vector_store: Any, top_k: int) -> None:
+    """Ten turns with a chat engine that puts what it retrieves before the history."""
+    chat = kind.from_defaults(
+        retriever=build_index(vector_store).as_retriever(similarity_top_k=top_k),
         llm=ProphetKVLLM(engine=engine),
         memory=memory(),
         node_postprocessors=[InOrder()],
@@ -46,35 +44,31 @@ def test_context(top_k: int, new_vector_store: Any) -> None:
     for number in range(TURNS):
         chat.chat(asked(number))
     check_turns(engine)
+
+
+def two_calls_a_turn() -> list[str]:
+    """What is said where each question but the first is rewritten before it is answered."""
+    return [ANSWERS[0], *(words for number in range(1, TURNS) for words in (asked(number), ANSWERS[number]))]
+
+
+@pytest.mark.parametrize("top_k", [SAME, CHANGING])
+def test_context(top_k: int, new_vector_store: Any) -> None:
+    engine = CountedEngine(ANSWERS)
+    talk(ContextChatEngine, engine, new_vector_store(engine), top_k)
     check_flat(engine, range(TURNS), moves=top_k == CHANGING)
 
 
 @pytest.mark.parametrize("top_k", [SAME, CHANGING])
 def test_condense_plus_context(top_k: int, new_vector_store: Any) -> None:
-    words = [ANSWERS[0]]
-    for number in range(1, TURNS):
-        words += [asked(number), ANSWERS[number]]
-    engine = CountedEngine(words)
-    retriever = build_index(new_vector_store(engine)).as_retriever(similarity_top_k=top_k)
-    chat = CondensePlusContextChatEngine.from_defaults(
-        retriever=retriever,
-        llm=ProphetKVLLM(engine=engine),
-        memory=memory(),
-        node_postprocessors=[InOrder()],
-    )
-    for number in range(TURNS):
-        chat.chat(asked(number))
-    check_turns(engine)
+    engine = CountedEngine(two_calls_a_turn())
+    talk(CondensePlusContextChatEngine, engine, new_vector_store(engine), top_k)
     check_flat(engine, range(0, 2 * TURNS, 2), moves=top_k == CHANGING)
     check_flat(engine, range(1, 2 * TURNS - 1, 2))  # what rewrites the question goes on from its own history
 
 
 def test_condense_question(new_vector_store: Any) -> None:
     """The query engine's prompts hold no history, so they do not grow; the others go on from each other."""
-    words = [ANSWERS[0]]
-    for number in range(1, TURNS):
-        words += [asked(number), ANSWERS[number]]
-    engine = CountedEngine(words)
+    engine = CountedEngine(two_calls_a_turn())
     llm = ProphetKVLLM(engine=engine)
     query_engine = build_index(new_vector_store(engine)).as_query_engine(llm=llm, similarity_top_k=CHANGING)
     chat = CondenseQuestionChatEngine.from_defaults(query_engine=query_engine, llm=llm, memory=memory())
@@ -106,12 +100,12 @@ def test_agents(kind: str) -> None:
     if kind == "AgentWorkflow":
         agent = AgentWorkflow(agents=[agent], root_agent=agent.name)
 
-    async def talk() -> None:
+    async def ask_all() -> None:
         context, kept = Context(agent), memory()
         for question in QUESTIONS:
             await agent.run(question, ctx=context, memory=kept)
 
-    asyncio.run(talk())
+    asyncio.run(ask_all())
     check_turns(engine)
     check_flat(engine, range(0, 2 * TURNS, 2))
     check_flat(engine, range(1, 2 * TURNS, 2))
