@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 from prophetkv_rag.config import FirstChunk
 from prophetkv_rag.integrations.vllm.lookup import Found
 from prophetkv_rag.integrations.vllm.messages import EncodeJob, LoadPlan
 from prophetkv_rag.integrations.vllm.plans import layout_of, num_recomputed, stage_one_rows, stage_two_rows
-from prophetkv_rag.integrations.vllm.turns import ChunkRows
+from prophetkv_rag.integrations.vllm.turns import ChunkRows, Former
 from prophetkv_rag.once import once
 from prophetkv_rag.prompt import PromptLayout
 from prophetkv_rag.reuse import ratio_by_encoding, token_budget
@@ -31,8 +32,9 @@ class KnownRequest:
         question_ids: See `RequestOptions`.
         prefix_ids: What chunks are encoded behind.
         num_taken: Rows of a former turn that it was put behind.
+        num_plain: Without one: rows before its first chunk, in whole blocks that it shares with whoever begins alike.
+        num_held: Rows that it reads, of either.
         first_row: Rows that were there when vLLM began it.
-        began_in: Number of the step in which that was.
         is_left: Whether vLLM prefills it.
         report: What its answer will say.
     """
@@ -45,8 +47,9 @@ class KnownRequest:
     question_ids: tuple[int, ...]
     prefix_ids: tuple[int, ...]
     num_taken: int = 0
+    num_plain: int = 0
+    num_held: int = 0
     first_row: int = 0
-    began_in: int | None = None
     is_left: bool = False
     report: dict[str, Any] | None = None
     _filling: Filling | None = field(default=None, repr=False)
@@ -71,6 +74,20 @@ class KnownRequest:
     def num_chunk_tokens(self) -> int:
         """Tokens of known chunks."""
         return sum(match.stop - match.start for match in self.found.matches)
+
+    @once
+    def num_opening(self) -> int:
+        """Tokens that the prompt shares with what chunks are encoded behind, whose rows every worker has."""
+        before = zip(self.input_ids[: self.found.matches[0].start], self.prefix_ids, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], before))
+
+    def before_chunks(self, block_size: int) -> Former:
+        """Return vLLM's own chain of the blocks before the first chunk: their rows are exact, whoever computes them.
+
+        A block at least is left, so that there is one to be told apart from others'.
+        """
+        blocks = min(self.found.matches[0].start // block_size, len(self.plain) - 1)
+        return Former(tuple(self.plain[:blocks]), blocks) if blocks > 0 else Former()
 
     def salt(self, fingerprint: str) -> str:
         """Return what approximate blocks are told apart by.

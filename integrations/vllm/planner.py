@@ -13,6 +13,7 @@ from prophetkv_rag.integrations.vllm.messages import LoadPlan, StepPlan, StepRep
 from prophetkv_rag.integrations.vllm.registration import Registrations
 from prophetkv_rag.integrations.vllm.settings import NAME, ConnectorSettings, RequestOptions
 from prophetkv_rag.integrations.vllm.turns import Former, Turns
+from prophetkv_rag.integrations.vllm.written import WrittenRows
 from prophetkv_rag.store import CacheIdentity
 from prophetkv_rag.store.disk import DiskStore
 
@@ -65,7 +66,7 @@ class Planner:
         self.chunks = ChunkLookup(store, identity)
         self._known: dict[str, KnownRequest] = {}
         self._turns = Turns(block_size)
-        self._number = 0  # of the step that is being planned
+        self._written = WrittenRows(block_size)
         self._can_read = can_read
         self._refused: dict[str, str] = {}
         self._loads: list[LoadPlan] = []
@@ -80,6 +81,7 @@ class Planner:
 
     def begin(self, request: Any) -> None:
         """Look at a request before vLLM looks into its prefix cache."""
+        self._written.add(request)
         try:
             options = RequestOptions.of(request.kv_transfer_params, vocabulary=self._vocabulary)
             if options.register:
@@ -107,7 +109,8 @@ class Planner:
         if known.num_chunk_tokens < self._settings.min_chunk_tokens:
             return
         former = self._turns.find(known.settings, known.plain, ids, known.chunk_rows)
-        if not former.num_same and self._is_too_long(known.filling(0)):
+        before = known.before_chunks(self._block_size).num_same * self._block_size if self._can_read else 0
+        if not former.num_same and self._is_too_long(known.filling(before)):
             self._count("too_long", 1)
             return
         if not self._put_apart(known, former):
@@ -120,18 +123,24 @@ class Planner:
         self._second_ahead += [key for key in ready if key == found.first_key]
 
     def _put_apart(self, known: KnownRequest, former: Former) -> bool:
-        """Salt a request's blocks, behind those of a former turn; returns whether that could be done."""
-        salt = known.salt(self._identity.fingerprint)
-        taken = self._salt(known.request, salt, former)
-        if taken and not self._is_worth(known.filling(taken * self._block_size)):
+        """Salt a request's blocks, behind those of a former turn, or else behind those before its first chunk.
+
+        Returns:
+            Whether that could be done.
+        """
+        salt, before = known.salt(self._identity.fingerprint), known.before_chunks(self._block_size)
+        is_turn = former.num_same >= max(before.num_same, 1)
+        taken = self._salt(known.request, salt, former if is_turn else before)
+        if is_turn and taken and not self._is_worth(known.filling(taken * self._block_size)):
             taken = self._salt(known.request, salt, former, is_apart=False)  # vLLM computes what is new, all of it
         if taken is None:
             return False
-        known.num_taken = taken * self._block_size
+        rows = taken * self._block_size
+        known.num_taken, known.num_plain = (rows, 0) if is_turn else (0, rows)
         return True
 
     def _await_caches(self, known: KnownRequest) -> None:
-        filling = known.filling(known.num_taken)
+        filling = known.filling(known.num_taken or (known.num_plain if self._can_read else 0))
         missing = {key: job for key, job in known.found.missing.items() if key in filling.keys}
         if missing and self._is_worth(filling):
             self.registrations.await_caches(known.request.request_id, missing)
@@ -162,41 +171,28 @@ class Planner:
             return self.claim(request, num_local)
         if errors := self.registrations.errors(request.request_id):
             return self._leave(known, next(iter(errors.values())))
-        filling = known.filling(known.num_taken)
-        known.first_row = num_local
+        known.first_row, known.num_held = num_local, known.num_taken or self._shared(known, num_local)
+        filling = known.filling(known.num_held)
         is_filled = self._is_worth(filling) and (self._can_read or not known.num_taken)
         if not is_filled or not filling.has_chunks_behind(num_local):
             return 0  # vLLM computes the rest over the rows that are there
         taken = self._admitted_rows + self.registrations.reserved
         if taken and taken + filling.num_rows > self._max_stage_tokens:
             return None
-        return filling.stop - num_local if self._is_settled(known) else None
+        return filling.stop - num_local if self._written.are_there(request, known.num_held) else None
 
-    def _is_settled(self, known: KnownRequest) -> bool:
-        """Whether the rows that a request goes on from are in the pages before this step: reading does not wait.
-
-        Blocks are found from the moment on when they are to be written. Those on a chain of ours are written by
-        requests that are known here, each from the row on where it began.
-        """
-        mine = known.request.block_hashes
-        for other in self._known.values():
-            if other is known or other.began_in is None:
-                continue
-            there = other.first_row if other.began_in == self._number else other.request.num_computed_tokens
-            block, theirs = there // self._block_size, other.request.block_hashes
-            if block * self._block_size < known.num_taken and block < len(theirs) and theirs[block] == mine[block]:
-                return False
-        return True
+    def _shared(self, known: KnownRequest, num_local: int) -> int:
+        """Return how many rows before the first chunk the prefix cache has, if they are worth reading."""
+        rows = min(num_local, known.num_plain)
+        return rows if self._can_read and rows > known.num_opening else 0
 
     def admit(self, request: Any, block_ids: list[int], count: int) -> None:
         """Fill a request in this step, or see it begin otherwise."""
         known = self._known.get(request.request_id)
-        if known is None:
+        if known is None or count == 0:
             return
-        known.began_in = self._number
-        if count == 0:
-            return
-        filling = known.filling(known.num_taken)
+        filling = known.filling(known.num_held)
+        self._written.fill(request.request_id, known.first_row)
         self._loads.append(filling.plan(request.request_id, block_ids, len(known.input_ids) - 1 - count))
         self._admitted_rows += filling.num_rows
         known.loaded(filling, {key: self.chunks.version(key) for key in filling.keys}, self._num_layers)
@@ -212,7 +208,7 @@ class Planner:
             for name in ("chunk_tokens", "reused_tokens", "recomputed_tokens"):
                 self._count(name, report[name])
         self._loads, self._ahead, self._second_ahead, self._admitted_rows = [], [], [], 0
-        self._number += 1
+        self._written.next_step()
         return plan
 
     def learn(self, report: StepReport) -> None:
@@ -248,6 +244,7 @@ class Planner:
     def finish(self, request: Any) -> dict[str, Any] | None:
         """Return what a request's answer says, and forget it."""
         request_id = request.request_id
+        self._written.remove(request_id)
         refused = self._refused.pop(request_id, None)
         if refused is not None:
             return {NAME: {"error": refused}}

@@ -145,7 +145,8 @@ def salted(request: Any, salt: str, former: Former | None = None, *, is_apart: b
     Args:
         request: vLLM's.
         salt: What the chain is told apart by.
-        former: What is taken, as far as its tokens are the request's.
+        former: What is taken, as far as its tokens are the request's: of a former prompt, or of the request's own chain
+            before its first chunk.
         is_apart: Whether the blocks behind those are told apart, too. What vLLM computes over the former rows follows
             from the tokens alone.
 
@@ -172,6 +173,8 @@ def salted(request: Any, salt: str, former: Former | None = None, *, is_apart: b
         hashes[-1] = hashlib.sha256(last + salt.encode()).digest()
         update()
         hashes[same - 1] = last
+        if is_new and before[same : same + 1] and before[same : same + 1] == hashes[same : same + 1]:
+            return None
     return same
 
 
