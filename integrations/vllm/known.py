@@ -32,7 +32,7 @@ class KnownRequest:
         question_ids: See `RequestOptions`.
         prefix_ids: What chunks are encoded behind.
         num_taken: Rows of a former turn that it was put behind.
-        num_plain: Without one: rows before its first chunk, in whole blocks that it shares with whoever begins alike.
+        num_plain: Without one: exact rows at its beginning, in whole blocks that it shares with whoever begins alike.
         num_held: Rows that it reads, of either.
         first_row: Rows that were there when vLLM began it.
         is_left: Whether vLLM prefills it.
@@ -81,12 +81,30 @@ class KnownRequest:
         before = zip(self.input_ids[: self.found.matches[0].start], self.prefix_ids, strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], before))
 
-    def before_chunks(self, block_size: int) -> Former:
-        """Return vLLM's own chain of the blocks before the first chunk: their rows are exact, whoever computes them.
+    @once
+    def is_behind_opening(self) -> bool:
+        """Whether the first chunk's rows are exact as they are cached: nothing else than the opening is before it."""
+        first = self.found.matches[0]
+        is_first = not first.skipped and self.input_ids[: first.start] == self.prefix_ids
+        return is_first and not self.found.behind[0]
 
-        A block at least is left, so that there is one to be told apart from others'.
+    @once
+    def default_ratio(self) -> float:
+        """What is recomputed where nobody says, by how the prompt's chunks were encoded."""
+        lengths = [match.stop - match.start for match in self.found.matches]
+        is_alone = [not keys for keys in self.found.behind]
+        has_exact_first = self.is_behind_opening or self.first_chunk == "exact"
+        return ratio_by_encoding(lengths, is_alone, has_exact_first=has_exact_first)
+
+    def shared(self, block_size: int) -> Former:
+        """Return vLLM's own chain of the blocks whose rows are exact, whoever computes them.
+
+        They end where the first chunk begins, or ends if it is recomputed whole. A block at least is left, so that
+        there is one to be told apart from others'.
         """
-        blocks = min(self.found.matches[0].start // block_size, len(self.plain) - 1)
+        first = self.found.matches[0]
+        stop = first.stop if self.first_chunk == "exact" and not self.is_behind_opening else first.start
+        blocks = min(stop // block_size, len(self.plain) - 1)
         return Former(tuple(self.plain[:blocks]), blocks) if blocks > 0 else Former()
 
     def salt(self, fingerprint: str) -> str:
@@ -138,18 +156,13 @@ class Filling:
             tuple(matches),
             tuple(found.behind[number] for number in rest),
             found.first_key if rest[:1] == [0] else "",
-            known.first_chunk,
-            0.0 if known.ratio is None else known.ratio,
+            known.first_chunk if rest[:1] == [0] else "cached",
+            known.default_ratio if known.ratio is None else known.ratio,
             known.question_ids,
             (),
             0,
             num_held,
         )
-        if known.ratio is None and matches:
-            lengths = [match.stop - match.start for match in matches]
-            is_alone = [not keys for keys in self._load.behind]
-            ratio = ratio_by_encoding(lengths, is_alone, has_exact_first=self.layout.exact_first_chunk)
-            self._load = replace(self._load, recompute_ratio=ratio)
 
     @once
     def layout(self) -> PromptLayout:

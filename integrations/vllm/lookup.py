@@ -97,16 +97,17 @@ class ChunkLookup:
 
         Args:
             prompt: Its token ids.
-            first_chunk: `"opening"` has the first one from its second cache, unless its own was encoded so.
+            first_chunk: `"opening"` has the first one from its second cache, unless its own was encoded so; `"exact"`
+                does so where that is exact, since else its rows are computed anyway.
         """
         self.refresh()
         try:
-            return self._find(prompt, first_chunk)
+            return self._find(tuple(prompt), first_chunk)
         except StoreError as error:
             logger.warning("the store does not answer: %s", error)
             return None
 
-    def _find(self, prompt: Sequence[int], first_chunk: FirstChunk) -> Found | None:
+    def _find(self, prompt: tuple[int, ...], first_chunk: FirstChunk) -> Found | None:
         matches, missing = [], dict[str, EncodeJob]()
         for match in self._index.find(prompt):
             if match.key not in self._store:
@@ -121,7 +122,8 @@ class ChunkLookup:
             return None
         behind = tuple(missing[m.key].behind if m.key in missing else self._behind(m.key) for m in matches)
         found = Found(tuple(matches), behind, missing=missing)
-        if first_chunk == "opening" and behind[0]:
+        is_first = not matches[0].skipped and prompt[: matches[0].start] == self._opening.prefix_ids
+        if behind[0] and (first_chunk == "opening" or (first_chunk == "exact" and is_first)):
             self._take_second(found)
         found.versions = tuple(map(self.version, found.keys))
         return found

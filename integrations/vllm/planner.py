@@ -102,6 +102,8 @@ class Planner:
         first_chunk = options.first_chunk or self._settings.first_chunk
         if ratio == 1:
             first_chunk = "cached"  # it is computed anyway
+        elif ratio == 0 and first_chunk == "exact":
+            first_chunk = "opening"  # nothing is
         found = self.chunks.find(ids, first_chunk)
         if found is None:
             return
@@ -109,7 +111,7 @@ class Planner:
         if known.num_chunk_tokens < self._settings.min_chunk_tokens:
             return
         former = self._turns.find(known.settings, known.plain, ids, known.chunk_rows)
-        before = known.before_chunks(self._block_size).num_same * self._block_size if self._can_read else 0
+        before = known.shared(self._block_size).num_same * self._block_size if self._can_read else 0
         if not former.num_same and self._is_too_long(known.filling(before)):
             self._count("too_long", 1)
             return
@@ -123,12 +125,12 @@ class Planner:
         self._second_ahead += [key for key in ready if key == found.first_key]
 
     def _put_apart(self, known: KnownRequest, former: Former) -> bool:
-        """Salt a request's blocks, behind those of a former turn, or else behind those before its first chunk.
+        """Salt a request's blocks, behind those of a former turn, or else behind those whose rows are exact.
 
         Returns:
             Whether that could be done.
         """
-        salt, before = known.salt(self._identity.fingerprint), known.before_chunks(self._block_size)
+        salt, before = known.salt(self._identity.fingerprint), known.shared(self._block_size)
         is_turn = former.num_same >= max(before.num_same, 1)
         taken = self._salt(known.request, salt, former if is_turn else before)
         if is_turn and taken and not self._is_worth(known.filling(taken * self._block_size)):
@@ -140,9 +142,9 @@ class Planner:
         return True
 
     def _await_caches(self, known: KnownRequest) -> None:
-        filling = known.filling(known.num_taken or (known.num_plain if self._can_read else 0))
-        missing = {key: job for key, job in known.found.missing.items() if key in filling.keys}
-        if missing and self._is_worth(filling):
+        keys = known.filling(known.num_taken).keys  # what is shared may not be there
+        missing = {key: job for key, job in known.found.missing.items() if key in keys}
+        if missing and self._is_worth(known.filling(known.num_taken or (known.num_plain if self._can_read else 0))):
             self.registrations.await_caches(known.request.request_id, missing)
 
     def _is_worth(self, filling: Filling) -> bool:
@@ -182,7 +184,7 @@ class Planner:
         return filling.stop - num_local if self._written.are_there(request, known.num_held) else None
 
     def _shared(self, known: KnownRequest, num_local: int) -> int:
-        """Return how many rows before the first chunk the prefix cache has, if they are worth reading."""
+        """Return how many of the rows that are shared the prefix cache has, if they are worth reading."""
         rows = min(num_local, known.num_plain)
         return rows if self._can_read and rows > known.num_opening else 0
 

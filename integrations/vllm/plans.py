@@ -47,14 +47,18 @@ def stage_one_rows(layout: PromptLayout) -> int:
 
 
 def num_recomputed(layout: PromptLayout, recompute_ratio: float, first_chunk: FirstChunk) -> int:
-    """Chunk tokens that stage II runs; ProphetKV leaves an exact first chunk as it is (`ProphetKV.select`)."""
+    """Chunk tokens that stage II runs, as `ProphetKV.select` has it.
+
+    An exact first chunk is left as it is, and with `"exact"` one that is not is recomputed whole, beyond the ratio.
+    """
     budget, total = token_budget(recompute_ratio, layout.num_chunk_tokens), int(layout.is_chunk.sum())
-    if budget >= total:
-        return total
-    if layout.exact_first_chunk and first_chunk == "opening":
-        first = layout.chunks[0]
-        total -= int(layout.is_chunk[first.start : first.stop].sum())
-    return min(budget, total)
+    if budget >= total or first_chunk == "cached" or not recompute_ratio:
+        return min(budget, total)
+    first = layout.chunks[0]
+    whole = int(layout.is_chunk[first.start : first.stop].sum())
+    if layout.exact_first_chunk:
+        return min(budget, total - whole)
+    return min(budget, total - whole) + whole if first_chunk == "exact" else budget
 
 
 def stage_two_rows(layout: PromptLayout, recompute_ratio: float, first_chunk: FirstChunk) -> int:

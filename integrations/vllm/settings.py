@@ -7,7 +7,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from prophetkv_rag.config import Encoding, FirstChunk, ProphetKVConfig, check_recompute_ratio, parse_encoding
+from prophetkv_rag.config import (
+    Encoding,
+    FirstChunk,
+    ProphetKVConfig,
+    check_first_chunk,
+    check_recompute_ratio,
+    parse_encoding,
+)
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.store import is_key
 
@@ -28,7 +35,8 @@ class ConnectorSettings:
             `ProphetKVConfig`: by how the chunks were encoded.
         context_share: See `ProphetKVConfig`.
         encoding: See `ProphetKVConfig`; not `neighbours`, which need embeddings.
-        first_chunk: See `ProphetKVConfig`; not `"exact"`: recomputed whole it would be more rows than a step has.
+        first_chunk: See `ProphetKVConfig`. What `"exact"` computes is found again, in vLLM's prefix cache, by prompts
+            that begin with the same chunk.
         encoding_prefix: See `ProphetKVConfig`; a text, or `None` for what the chat template opens with.
         namespace: See `ProphetKVConfig`.
         min_chunk_tokens: Requests with fewer known chunk tokens are left to vLLM.
@@ -72,9 +80,6 @@ class ConnectorSettings:
                 raise InputError(msg)
         if not isinstance(self.may_register, bool):
             msg = f"may_register is {self.may_register!r}; it must be true or false"
-            raise InputError(msg)
-        if self.first_chunk not in ("opening", "cached"):
-            msg = f"first_chunk is {self.first_chunk!r}; inside vLLM: opening, cached"
             raise InputError(msg)
         self.engine_config()
         if self.placed.num_neighbours:
@@ -188,9 +193,8 @@ class RequestOptions:
                 msg = f"{name} is {given[name]!r}; it must be true or false"
                 raise InputError(msg)
         first_chunk = given.get("first_chunk")
-        if first_chunk not in (None, "opening", "cached"):
-            msg = f"first_chunk is {first_chunk!r}; it must be opening or cached"
-            raise InputError(msg)
+        if first_chunk is not None:
+            check_first_chunk(first_chunk)
         question = _ids("question_ids", given.get("question_ids", ()), vocabulary, MAX_QUESTION_IDS)
         register = given.get("register", ())
         if not _is_list(register) or len(register) > MAX_REGISTERED:

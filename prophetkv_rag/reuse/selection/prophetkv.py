@@ -49,9 +49,11 @@ class ProphetKV(Strategy):
     def select(self, context: QueryContext) -> Selection:
         """Select the `context.budget` eligible tokens of highest fused score, and a first chunk if so set."""
         eligible = context.eligible
-        if context.budget == 0 or context.budget >= int(eligible.sum()):
+        if context.recompute_ratio == 0 or context.budget >= int(eligible.sum()):
             return Selection(top_positions(eligible.float(), eligible, context.budget))
         first = self._first_chunk(context)
+        if context.budget == 0:  # so few tokens that the ratio is none of them
+            return Selection(first[:0] if context.layout.exact_first_chunk else first)
         if first.shape[0]:
             eligible = eligible.clone()
             eligible[first] = False
