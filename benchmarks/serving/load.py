@@ -12,6 +12,9 @@ from typing import Any
 
 import httpx
 
+BEGINNING = "Answer from these passages.\n\n"
+"""What every prompt has before its chunks."""
+
 
 @dataclass
 class Timed:
@@ -35,7 +38,7 @@ def prompts_of(chunks: Sequence[str], questions: Sequence[str], *, count: int, e
     """Return user messages that hold `each` chunks in a random order, and a question; no two alike."""
     draw = random.Random(seed)
     return [
-        "Answer from these passages.\n\n"
+        BEGINNING
         + "\n\n".join(draw.sample(list(chunks), each))
         + f"\n\n{questions[number % len(questions)]} (request {seed}-{number})"
         for number in range(count)

@@ -4,7 +4,9 @@ From the repository's root, after `make vllm`:
 
     .venv-vllm/bin/python -P benchmarks/serving/run.py --out rows.jsonl
 
-The chunks are those of one document, registered as such; prompts have some of them, in random order. Each system is
+The chunks are those of one document, registered as such; prompts have some of them, in random order, behind words that
+our servers are told (`--prompt-template`). With `--before 48` most chunks have come first in a prompt once, as in a
+server that has run for a while. Each system is
 started as a server, one after the other, on the same model and the same number of threads. Time to the first token
 counts from the sending, so waiting for a turn is in it. Rows are appended to --out as they come, and a run goes on
 where it stopped.
@@ -29,7 +31,7 @@ from typing import Any
 import httpx
 
 sys.path.insert(0, str(Path(__file__).parent))
-from load import drive, prompts_of, summary
+from load import BEGINNING, drive, prompts_of, summary
 
 from prophetkv_rag.defaults import fetch_default_model, read_speeches
 
@@ -53,9 +55,14 @@ def main() -> None:
             continue
         with server(system, model, args) as (url, name):
             register(system, url, chunks)
-            _measure(url, name, chunks, 1, args, count=2)  # what is loaded lazily
+            _measure(url, name, chunks, 4, args, count=args.before)  # what is loaded lazily
             for clients in wanted:
-                row = {"system": system, "clients": clients, **_measure(url, name, chunks, clients, args)}
+                row = {
+                    "system": system,
+                    "clients": clients,
+                    "before": args.before,
+                    **_measure(url, name, chunks, clients, args),
+                }
                 rows.append(row)
                 with args.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -72,6 +79,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--system", action="append", choices=SYSTEMS)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--requests", type=int, default=3, help="requests a client")
+    parser.add_argument("--before", type=int, default=2, help="requests that are sent before, and not timed")
     parser.add_argument("--chunks", type=int, default=4, help="chunks a prompt")
     parser.add_argument("--chunk-words", type=int, default=170)
     parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer")
@@ -106,10 +114,13 @@ def server(system: str, model: str, args: argparse.Namespace) -> Iterator[tuple[
     """Start a system in a process of its own; yields its address and what it calls the model."""
     engine = {"dtype": args.dtype, "max_model_len": args.max_model_len, "max_num_seqs": 16, "enforce_eager": True}
     program = [str(Path(sys.executable).with_name("prophetkv-rag")), "serve", "--model", model, "--port", str(PORT)]
-    program += ["--max-queue", "1000"]
+    program += ["--max-queue", "1000", "--prompt-template"]
     if args.recompute_ratio is not None:
         program += ["--recompute-ratio", str(args.recompute_ratio)]
-    with tempfile.TemporaryDirectory() as caches, tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile("w+") as log:
+        template, caches = Path(directory) / "prompt.txt", str(Path(directory) / "caches")
+        template.write_text(f"{BEGINNING}{{context}}")
+        program.insert(program.index("--prompt-template") + 1, str(template))
         if system == "vllm":
             command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
             command += ["--served-model-name", Path(model).name, "--port", str(PORT), "--enable-prefix-caching"]

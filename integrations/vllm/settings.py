@@ -37,7 +37,8 @@ class ConnectorSettings:
         encoding: See `ProphetKVConfig`; not `neighbours`, which need embeddings.
         first_chunk: See `ProphetKVConfig`. What `"exact"` computes is found again, in vLLM's prefix cache, by prompts
             that begin with the same chunk.
-        encoding_prefix: See `ProphetKVConfig`; a text, or `None` for what the chat template opens with.
+        encoding_prefix: See `ProphetKVConfig`; a text, or `None` for what `prompt_template` says.
+        prompt_template: See `ProphetKVConfig`; `None` for what the chat template opens with.
         namespace: See `ProphetKVConfig`.
         min_chunk_tokens: Requests with fewer known chunk tokens are left to vLLM.
         max_stage_tokens: Rows of stage I and II and tokens of new chunks that one step computes at most, so that the
@@ -59,6 +60,7 @@ class ConnectorSettings:
     encoding: str = "auto"
     first_chunk: FirstChunk = "opening"
     encoding_prefix: str | None = None
+    prompt_template: str | Sequence[Mapping[str, str]] | None = None
     namespace: str = ""
     min_chunk_tokens: int = 64
     max_stage_tokens: int | None = None
@@ -119,6 +121,7 @@ class ConnectorSettings:
                 first_chunk=self.first_chunk,
                 encoding=self.encoding,
                 encoding_prefix=self.encoding_prefix,
+                prompt_template=self.prompt_template,
                 namespace=self.namespace,
             )
         except (TypeError, ValueError) as error:

@@ -17,6 +17,7 @@ from prophetkv_rag.cli.cache.options import parse_size
 from prophetkv_rag.cli.console import print_json, progress_console
 from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE
 from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, check_load_options, refuse_load_options
+from prophetkv_rag.cli.prompt_template import TEMPLATE_HELP, read_prompt_template
 from prophetkv_rag.cli.serving import ServedCaches, open_served
 from prophetkv_rag.cli.vllm_engine import VLLM_ARGS_HELP, check_engine, open_in_vllm
 from prophetkv_rag.errors import InputError
@@ -99,6 +100,7 @@ def serve(
             "encoded behind others, 0.2 of those that were encoded alone.",
         ),
     ] = None,
+    prompt_template: Annotated[Path | None, typer.Option(metavar="FILE", help=TEMPLATE_HELP)] = None,
     remember: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Most memory for conversations, which go on from it: 1GB; or 0.")
     ] = None,
@@ -147,6 +149,10 @@ def serve(
         refuse_load_options(dtype, device)
     check_load_options(dtype or "auto", device)
     served_caches = ServedCaches.asked(database, cache_dir, remote, cache_limit, ram_limit)
+    if prompt_template is not None and served_caches.database is not None:
+        msg = "--prompt-template goes without a database, whose chunks stand behind what `index` put them behind"
+        raise InputError(msg)
+    template = read_prompt_template(prompt_template)
     make_strategy(strategy)
     settings = ServerSettings(
         model_name="model",
@@ -161,6 +167,7 @@ def serve(
     config = ProphetKVConfig(
         strategy=strategy,
         recompute_ratio=recompute_ratio,
+        prompt_template=template,
         remember_bytes=REMEMBER_BYTES if remember is None else _bytes_of("--remember", remember),
         max_batch=max_batch or _BATCH,
         max_batch_tokens=max_batch_tokens or BATCH_TOKENS,
@@ -184,7 +191,7 @@ def serve(
     with (
         _bound_socket(host, port) as listening,
         (
-            open_in_vllm(model, served_caches, recompute_ratio, max_stage_tokens, arguments)
+            open_in_vllm(model, served_caches, config, max_stage_tokens, arguments)
             if is_vllm
             else open_served(served_caches, model, config, dtype=dtype, device=device)
         ) as (served, name),

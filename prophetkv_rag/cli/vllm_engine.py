@@ -16,6 +16,7 @@ from prophetkv_rag.cli.serving import ServedCaches, chosen_limit, say_what_cache
 from prophetkv_rag.errors import InputError, ProphetKVError
 
 if TYPE_CHECKING:
+    from prophetkv_rag.config import ProphetKVConfig
     from prophetkv_rag.integrations.vllm import VLLMEngine
 
 VLLM_ARGS_HELP = "With --engine vllm: its settings, such as '{\"max_model_len\": 8192}'; see docs/vllm.md."
@@ -58,7 +59,7 @@ def before_vllm() -> None:
 def open_in_vllm(
     model: str | None,
     caches: ServedCaches,
-    recompute_ratio: float | None,
+    config: ProphetKVConfig,
     max_stage_tokens: int | None,
     arguments: Mapping[str, Any],
 ) -> Iterator[tuple[VLLMEngine, str]]:
@@ -75,7 +76,8 @@ def open_in_vllm(
     assert caches.cache_dir is not None, "checked by serve"
     settings = ConnectorSettings(
         directory=str(caches.cache_dir.absolute()),
-        recompute_ratio=recompute_ratio,
+        recompute_ratio=config.recompute_ratio,
+        prompt_template=config.prompt_template,
         max_bytes=caches.disk_bytes if caches.is_limited else chosen_limit(caches.cache_dir),
         max_stage_tokens=max_stage_tokens,
     )

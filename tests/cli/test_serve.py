@@ -123,6 +123,20 @@ def test_a_key_is_wanted_and_never_printed(tiny_model: Path, tmp_path: Path) -> 
     assert (tmp_path / "caches").is_dir()
 
 
+def test_chunks_are_encoded_behind_what_prompts_begin_with(tiny_model: Path, tmp_path: Path) -> None:
+    """So the first chunk of such a prompt is exact, and a twentieth of the others is recomputed instead of a fifth."""
+    (tmp_path / "prompt.txt").write_text("Read this.\n\n{context}\n\n{question}\n")
+    ratios = []
+    for options in (["--prompt-template", tmp_path / "prompt.txt"], []):
+        with serving("--model", tiny_model, *options, cwd=tmp_path) as (_, ready):
+            put = httpx.put(f"{ready['url']}/chunks", json={"chunks": CHUNKS[:3], "in_order": True}, timeout=60)
+            assert put.status_code == 200
+            report = ask(ready, "Read this.", *CHUNKS[:3]).json()["prophetkv"]
+            assert len(report["chunks"]) == 3
+            ratios.append(report["recompute_ratio"])
+    assert ratios == pytest.approx([0.05, 0.2])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -136,6 +150,10 @@ def test_a_key_is_wanted_and_never_printed(tiny_model: Path, tmp_path: Path) -> 
         (["--host", "999.1.1.1"], "cannot listen on 999.1.1.1"),
         (["--port", "70000"], "65535"),
         (["--model", "nothing here"], "there is no model"),
+        (["--prompt-template", "missing"], "missing cannot be used: No such file"),
+        (["--prompt-template", "empty"], "empty cannot be used: prompt_template has no {context}"),
+        (["--prompt-template", "wrong.json"], "must be a text, or messages with 'role' and 'content'"),
+        (["--prompt-template", "empty", "--database", "db"], "goes without a database"),
     ],
 )
 def test_mistakes(
@@ -149,6 +167,7 @@ def test_mistakes(
     monkeypatch.delenv("PROPHETKV_API_KEY", raising=False)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", _no_hub)
     (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "wrong.json").write_text('[{"role": "user"}]')
     assert main(["serve", *arguments]) == 2
     output = capsys.readouterr()
     assert message in output.err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from prophetkv_rag.config import BEHIND_RATIO
+from prophetkv_rag.integrations.vllm.identity import open_identity
+from prophetkv_rag.integrations.vllm.settings import ConnectorSettings
 from prophetkv_rag.integrations.vllm.turns import Turns
 from prophetkv_rag.reuse import token_budget
 from tests.tiny import save_tiny, text_of
@@ -106,6 +108,16 @@ def test_a_twentieth_of_a_documents_chunks_is_recomputed_behind_it(served):
     ids = prompt(served, DOCUMENT[1], DOCUMENT[3], DOCUMENT[2], number=2)
     said = reuse(served.run([ids], [{"first_chunk": "opening"}])[0])
     assert said["recomputed_tokens"] == token_budget(0.2, said["chunk_tokens"])
+
+
+def test_prompts_may_begin_with_words_of_an_application(served, tmp_path):
+    """Then these are the opening: the identity is that of our engine with the same template."""
+    template = [{"role": "user", "content": "Read this.\n\n{context}\n\n{question}"}]
+    settings = ConnectorSettings(directory=str(tmp_path), prompt_template=template)
+    identity = open_identity(served.llm.llm_engine.vllm_config, settings)
+    ids = prompt(served, CHUNKS[0])
+    start = first_stop(served, ids, CHUNKS[0]) - len(served.engine.library.tokens.chunk(CHUNKS[0]))
+    assert identity.prefix_ids == tuple(ids[:start]) != served.planner._identity.prefix_ids
 
 
 def test_behind_the_opening_alone_it_comes_from_its_second_cache(served):
