@@ -136,6 +136,12 @@ class ProphetKVConnector(KVConnectorBase_V1):
             num_blocks=self._num_blocks,
         )
 
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        """Begin to read ahead, beside the step's forward: where nothing is loaded, `start_load_kv` comes after it."""
+        super().bind_connector_metadata(connector_metadata)
+        if self.stages is not None and isinstance(connector_metadata, StepPlan):
+            self.stages.read_ahead(connector_metadata)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Fill this step's requests and encode its chunks; never raises."""
         plan = self._get_connector_metadata()
