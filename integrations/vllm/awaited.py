@@ -102,9 +102,10 @@ class AwaitedCaches:
     def next_jobs(self) -> list[ReadJob]:
         """Return what the workers begin to read in this step."""
         begun = []
+        loaded = {key: size for wait in self._filled for key, size in wait.sizes.items()}
         for wait in self._unread.values():
             sizes = wait.sizes | self._sizes
-            if sum(sizes.values()) > self._ram_bytes:
+            if sum((loaded | sizes).values()) > self._ram_bytes:
                 break
             self._sizes = sizes
             self._users.update(wait.sizes.keys())

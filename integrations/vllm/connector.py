@@ -106,7 +106,9 @@ class ProphetKVConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: Any) -> StepPlan:
         """Return what the workers do in this step."""
-        return self._planning.step()
+        plan = self._planning.step()
+        plan.is_idle = scheduler_output.total_num_scheduled_tokens == 0
+        return plan
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Take in what they did."""

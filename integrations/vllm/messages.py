@@ -82,12 +82,14 @@ class StepPlan(KVConnectorMetadata):
         loads: Requests to fill.
         encode: Key -> what to encode and store under it; what stands behind others comes after them.
         read_ahead: What will be wanted soon.
+        is_idle: Whether vLLM computes nothing in this step.
     """
 
     identity: CacheIdentity
     loads: Sequence[LoadPlan] = ()
     encode: dict[str, EncodeJob] = field(default_factory=dict)
     read_ahead: Sequence[ReadJob] = ()
+    is_idle: bool = False
 
 
 @dataclass

@@ -81,7 +81,7 @@ class WorkerStages:
 
     def read_ahead(self, plan: StepPlan) -> None:
         """Begin to read what later steps need."""
-        self._reads.begin(plan.read_ahead, plan.identity, opening_of(plan.identity))
+        self._reads.begin(plan)
 
     def run(self, plan: StepPlan) -> StepReport:
         """Do what a step asks for."""
@@ -93,6 +93,8 @@ class WorkerStages:
             report.seconds = {load.request_id: seconds for load in plan.loads}
         if plan.encode:
             self._encode(plan, report)
+        elif plan.is_idle:
+            self._reads.give_way()
         self._reads.tell(report)
         return report
 

@@ -115,6 +115,17 @@ def test_what_waits_is_no_more_than_fits():
     assert (len(waiting), waiting._sizes, waiting._users) == (0, {}, {})
 
 
+def test_what_a_step_fills_from_ram_has_room_beside_what_it_begins_to_read():
+    waiting = Waiting(ram_bytes=3)
+    waiting.say(StepReport(came=["x", "y"]))
+    waiting.expect("warm", "xy", "")
+    waiting.expect("cold", "zw", "")
+    assert waiting.is_filled("warm", "xy")
+    waiting.finish("warm")  # it was never read for
+    assert waiting.step() == []
+    assert waiting.step() == [("z", "w")]
+
+
 def test_what_never_fits_is_not_waited_for():
     waiting = Waiting(ram_bytes=3)
     waiting.expect("a", "wxyz", "")

@@ -223,3 +223,18 @@ def test_what_was_just_encoded_is_not_read(served, reads):
     reused(served, output, prompt)
     assert reuse(output)["chunks"][0]["status"] == "miss"
     assert (reads.counts, reads.ahead, reads.in_step) == ({}, [], [])
+
+
+def test_encoding_does_not_wait_for_what_others_read(served, reads):
+    texts = [text_of(70, seed=seed) for seed in range(40, 43)]
+    served.register(texts, in_order=True)
+    prompt = chat([*texts[1:], texts[0]])
+    steps = Steps(served)
+    begin(served, "cold", chat(DOCUMENT))
+    steps.go(5)
+    begin(served, "new", prompt)  # a second cache is computed and stored for it
+    reused(served, *steps.until("new"), prompt)
+    assert not steps.length("cold")
+    reads.may_end.set()
+    reused(served, *steps.until("cold"), chat(DOCUMENT))
+    assert reads.in_step == []

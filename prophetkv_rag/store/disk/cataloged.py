@@ -65,6 +65,11 @@ class CatalogedStore(ChunkStore):
         """Keys of the caches that this process holds in RAM now."""
         return set(self._ram.keys())
 
+    def keep_in_ram(self, keys: Iterable[str]) -> None:
+        """Drop others from RAM before these, where they are there."""
+        for key in keys:
+            self._ram.use(key)
+
     def knows(self, key: str) -> bool:
         """See `ChunkStore.knows`."""
         return key in self.catalog
