@@ -106,7 +106,9 @@ class ProphetKVConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: Any) -> StepPlan:
         """Return what the workers do in this step."""
-        return self._planning.step()
+        plan = self._planning.step()
+        plan.is_idle = scheduler_output.total_num_scheduled_tokens == 0
+        return plan
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Take in what they did."""
@@ -135,6 +137,12 @@ class ProphetKVConnector(KVConnectorBase_V1):
             num_kv_heads=self._config.model_config.get_total_num_kv_heads(),
             num_blocks=self._num_blocks,
         )
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        """Begin to read ahead, beside the step's forward: where nothing is loaded, `start_load_kv` comes after it."""
+        super().bind_connector_metadata(connector_metadata)
+        if self.stages is not None and isinstance(connector_metadata, StepPlan):
+            self.stages.read_ahead(connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Fill this step's requests and encode its chunks; never raises."""

@@ -150,6 +150,13 @@ class ChunkLookup:
     def _behind(self, key: str) -> tuple[str, ...]:
         return self._store.behind(key).keys if self._identity.encoding else ()
 
+    def nbytes(self, key: str) -> int:
+        """Return the bytes of a key's cache on disk, which are a little more than in RAM; 0 if it has none."""
+        try:
+            return self._store.files.path(key).stat().st_size
+        except OSError:
+            return 0
+
     def version(self, key: str) -> int:
         """Return what tells apart the caches that a key had one after the other; 0 if it has none."""
         try:

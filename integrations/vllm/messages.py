@@ -58,6 +58,21 @@ class LoadPlan:
     num_held: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class ReadJob:
+    """Caches of a request that is filled later.
+
+    Attributes:
+        number: Of this job alone.
+        keys: What to read into RAM.
+        first_key: The one among them that is a second cache; "" for none.
+    """
+
+    number: int
+    keys: tuple[str, ...]
+    first_key: str = ""
+
+
 @dataclass
 class StepPlan(KVConnectorMetadata):
     """What the workers do before a step's forward.
@@ -66,15 +81,15 @@ class StepPlan(KVConnectorMetadata):
         identity: Of the caches; second caches have its `opening_of`.
         loads: Requests to fill.
         encode: Key -> what to encode and store under it; what stands behind others comes after them.
-        read_ahead: Keys whose caches will be wanted soon.
-        second_ahead: Those of second caches.
+        read_ahead: What will be wanted soon.
+        is_idle: Whether vLLM computes nothing in this step.
     """
 
     identity: CacheIdentity
     loads: Sequence[LoadPlan] = ()
     encode: dict[str, EncodeJob] = field(default_factory=dict)
-    read_ahead: Sequence[str] = ()
-    second_ahead: Sequence[str] = ()
+    read_ahead: Sequence[ReadJob] = ()
+    is_idle: bool = False
 
 
 @dataclass
@@ -88,6 +103,10 @@ class StepReport(KVConnectorWorkerMetadata):
         encoded: Keys that are stored now.
         not_encoded: Key -> why it is not.
         can_read: Whether rows can be read from vLLM's pages.
+        num_ranks: Workers that say this; what follows they say one after the other, so it may stand there as often.
+        read: Numbers of the `ReadJob`s of which all is read that can be.
+        came: Keys whose caches came into RAM.
+        went: Those that left it.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -96,6 +115,10 @@ class StepReport(KVConnectorWorkerMetadata):
     encoded: list[str] = field(default_factory=list)
     not_encoded: dict[str, str] = field(default_factory=dict)
     can_read: bool = True
+    num_ranks: int = 1
+    read: list[int] = field(default_factory=list)
+    came: list[str] = field(default_factory=list)
+    went: list[str] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         """Put two workers' reports together: what one could not do has failed."""
@@ -107,4 +130,8 @@ class StepReport(KVConnectorWorkerMetadata):
             list(dict.fromkeys([*self.encoded, *other.encoded])),
             {**self.not_encoded, **other.not_encoded},
             self.can_read and other.can_read,
+            self.num_ranks + other.num_ranks,
+            [*self.read, *other.read],
+            [*self.came, *other.came],
+            [*self.went, *other.went],
         )

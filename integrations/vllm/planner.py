@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from prophetkv_rag.errors import InputError
+from prophetkv_rag.integrations.vllm.awaited import AwaitedCaches
 from prophetkv_rag.integrations.vllm.known import Filling, KnownRequest
 from prophetkv_rag.integrations.vllm.lookup import ChunkLookup
 from prophetkv_rag.integrations.vllm.messages import LoadPlan, StepPlan, StepReport
@@ -70,13 +71,14 @@ class Planner:
         self._can_read = can_read
         self._refused: dict[str, str] = {}
         self._loads: list[LoadPlan] = []
-        self._ahead: list[str] = []
-        self._second_ahead: list[str] = []
         self._admitted_rows = 0
         self.registrations = Registrations(
             store, identity, count=settings.placed.count, max_tokens=min(max_rows, self._max_stage_tokens)
         )
         self.counts: dict[str, float] = {}
+        self.awaited = AwaitedCaches(
+            settings.read_ahead_s, settings.ram_bytes, size_of=self.chunks.nbytes, count=self._count
+        )
         self.chunks.refresh()
 
     def begin(self, request: Any) -> None:
@@ -119,10 +121,6 @@ class Planner:
             return
         self._known[request.request_id] = known
         self._await_caches(known)
-        filling = known.filling(known.num_taken)
-        ready = [key for key in filling.keys if key not in found.missing]
-        self._ahead += [key for key in ready if key != found.first_key]
-        self._second_ahead += [key for key in ready if key == found.first_key]
 
     def _put_apart(self, known: KnownRequest, former: Former) -> bool:
         """Salt a request's blocks, behind those of a former turn, or else behind those whose rows are exact.
@@ -142,10 +140,14 @@ class Planner:
         return True
 
     def _await_caches(self, known: KnownRequest) -> None:
+        request_id, found = known.request.request_id, known.found
         keys = known.filling(known.num_taken).keys  # what is shared may not be there
-        missing = {key: job for key, job in known.found.missing.items() if key in keys}
-        if missing and self._is_worth(known.filling(known.num_taken or (known.num_plain if self._can_read else 0))):
-            self.registrations.await_caches(known.request.request_id, missing)
+        if not self._is_worth(known.filling(known.num_taken or (known.num_plain if self._can_read else 0))):
+            return
+        missing = {key: job for key, job in found.missing.items() if key in keys}
+        if missing:
+            self.registrations.await_caches(request_id, missing)
+        self.awaited.expect(request_id, [key for key in keys if key not in missing], found.first_key)
 
     def _is_worth(self, filling: Filling) -> bool:
         """Whether so many known tokens are new that their caches are used; of a turn, a whole block at least is new."""
@@ -181,7 +183,8 @@ class Planner:
         taken = self._admitted_rows + self.registrations.reserved
         if taken and taken + filling.num_rows > self._max_stage_tokens:
             return None
-        return filling.stop - num_local if self._written.are_there(request, known.num_held) else None
+        is_ready = self.awaited.is_ready(request.request_id, filling.keys, known.found.first_key)
+        return filling.stop - num_local if is_ready and self._written.are_there(request, known.num_held) else None
 
     def _shared(self, known: KnownRequest, num_local: int) -> int:
         """Return how many of the rows that are shared the prefix cache has, if they are worth reading."""
@@ -191,7 +194,10 @@ class Planner:
     def admit(self, request: Any, block_ids: list[int], count: int) -> None:
         """Fill a request in this step, or see it begin otherwise."""
         known = self._known.get(request.request_id)
-        if known is None or count == 0:
+        if known is None:
+            return
+        self.awaited.finish(request.request_id)
+        if count == 0:
             return
         filling = known.filling(known.num_held)
         self._written.fill(request.request_id, known.first_row)
@@ -202,20 +208,21 @@ class Planner:
     def step(self) -> StepPlan:
         """Return what the workers do in this step, and begin the next."""
         encode = self.registrations.next_jobs(self._max_stage_tokens - self._admitted_rows)
-        plan = StepPlan(self._identity, self._loads, encode, self._ahead, self._second_ahead)
+        plan = StepPlan(self._identity, self._loads, encode, self.awaited.next_jobs())
         for load in self._loads:
             report = self._known[load.request_id].report
             assert report is not None
             self._count("requests", 1)
             for name in ("chunk_tokens", "reused_tokens", "recomputed_tokens"):
                 self._count(name, report[name])
-        self._loads, self._ahead, self._second_ahead, self._admitted_rows = [], [], [], 0
+        self._loads, self._admitted_rows = [], 0
         self._written.next_step()
         return plan
 
     def learn(self, report: StepReport) -> None:
         """Take in what the workers say."""
         self._can_read = self._can_read and report.can_read
+        self.awaited.learn(report)
         for key in report.lost:
             self.chunks.lose(key)
         for request_id, reason in report.failed.items():
@@ -247,6 +254,7 @@ class Planner:
         """Return what a request's answer says, and forget it."""
         request_id = request.request_id
         self._written.remove(request_id)
+        self.awaited.finish(request_id)
         refused = self._refused.pop(request_id, None)
         if refused is not None:
             return {NAME: {"error": refused}}

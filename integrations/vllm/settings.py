@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,6 +45,8 @@ class ConnectorSettings:
         max_stage_tokens: Rows of stage I and II and tokens of new chunks that one step computes at most, so that the
             decoding of others waits no longer than for those; `None` for vLLM's own `max_num_batched_tokens`. A single
             request may have more: then it is alone in its step.
+        read_ahead_s: How long a request waits at most until its caches are in RAM, while others decode; then the step
+            that fills it reads what is missing. 0 for no waiting.
         may_register: Whether requests may bring new chunks.
         ram_bytes: Caches held in RAM by every worker.
         max_bytes: Upper bound of all caches on disk; `None` for none.
@@ -64,6 +67,7 @@ class ConnectorSettings:
     namespace: str = ""
     min_chunk_tokens: int = 64
     max_stage_tokens: int | None = None
+    read_ahead_s: float = 1.0
     may_register: bool = True
     ram_bytes: int = 1 << 30
     max_bytes: int | None = None
@@ -80,6 +84,10 @@ class ConnectorSettings:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 msg = f"{name} is {value!r}; it must be a whole number of at least {least}"
                 raise InputError(msg)
+        seconds = self.read_ahead_s
+        if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
+            msg = f"read_ahead_s is {seconds!r}; it must be a number of seconds, 0 for no waiting"
+            raise InputError(msg)
         if not isinstance(self.may_register, bool):
             msg = f"may_register is {self.may_register!r}; it must be true or false"
             raise InputError(msg)

@@ -17,6 +17,9 @@ COUNTERS = {
     "too_long": "Requests left to vLLM because they have more rows than a step may run.",
     "encoded_chunks": "Chunks encoded and stored.",
     "second_caches": "Second caches, of chunks that came first in a prompt, encoded and stored.",
+    "read_ahead_waits": "Requests that waited for their caches to be read into RAM.",
+    "read_ahead_seconds": "How long they waited, summed.",
+    "read_ahead_late": "Those of them that were filled although not all was read in time.",
     "stage_seconds": "Time that steps spent in stage I and II, summed over their requests.",
 }
 

@@ -19,6 +19,7 @@ from prophetkv_rag.integrations.vllm.page_reader import page_readers
 from prophetkv_rag.integrations.vllm.pages import HeldRows, PagedLayer, Pages
 from prophetkv_rag.integrations.vllm.plans import groups_of, layout_of, stage_one_rows, stage_two_rows
 from prophetkv_rag.integrations.vllm.rank_caches import RankCaches
+from prophetkv_rag.integrations.vllm.rank_reads import RankReads
 from prophetkv_rag.integrations.vllm.runner import VLLMRunner
 from prophetkv_rag.integrations.vllm.settings import ConnectorSettings
 from prophetkv_rag.integrations.vllm.together import run_together
@@ -60,6 +61,7 @@ class WorkerStages:
         self.support = support
         self._store = store
         self._caches = RankCaches(store, runner, num_kv_heads)
+        self._reads = RankReads(store)
         self._config = settings.engine_config()
         self._encoding = settings.placed
         self._strategy = make_strategy("prophetkv")
@@ -77,12 +79,13 @@ class WorkerStages:
         """Where the module is."""
         return self._runner.device
 
+    def read_ahead(self, plan: StepPlan) -> None:
+        """Begin to read what later steps need."""
+        self._reads.begin(plan)
+
     def run(self, plan: StepPlan) -> StepReport:
         """Do what a step asks for."""
         report = StepReport(can_read=self._readers is not None)
-        for keys, whose in ((plan.read_ahead, plan.identity), (plan.second_ahead, opening_of(plan.identity))):
-            if keys:
-                self._store.read_ahead(keys, fingerprint=whose.fingerprint)
         if plan.loads:
             started = time.perf_counter()
             self._load(plan, report)
@@ -90,6 +93,9 @@ class WorkerStages:
             report.seconds = {load.request_id: seconds for load in plan.loads}
         if plan.encode:
             self._encode(plan, report)
+        elif plan.is_idle:
+            self._reads.give_way()
+        self._reads.tell(report)
         return report
 
     def _load(self, plan: StepPlan, report: StepReport) -> None:
@@ -175,12 +181,9 @@ class WorkerStages:
         if self._runner.rank != 0:
             return
         try:
-            if kept_with:
-                self._store.keep_with(key, kept_with)
-                self._store.put_soon(key, cache, fingerprint=identity.fingerprint)
-                self._store.flush()
-            else:
-                self._store.put(key, cache.owned(), fingerprint=identity.fingerprint)
+            if kept_with:  # not by the store's thread, which may be reading ahead
+                self._store.catalog.keep_with(key, kept_with)
+            self._store.put(key, cache.owned(), fingerprint=identity.fingerprint, if_referenced=bool(kept_with))
             is_stored = key in self._store
         except (ProphetKVError, OSError) as error:  # a full disk, for one; the other ranks go on, so this one does
             logger.warning("the cache %s could not be stored: %s", key, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -171,8 +172,12 @@ class ChunkStore(ABC):
         """Let go, soon, of what this process holds in RAM and another one has deleted; never waits, never raises."""
         return None
 
-    def read_ahead(self, keys: Iterable[str], *, fingerprint: str) -> None:
-        """Begin to load caches that a prompt is about to need, without making the caller wait; never raises."""
+    def read_ahead(self, keys: Iterable[str], *, fingerprint: str) -> Future[None] | None:
+        """Begin to load caches that a prompt is about to need, without making the caller wait; never raises.
+
+        Returns:
+            What is done when those on disk that can be read, and fit, are in RAM; `None` where nothing is read.
+        """
         return None
 
     def expect(self, keys: Iterable[str], *, fingerprint: str) -> None:

@@ -16,6 +16,8 @@ def main() -> None:
     transfer = transfer_config(job["directory"])
     if "failing" in job:
         transfer |= {"kv_connector": "FailingConnector", "kv_connector_module_path": "tests.vllm.failing"}
+    if "is_slow" in job:
+        transfer |= {"kv_connector": "SlowConnector", "kv_connector_module_path": "tests.vllm.slow_reads"}
     llm = LLM(
         job["model"],
         dtype="float32",

@@ -209,12 +209,12 @@ def test_a_lost_cache_is_vllms_own_prefill_and_does_not_fail_again(served):
     with pytest.MonkeyPatch.context() as patch:
         # Lost after the scheduler has looked: what it looks for is still there.
         patch.setattr(
-            Planner, "claim", lambda self, *args: asked.append(path.unlink(missing_ok=True)) or claim(self, *args)
+            Planner, "claim", lambda *args: path.unlink(missing_ok=True) or asked.append(claim(*args)) or asked[-1]
         )
         (output,) = served.run([served.ids(prompt(served, 0))], [{"recompute_ratio": 0.0}])
     assert tokens(output) == exact
     assert reuse(output)["status"] == "left_to_vllm"
-    assert len(asked) == 1
+    assert len([one for one in asked if one]) == 1  # None: it waits for what can be read
     # The next prompt has it computed again, as our engine does.
     (output,) = served.run([served.ids(prompt(served, 0))], [{"recompute_ratio": 0.0}])
     assert [chunk["status"] for chunk in reuse(output)["chunks"]] == ["miss", "hit", "hit", "hit"]

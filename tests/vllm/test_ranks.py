@@ -83,6 +83,27 @@ def test_two_ranks_answer_as_our_engine_and_their_blobs_serve_one(tmp_path):
     assert [[chunk["behind"] for chunk in said["chunks"]] for said in one["said"][:2]] == [[0, 2, 2, 0], [0, 2, 0, 1]]
 
 
+def test_a_request_waits_until_both_ranks_have_read_its_caches(tmp_path):
+    """The first rank has them in RAM, since it stored them; the second reads them, which takes it some steps."""
+    model = save_tiny(tmp_path / "model", **SHAPE)
+    engine = ProphetKVEngine.from_pretrained(model, config=AS_IN_VLLM)
+    texts = [text_of(70, seed=seed) for seed in range(4)]
+    job = {
+        "model": str(model),
+        "directory": str(tmp_path / "caches"),
+        "register": [engine.library.tokens.chunk(text) for text in texts],
+        "prompts": [engine.read(chat(texts, 1)).input_ids.tolist()],
+        "options": [{}],
+        "is_slow": True,
+        "ranks": 2,
+    }
+    found = run(job, tmp_path)
+    assert found["said"][0]["status"] == "reused"
+    ahead, in_step = zip(*((tmp_path / f"reads-{rank}.txt").read_text().split() for rank in range(2)), strict=True)
+    assert in_step == ("0", "0")
+    assert int(ahead[1]) > 0
+
+
 def test_a_rank_that_fails_alone_ends_vllm_and_ranks_that_fail_together_do_not(tmp_path):
     model = save_tiny(tmp_path / "model", **SHAPE)
     engine = ProphetKVEngine.from_pretrained(model, config=AS_IN_VLLM)

@@ -98,6 +98,9 @@ def test_speculative_decoding(model, tmp_path):
         ({"directory": "x", "recompute_ratio": 1.5}, "recompute_ratio"),
         ({"directory": "x", "min_chunk_tokens": 0}, "at least 1"),
         ({"directory": "x", "max_stage_tokens": "many"}, "whole number"),
+        ({"directory": "x", "read_ahead_s": -0.5}, "number of seconds"),
+        ({"directory": "x", "read_ahead_s": float("inf")}, "number of seconds"),
+        ({"directory": "x", "read_ahead_s": True}, "number of seconds"),
         ({"directory": "x", "may_register": 1}, "true or false"),
     ],
 )

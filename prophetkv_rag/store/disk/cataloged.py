@@ -11,6 +11,7 @@ from prophetkv_rag.store import ALONE, Behind, ChunkStore, DirectoryLock, EntryC
 from prophetkv_rag.store.blobs import BlobFiles
 from prophetkv_rag.store.catalog import Catalog, CatalogRow
 from prophetkv_rag.store.disk.leases import Leases
+from prophetkv_rag.store.disk.ram import RamTier
 from prophetkv_rag.store.disk.write_behind import WriteBehind
 from prophetkv_rag.store.remote import RemoteTier
 
@@ -44,6 +45,7 @@ class CatalogedStore(ChunkStore):
     _absent: dict[str, dict[str, None]]
     _deletes: int
     _later: WriteBehind
+    _ram: RamTier
 
     @abstractmethod
     def drop_from_memory(self, keys: Iterable[str]) -> None:
@@ -58,6 +60,15 @@ class CatalogedStore(ChunkStore):
     def unseal(self, name: str, data: bytes) -> bytes:
         """See `ChunkStore.unseal`."""
         return self.files.unseal(name, data)
+
+    def keys_in_ram(self) -> set[str]:
+        """Keys of the caches that this process holds in RAM now."""
+        return set(self._ram.keys())
+
+    def keep_in_ram(self, keys: Iterable[str]) -> None:
+        """Drop others from RAM before these, where they are there."""
+        for key in keys:
+            self._ram.use(key)
 
     def knows(self, key: str) -> bool:
         """See `ChunkStore.knows`."""

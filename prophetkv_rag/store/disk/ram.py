@@ -53,6 +53,14 @@ class RamTier:
         with self._lock:
             return key in self._caches
 
+    def use(self, key: str) -> int | None:
+        """Make a cache the most recently used one, if it is held; returns its K/V bytes."""
+        with self._lock:
+            if key not in self._caches:
+                return None
+            self._caches.move_to_end(key)
+            return self._caches[key][1].nbytes
+
     def keys(self) -> list[str]:
         """What is held."""
         with self._lock:

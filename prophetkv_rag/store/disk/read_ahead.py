@@ -36,8 +36,9 @@ class ReadAhead:
         self._blob_format = blob_format
 
     def __call__(self, keys: Iterable[str], fingerprint: str) -> None:
-        """Read what the RAM tier lacks, in order, as far as all of it fits in there."""
-        room = self._ram.namespace_max_bytes
+        """Read what the RAM tier lacks, in order, as far as all of it fits in there, beside what it has of them."""
+        keys = list(dict.fromkeys(keys))
+        room = self._ram.namespace_max_bytes - sum(self._ram.use(key) or 0 for key in keys)
         for key in keys:
             if self._ram.holds(key):
                 continue

@@ -43,7 +43,7 @@ class BlobReader:
         forget: Callable[[Iterable[str]], None],
         *,
         blob_format: BlobFormat,
-        later: Callable[..., None],
+        later: Callable[..., object],
     ) -> None:
         self._files = files
         self._catalog = catalog

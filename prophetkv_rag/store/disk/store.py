@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -143,8 +144,7 @@ class DiskStore(CatalogedStore):
         if self.policy != "read_only" and self.space.use(key):
             self._later.run(self._save_counts)
         cache = self._ram.get(key, fingerprint=fingerprint, input_ids=input_ids)
-        if cache is None:
-            cache = self._later.get(key, fingerprint=fingerprint, input_ids=input_ids)
+        cache = cache or self._later.get(key, fingerprint=fingerprint, input_ids=input_ids)
         if cache is not None:
             self._counters.add(hits=1, ram_hits=1)
             return Lookup(cache, tier="ram")
@@ -187,9 +187,9 @@ class DiskStore(CatalogedStore):
             raise StoreError(msg) from error
         self.failures.end()
 
-    def read_ahead(self, keys: Iterable[str], *, fingerprint: str) -> None:
+    def read_ahead(self, keys: Iterable[str], *, fingerprint: str) -> Future[None] | None:
         """See `ChunkStore.read_ahead`: a thread reads them into the RAM tier."""
-        self._later.run(self._read_ahead, [key for key in keys if is_key(key)], fingerprint)
+        return self._later.run(self._read_ahead, [key for key in keys if is_key(key)], fingerprint)
 
     def pin_memory(self) -> None:
         """See `ChunkStore.pin_memory`."""

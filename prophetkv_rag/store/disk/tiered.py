@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -156,11 +157,12 @@ class TieredStore(DiskStore):
         """See `ChunkStore.expect`: what is neither in RAM nor on disk is read, all of it at once."""
         self._begin(self._fetches.expect, keys, fingerprint)
 
-    def read_ahead(self, keys: Iterable[str], *, fingerprint: str) -> None:
+    def read_ahead(self, keys: Iterable[str], *, fingerprint: str) -> Future[None] | None:
         """See `ChunkStore.read_ahead`."""
         keys = [key for key in keys if is_key(key)]
-        super().read_ahead(keys, fingerprint=fingerprint)
+        read = super().read_ahead(keys, fingerprint=fingerprint)
         self._begin(self._fetches.begin, keys, fingerprint)
+        return read
 
     def bring(self, chunks: Mapping[str, tuple[Sequence[int], TextEntry | None]], *, fingerprint: str) -> set[str]:
         """See `ChunkStore.bring`; what has no room on the disk is only looked for."""

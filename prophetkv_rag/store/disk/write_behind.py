@@ -64,15 +64,16 @@ class WriteBehind:
                 found = self._waiting.pop(key, None)
                 self._nbytes -= found[1].nbytes if found else 0
 
-    def run(self, action: Callable[..., None], *arguments: Any) -> None:
-        """Call something in the thread; a closed store does nothing."""
+    def run(self, action: Callable[..., None], *arguments: Any) -> Future[None] | None:
+        """Call something in the thread; returns what is done then. A closed store does nothing."""
         try:
             future = self._worker.submit(self._guarded, action, *arguments)
         except RuntimeError:
-            return
+            return None
         with self._lock:
             self._futures.add(future)
         future.add_done_callback(self._done)
+        return future
 
     def wait(self) -> None:
         """Wait until all that was added has been written or has failed."""

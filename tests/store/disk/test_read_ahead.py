@@ -107,6 +107,37 @@ def test_what_was_deleted_does_not_come_back(collection, tmp_path):
     assert engine.store._ram.nbytes == 0
 
 
+def nearly_room_for_three(collection, tmp_path):
+    """A store that holds any two of the caches in RAM, their keys, and the fingerprint."""
+    engine = opened(tmp_path)
+    keys = [engine.library.identity.key(engine.tokens.chunk(text)) for text in TEXTS]
+    fingerprint = engine.identity.fingerprint
+    sizes = [engine.store.find(key, fingerprint=fingerprint, input_ids=None).cache.nbytes for key in keys]
+    engine.store.close()
+    return DiskStore(tmp_path, ram_bytes=sum(sizes) - 1), keys, fingerprint
+
+
+def test_what_a_prompt_has_in_ram_stays_when_the_rest_is_read(collection, tmp_path):
+    store, (first, second, third), fingerprint = nearly_room_for_three(collection, tmp_path)
+    with closing(store):
+        for key in (first, second):
+            store.find(key, fingerprint=fingerprint, input_ids=None)
+        store.read_ahead([first, third], fingerprint=fingerprint).result()
+        assert store.keys_in_ram() == {first, third}
+        store.read_ahead([first, second, third], fingerprint=fingerprint).result()
+        assert store.keys_in_ram() == {first, third}  # not all have room: what is there stays
+
+
+def test_what_is_kept_is_dropped_last(collection, tmp_path):
+    store, (first, second, third), fingerprint = nearly_room_for_three(collection, tmp_path)
+    with closing(store):
+        for key in (first, second):
+            store.find(key, fingerprint=fingerprint, input_ids=None)
+        store.keep_in_ram([first, third])
+        store.find(third, fingerprint=fingerprint, input_ids=None)
+        assert store.keys_in_ram() == {first, third}
+
+
 def test_the_ram_tier_keeps_its_limit(collection, tmp_path):
     engine = opened(tmp_path)
     one = engine.store.get(
