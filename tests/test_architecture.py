@@ -63,11 +63,11 @@ MAY_IMPORT = {
     "integrations.langchain": "lazy errors text extras config report generation defaults store prompt tools engine "
     "vector_stores "
     "chroma integrations.shared",
-    "integrations.vllm": "once errors extras kernels config report model generation store store.blobs store.disk prompt "
-    "chunks reuse",
+    "integrations.vllm": "once errors extras kernels config report model generation store store.blobs store.disk "
+    "prompt chunks reuse",
     "cli": "errors text extras home kernels config profile report model defaults store store.encryption store.blobs "
     "store.catalog "
-    "store.remote store.disk reuse engine chroma distributed evaluation server integrations.llama_index "
+    "store.remote store.disk prompt chunks reuse engine chroma distributed evaluation server integrations.llama_index "
     "integrations.vllm",
 }
 CORE = list(MAY_IMPORT)[: list(MAY_IMPORT).index("prophetkv_rag") + 1]
