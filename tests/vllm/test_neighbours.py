@@ -126,7 +126,7 @@ def test_prompts_find_them_and_one_that_is_lost_is_encoded_as_it_was(served, eng
 
 
 def test_second_caches_are_computed_when_they_are_asked_for(engines, collections):
-    in_vllm, ours = engines
+    in_vllm, _ = engines
     opening, done = opening_of(in_vllm.identity), []
     texts = [SINGLE[0], SINGLE[2], DOCUMENT[0]]  # of which the last one stands behind nothing else anyway
     assert in_vllm.library.add_second(texts, progress=lambda *now: done.append(now)) == 2
@@ -137,7 +137,7 @@ def test_second_caches_are_computed_when_they_are_asked_for(engines, collections
 
 
 def test_refreshed_and_deleted_neighbours(engines, collections):
-    in_vllm, ours = engines
+    in_vllm, _ = engines
     new = [text_of(45, seed=80 + number) for number in range(4)]
     key = in_vllm.library.key_of
     near = SINGLE[2]
