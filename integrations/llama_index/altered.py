@@ -31,6 +31,7 @@ from prophetkv_rag.integrations.llama_index.llm import ProphetKVLLM
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine
+    from prophetkv_rag.vector_stores import CachingEngine
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class AlteredTextCache:
             self.engine.remove_chunks(keys, owner=self.owner)
 
 
-def forget_altered(engine: ProphetKVEngine, ids: Iterable[str] | None) -> None:
+def forget_altered(engine: CachingEngine, ids: Iterable[str] | None) -> None:
     """Drop what listening caches of this engine hold of these nodes and documents; `None` for all of it."""
     for cache in list(_LISTENING):
         if cache.engine is engine:

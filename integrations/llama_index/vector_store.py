@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from chromadb.api.models.Collection import Collection
 
     from prophetkv_rag.engine import ProphetKVEngine
+    from prophetkv_rag.vector_stores import CachingEngine
 
 ADD_BATCH = 1000
 """Nodes in one write; SQLite, behind Chroma, bounds the ids of one read."""
@@ -142,7 +143,7 @@ class ProphetKVChromaVectorStore(ChromaVectorStore):
         forget_altered(self._engine, None)
 
     @property
-    def _engine(self) -> ProphetKVEngine:
+    def _engine(self) -> CachingEngine:
         return self._collection.engine
 
     async def aget_nodes(

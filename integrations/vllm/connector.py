@@ -28,7 +28,6 @@ from prophetkv_rag.integrations.vllm.support import (
 )
 from prophetkv_rag.integrations.vllm.turns import Former, salted
 from prophetkv_rag.integrations.vllm.workers import WorkerStages
-from prophetkv_rag.store.disk import open_disk_store
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +49,8 @@ class ProphetKVConnector(KVConnectorBase_V1):
         self._settings = ConnectorSettings.of(vllm_config.kv_transfer_config.kv_connector_extra_config)
         self._max_rows = vllm_config.scheduler_config.max_num_batched_tokens
         self._num_blocks = 0 if kv_cache_config is None else kv_cache_config.num_blocks
-        self._store = open_disk_store(
-            self._settings.path,
-            ram_bytes=self._settings.ram_bytes if role == KVConnectorRole.WORKER else 0,
-            max_bytes=self._settings.max_bytes,
+        self._store = self._settings.open_store(
+            ram_bytes=self._settings.ram_bytes if role == KVConnectorRole.WORKER else 0
         )
         self.stages: WorkerStages | None = None
         """The worker's half, once vLLM has its pages."""

@@ -143,9 +143,10 @@ class ChunkLookup:
 
     def _again(self, key: str) -> EncodeJob:
         """Return how a known chunk is encoded again: as it was, or alone where what it stood behind is gone."""
-        behind = self._behind(key)
-        is_there = all(one in self._store for one in behind)
-        return EncodeJob(tuple(self._index.ids(key)), behind if is_there else ())
+        ids, behind = tuple(self._index.ids(key)), self._behind(key)
+        if not behind or any(one not in self._store for one in behind):
+            return EncodeJob(ids)
+        return EncodeJob(ids, behind, is_chained=self._store.behind(key).is_chained)
 
     def _behind(self, key: str) -> tuple[str, ...]:
         return self._store.behind(key).keys if self._identity.encoding else ()

@@ -19,12 +19,19 @@ class EncodeJob:
     Attributes:
         input_ids: The chunk's tokens.
         behind: Keys of the chunks that stand before it, the last one right before it.
+        is_chained: Whether those come as they are stored, or each encoded for itself alone: neighbours.
         kept_with: Of a second cache, encoded behind the opening alone: the key of its chunk. Else "".
     """
 
     input_ids: tuple[int, ...]
     behind: tuple[str, ...] = ()
     kept_with: str = ""
+    is_chained: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to run: neighbours may have to be run, too, and are taken for as long as the chunk."""
+        return len(self.input_ids) * (1 if self.is_chained else 1 + len(self.behind))
 
 
 @dataclass(frozen=True, slots=True)

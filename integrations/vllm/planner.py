@@ -73,7 +73,7 @@ class Planner:
         self._loads: list[LoadPlan] = []
         self._admitted_rows = 0
         self.registrations = Registrations(
-            store, identity, count=settings.placed.count, max_tokens=min(max_rows, self._max_stage_tokens)
+            store, identity, settings.placed, max_tokens=min(max_rows, self._max_stage_tokens)
         )
         self.counts: dict[str, float] = {}
         self.awaited = AwaitedCaches(

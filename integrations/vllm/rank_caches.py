@@ -81,6 +81,8 @@ class RankCaches:
             is_second = number == 0 and bool(load.first_key)
             key, whose = (load.first_key, opening) if is_second else (match.key, identity)
             cache = self._whole(key, whose.fingerprint, behind)
+            if cache is not None and cache.behind.keys != behind:
+                return None  # encoded anew since the prompt was planned: the next one is planned with that
             wanted = list(load.input_ids[match.start : match.stop])
             rows = slice(match.skipped, match.skipped + len(wanted))
             if cache is None or not cache.is_of(identity.dtype) or cache.input_ids[rows].tolist() != wanted:
@@ -91,13 +93,13 @@ class RankCaches:
         return caches
 
     def _whole(self, key: str, fingerprint: str, behind: Sequence[str] | None = None) -> ChunkCache | None:
-        """Return a cache with all heads: one that was encoded behind these chunks, all of whose traces are known."""
+        """Return a cache with all heads, whose traces are all known; if not behind these chunks, as it is on disk."""
         try:
             cache = self._store.find(key, fingerprint=fingerprint, input_ids=None).cache
             if cache is not None and behind is not None and cache.behind.keys != tuple(behind):
                 self._store.drop_from_memory([key])  # another one was stored in its place
                 cache = self._store.find(key, fingerprint=fingerprint, input_ids=None).cache
-            if cache is None or (behind is not None and cache.behind.keys != tuple(behind)):
+            if cache is None:
                 return None
             traces = set(cache.behind.traces)
             if traces and len(self._store.known(traces)) < len(traces):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from prophetkv_rag.chunks import Placing, in_order
+from prophetkv_rag.config import Encoding
 from prophetkv_rag.errors import InputError, StoreError
+from prophetkv_rag.integrations.vllm.identity import opening_of
 from prophetkv_rag.integrations.vllm.messages import EncodeJob, StepReport
 from prophetkv_rag.integrations.vllm.settings import RequestOptions
 from prophetkv_rag.store import CacheIdentity, ChunkStore
@@ -35,14 +38,15 @@ class Registrations:
     Args:
         store: Of this process.
         identity: Of the chunks.
-        count: So many chunks stand before each one of a document.
+        encoding: What they are encoded behind.
         max_tokens: Encode at most so many a step (one chunk is always allowed).
     """
 
-    def __init__(self, store: ChunkStore, identity: CacheIdentity, *, count: int, max_tokens: int) -> None:
+    def __init__(self, store: ChunkStore, identity: CacheIdentity, encoding: Encoding, *, max_tokens: int) -> None:
         self._store = store
         self._identity = identity
-        self._count = count
+        self._encoding = encoding
+        self._placing = Placing(encoding, store, _asked, lambda key: key)
         self._max_tokens = max_tokens
         self._batches: dict[str, _Batch] = {}
         self._running: dict[str, EncodeJob] = {}
@@ -62,12 +66,8 @@ class Registrations:
                 raise InputError(msg)
         keys = [self._identity.key(chunk) for chunk in options.register]
         try:
-            before = self._before(keys, options)
-            missing = {
-                key: EncodeJob(chunk, before.get(key, ()))
-                for key, chunk in zip(keys, options.register, strict=True)
-                if key not in self._store or (key in before and not self._store.behind(key).keys)
-            }
+            wanted = self._second if options.first_chunks else self._wanted
+            missing = wanted(keys, options)
         except StoreError as error:
             raise InputError(str(error)) from error
         self._batches[request_id] = _Batch(keys, missing)
@@ -76,20 +76,32 @@ class Registrations:
         """Have a prompt wait for what it found missing."""
         self._batches[request_id] = _Batch([], dict(missing), is_prompt=True)
 
-    def _before(self, keys: list[str], options: RequestOptions) -> dict[str, tuple[str, ...]]:
-        """Return what chunks stand behind: of what comes before them in the request, or is known."""
-        if not self._count or not (options.in_order or options.behind):
-            return {}
-        named = options.behind or [keys[max(0, number - self._count) : number] for number in range(len(keys))]
-        earlier: set[str] = set()
-        known = self._store.known({one for found in named for one in found})
-        before: dict[str, tuple[str, ...]] = {}
-        for key, found in zip(keys, named, strict=True):
-            chosen = tuple(dict.fromkeys(one for one in found if one != key and (one in earlier or one in known)))
-            if chosen and key not in earlier:
-                before[key] = chosen[-self._count :]
-            earlier.add(key)
-        return before
+    def _wanted(self, keys: list[str], options: RequestOptions) -> dict[str, EncodeJob]:
+        """Return what is missing of a request's chunks; what stands behind others comes after them."""
+        has_order = self._encoding.kind == "previous"
+        as_neighbours, behind = options.as_neighbours or not has_order, options.behind
+        if options.in_order and not behind and has_order:
+            count = self._encoding.count
+            behind = tuple(tuple(keys[max(0, number - count) : number]) for number in range(len(keys)))
+        before: Mapping[str, tuple[str, ...]] = {}
+        if behind:
+            before = self._placing.before(options.register, keys, behind, as_neighbours=as_neighbours)
+        chunks = dict(zip(keys, options.register, strict=True))
+        return {
+            key: EncodeJob(chunks[key], before.get(key, ()), is_chained=not as_neighbours or key not in before)
+            for key in (chunks if as_neighbours else in_order(chunks, before))
+            if key not in self._store
+            or (key in before and self._placing.is_wanted_anew(key, before[key], options.refresh))
+        }
+
+    def _second(self, keys: list[str], options: RequestOptions) -> dict[str, EncodeJob]:
+        """Return the second caches that a request's chunks lack: of those that are stored behind others."""
+        found = {}
+        for key, chunk in zip(keys, options.register, strict=True):
+            own = opening_of(self._identity).key(chunk)
+            if own not in self._store and self._store.behind(key).keys:
+                found[own] = EncodeJob(chunk, kept_with=key)
+        return found
 
     def is_waiting(self, request_id: str) -> bool:
         """Whether not all of what a request waits for is stored yet."""
@@ -113,12 +125,12 @@ class Registrations:
                     continue
                 if any(one in self._running for one in job.behind):
                     break
-                is_full = left < len(job.input_ids) and bool(chosen or self._running or room < self._max_tokens)
+                is_full = left < job.num_tokens and bool(chosen or self._running or room < self._max_tokens)
                 if is_full:
-                    self.reserved = 0 if chosen else min(len(job.input_ids), self._max_tokens)
+                    self.reserved = 0 if chosen else min(job.num_tokens, self._max_tokens)
                     break
                 chosen[key] = job
-                left -= len(job.input_ids)
+                left -= job.num_tokens
             if not chosen.keys().isdisjoint(batch.missing):
                 self._batches[request_id] = self._batches.pop(request_id)  # others are first in the next step
             if is_full:
@@ -144,3 +156,7 @@ class Registrations:
             return None
         errors = {"errors": batch.errors} if batch.errors else {}
         return {"registered": [key for key in batch.keys if key not in batch.errors], **errors}
+
+
+def _asked(call: Callable[..., Any], *arguments: Any, otherwise: Any) -> Any:
+    return call(*arguments)  # a store that fails is said to the client

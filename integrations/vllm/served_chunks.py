@@ -1,129 +1,146 @@
-"""The chunks of `serve --engine vllm`: the store is read and written here, and vLLM's workers encode."""
+"""The chunks of an engine on vLLM: texts and references are kept here, and vLLM's workers encode and store."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
-from prophetkv_rag.chunks import Placing
+from prophetkv_rag.chunks import AddProgress, AddsChunks, ChunkWriter, Wanted, in_order
 from prophetkv_rag.config import Encoding
 from prophetkv_rag.errors import ContextWindowError, InputError, StoreError
-from prophetkv_rag.prompt import ChunkIndex, Tokens, text_entry
-from prophetkv_rag.store import CacheIdentity, ChunkStore
-from prophetkv_rag.text import well_formed
+from prophetkv_rag.integrations.vllm.encoding import NOT_TAKEN
+from prophetkv_rag.integrations.vllm.identity import opening_of
+from prophetkv_rag.prompt import Tokens
+from prophetkv_rag.store import CacheIdentity, ChunkStore, TextEntry
 
 _AT_ONCE = 16
-"""Chunks that one request registers: between two of them a shutdown is noticed."""
+"""Chunks that one request registers: between two of them a shutdown is noticed, and whether there is room left."""
+
+Register = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Sends our part of a request's `kv_transfer_params` to vLLM, and returns that of the answer."""
 
 
-class ServedChunks:
-    """Adds and removes chunks, as `ProphetKVEngine` does.
+class ServedChunks(AddsChunks):
+    """Adds and removes chunks, as the library of a `ProphetKVEngine` does.
 
     Args:
+        name: What statistics call the model.
+        tokens: The model's tokenizer.
         store: Of this process.
         identity: Of the chunks.
-        tokens: The model's tokenizer.
-        chunk_index: Finds their texts in prompts.
         encoding: What they are encoded behind.
+        model_config: vLLM's.
         most_tokens: Longest chunk.
-        register: Sends our part of a request's `kv_transfer_params` to vLLM, and returns that of the answer.
+        register: Reaches the workers.
     """
 
     def __init__(
         self,
+        name: str,
+        tokens: Tokens,
         store: ChunkStore,
         identity: CacheIdentity,
-        tokens: Tokens,
-        chunk_index: ChunkIndex,
         encoding: Encoding,
+        model_config: Any,
         *,
         most_tokens: int,
-        register: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        register: Register,
     ) -> None:
-        self._store = store
-        self._identity = identity
-        self._tokens = tokens
-        self._chunk_index = chunk_index
-        self._placing = Placing(encoding, store, self._tried, self.key_of)
+        super().__init__(tokens, store, identity, encoding, ChunkWriter(store, identity.fingerprint, nullcontext()))
+        self._name = name
+        self._model_config = model_config
         self._most_tokens = most_tokens
         self._register = register
+        if self.has_second:
+            self._describe(name, opening_of(identity))
+        self._describe(name, identity)
 
-    def key_of(self, text: str) -> str:
-        """Return the key of the chunk with this text, whether or not it is known."""
-        return self._identity.key(self._tokens.chunk(well_formed(text).strip()))
-
-    def add(
-        self,
-        texts: Sequence[str],
-        *,
-        owner: str,
-        behind: Sequence[Sequence[str]] | None,
-        progress: Callable[[int, int], None] | None,
-    ) -> list[str]:
-        """Have what is missing encoded and stored; see `ProphetKVEngine.add_chunks`.
-
-        Raises:
-            InputError: If a chunk is empty, or `behind` is not as long as the texts.
-            ContextWindowError: If a chunk is longer than one step of vLLM may be. Nothing is stored then.
-            StoreError: If the store does not take them.
-        """
-        stripped = [well_formed(text).strip() for text in texts]
-        if behind is not None and len(behind) != len(stripped):
-            msg = f"behind has {len(behind)} entries for {len(stripped)} chunks; give one for each"
-            raise InputError(msg)
-        chunks = [self._ids(number, text) for number, text in enumerate(stripped)]
-        keys = [self._identity.key(ids) for ids in chunks]
-        placed = None if behind is None else [[well_formed(text).strip() for text in one] for one in behind]
-        before = self._placing.before(stripped, keys, placed, as_neighbours=False)
-        missing = {key: ids for key, ids in zip(keys, chunks, strict=True) if self._is_missing(key, before)}
-        for done in range(0, len(missing), _AT_ONCE):
-            if progress is not None:
-                progress(done, len(missing))
-            some = {key: missing[key] for key in list(missing)[done : done + _AT_ONCE]}
-            self._encode(some, before)
-        for key, ids, text in zip(keys, chunks, stripped, strict=True):
-            entry = text_entry(text)
-            if entry is not None:
-                self._store.note(key, fingerprint=self._identity.fingerprint, num_tokens=len(ids), entry=entry)
-                self._chunk_index.add(key, entry)
-        self._store.add_references(owner, keys)
-        return keys
-
-    def remove(self, keys: Iterable[str], *, owner: str) -> list[str]:
-        """See `ProphetKVEngine.remove_chunks`."""
-        deleted = self._store.drop_references(owner, list(keys))
-        for key in deleted:
-            self._chunk_index.remove(key)
-        return deleted
-
-    def _ids(self, number: int, text: str) -> list[int]:
-        ids = self._tokens.chunk(text) if text else []
-        if not ids:
-            msg = f"chunk {number} is empty; leave it out"
-            raise InputError(msg)
-        if len(ids) > self._most_tokens:
-            msg = f"chunk {number} has {len(ids)} tokens, and a step of vLLM {self._most_tokens} at most; split it"
+    def _check_length(self, name: str, input_ids: Sequence[int]) -> None:
+        if len(input_ids) > self._most_tokens:
+            msg = f"{name} has {len(input_ids)} tokens, and a step of vLLM {self._most_tokens} at most; split it"
             raise ContextWindowError(msg)
-        return ids
 
-    def _is_missing(self, key: str, before: Mapping[str, Sequence[str]]) -> bool:
-        if key not in self._store:
-            return True
-        return key in before and self._placing.is_wanted_anew(key, before[key], refresh=False)
+    def _learn_text(self, key: str, input_ids: list[int], entry: TextEntry | None) -> bool:
+        return self._writer.note(key, input_ids, entry)
 
-    def _encode(self, chunks: Mapping[str, Sequence[int]], before: Mapping[str, Sequence[str]]) -> None:
-        behind = [list(before.get(key, ())) for key in chunks]
-        said = self._register({"register": [list(ids) for ids in chunks.values()], "behind": behind})
-        if "error" in said:
-            raise ContextWindowError(said["error"])
-        errors = said.get("errors", {})
-        if errors:
-            msg = f"{len(errors)} chunks could not be encoded or stored: {next(iter(errors.values()))}"
-            raise StoreError(msg)
+    def _compute(
+        self, missing: Wanted, before: Mapping[str, Sequence[str]], progress: AddProgress, as_neighbours: bool
+    ) -> set[str]:
+        for key, chunk in missing.items():  # the workers know no texts, and keep what bears traces of known chunks
+            self._writer.note(key, *chunk)
+        ordered = list(missing) if as_neighbours else in_order(missing, before)
 
-    def _tried(self, call: Callable[..., Any], *arguments: Any, otherwise: Any) -> Any:
-        try:
-            return call(*arguments)
-        except StoreError as error:
-            self._store.failures.note(error)
-            return otherwise
+        def placed(keys: Sequence[str]) -> Mapping[str, Any]:
+            behind = [list(before.get(key, ())) for key in keys]
+            return {"behind": behind, "as_neighbours": as_neighbours, "refresh": True}  # all of them are wanted anew
+
+        failed, seconds_per_token = self._encode({key: missing[key][0] for key in ordered}, placed, progress)
+        if seconds_per_token is not None:
+            self._describe(self._name, self.identity, seconds_per_token)
+        return failed
+
+    def _encode(
+        self,
+        chunks: Mapping[str, list[int]],
+        more: Callable[[Sequence[str]], Mapping[str, Any]],
+        progress: AddProgress,
+    ) -> tuple[set[str], float | None]:
+        """Have the workers encode and store chunks, as far as there is room.
+
+        Args:
+            chunks: Key -> token ids.
+            more: Returns what a request says of chunks with these keys.
+            progress: Called once for each chunk that is done.
+
+        Returns:
+            The keys that the store failed to take, and the seconds that a token took, if any was computed.
+        """
+        failed: set[str] = set()
+        left, started, tokens = list(chunks), time.perf_counter(), 0
+        while left and self._writer.accepts_new():
+            keys, left = left[:_AT_ONCE], left[_AT_ONCE:]
+            said = self._register({"register": [chunks[key] for key in keys], **more(keys)})
+            if "error" in said:
+                raise InputError(said["error"])
+            errors = {key: reason for key, reason in said.get("errors", {}).items() if reason != NOT_TAKEN}
+            if errors:
+                self.store.failures.note(StoreError(next(iter(errors.values()))), caches=len(errors))
+            else:
+                self.store.failures.end()
+            failed.update(errors)
+            tokens += sum(len(chunks[key]) for key in keys)
+            done = len(chunks) - len(left)
+            for number in range(done - len(keys), done):
+                if progress is not None:
+                    progress(number + 1, len(chunks))
+        if left and self.store.failures.is_failing:
+            self.store.failures.count(len(left))
+            failed.update(left)
+        return failed, (time.perf_counter() - started) / tokens if tokens else None
+
+    @property
+    def kv_widths(self) -> list[tuple[int, int, int]]:
+        """See `AddsChunks.kv_widths`; all as the model's configuration says of most."""
+        heads, width = self._model_config.get_total_num_kv_heads(), self._model_config.get_head_size()
+        return [(heads, width, width)] * self._model_config.hf_text_config.num_hidden_layers
+
+    @property
+    def has_second(self) -> bool:
+        """See `AddsChunks.has_second`."""
+        return bool(self.identity.encoding)
+
+    def add_second(self, texts: Iterable[str], *, progress: AddProgress = None) -> int:
+        """See `AddsChunks.add_second`."""
+        chunks: dict[str, list[int]] = {}
+        for number, text in enumerate(texts):
+            input_ids, _ = self._chunk_ids(number, text)
+            own = opening_of(self.identity).key(input_ids)
+            if own not in self.store and self.store.behind(self.identity.key(input_ids)).keys:
+                chunks[own] = input_ids
+        self._encode(chunks, lambda keys: {"first_chunks": True}, progress)
+        return len(chunks)
+
+    def read_ahead(self, rows: Iterable[Sequence[str]]) -> None:
+        """Do nothing: the workers do that when a request comes."""

@@ -1,42 +1,32 @@
-"""What `prophetkv-rag serve --engine vllm` answers with: vLLM's asynchronous engine, as our server uses an engine.
+"""What `index` and `serve --engine vllm` work with: vLLM's asynchronous engine, as we use an engine of ours.
 
-Prompts are read by our own reader, so that they are laid out exactly as without vLLM; vLLM gets token ids. Its event
-loop runs in a thread of its own here, its core in a process of its own; any number of threads may call.
+Prompts are read by our own reader, so that they are laid out exactly as without vLLM; vLLM gets token ids.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import queue
 import threading
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import REGISTRY, generate_latest
-from vllm import AsyncEngineArgs, SamplingParams
-from vllm.v1.engine.async_llm import AsyncLLM
+from vllm import SamplingParams
 
 from prophetkv_rag.config import check_recompute_ratio
 from prophetkv_rag.errors import DeadlineError, InputError
 from prophetkv_rag.generation import FinishReason, Grammar, StreamChunk
 from prophetkv_rag.integrations.vllm.identity import load_tokenizer, open_identity
 from prophetkv_rag.integrations.vllm.reports import report_of
-from prophetkv_rag.integrations.vllm.sampling import BACKEND, Sampling
+from prophetkv_rag.integrations.vllm.running import RunningVLLM
+from prophetkv_rag.integrations.vllm.sampling import Sampling
 from prophetkv_rag.integrations.vllm.served_chunks import ServedChunks
-from prophetkv_rag.integrations.vllm.settings import NAME, ConnectorSettings, transfer_config
+from prophetkv_rag.integrations.vllm.settings import NAME, ConnectorSettings
 from prophetkv_rag.integrations.vllm.tenants import TenantSalts
 from prophetkv_rag.prompt import AnyPrompt, ChunkIndex, PromptLayout, PromptReader, Tokens
-from prophetkv_rag.store import ChunkStore
-from prophetkv_rag.store.disk import open_disk_store
-
-logger = logging.getLogger(__name__)
 
 _RATIOS: dict[str | None, float | None] = {None: None, "prophetkv": None, "full_reuse": 0.0}
-_DEFAULTS = {"disable_log_stats": False, "structured_outputs_config": {"backend": BACKEND}}
-_POLL_S, _LOOK_S = 0.05, 1.0
 
 
 class VLLMEngine:
@@ -56,41 +46,40 @@ class VLLMEngine:
     """Requests that the server hands over at once; vLLM batches and queues them."""
 
     def __init__(self, model: str, settings: ConnectorSettings, engine_args: Mapping[str, Any]) -> None:
-        given = {"model": model, "kv_transfer_config": transfer_config(settings)}
-        try:
-            arguments = AsyncEngineArgs(**{**_DEFAULTS, **engine_args, **given})
-        except TypeError as error:
-            msg = f"vLLM does not take these settings: {error}; see `vllm serve --help`, with _ for -"
-            raise InputError(msg) from error
-        self.has_died = False
         self.tenant_salts = TenantSalts()
-        self._closing = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="prophetkv-vllm", daemon=True)
-        self._thread.start()
+        self._vllm = RunningVLLM(model, settings, engine_args)
         try:
-            self._llm: Any = self._wait(_started(arguments))
+            self._open(model, settings)
         except BaseException:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._vllm.close()
             raise
-        config = self._llm.vllm_config
+
+    def _open(self, model: str, settings: ConnectorSettings) -> None:
+        config = self._vllm.config
+        self.config = settings.engine_config()
         self.identity = open_identity(config, settings)
         self.tokens = Tokens(load_tokenizer(config.model_config))
-        self.store: ChunkStore = open_disk_store(settings.path, ram_bytes=0, max_bytes=settings.max_bytes)
-        self.chunk_index = ChunkIndex()
-        self.chunk_index.load(self.store.entry_columns(self.identity.fingerprint))
+        self.tokenizer = self.tokens.tokenizer
+        self.store = settings.open_store(ram_bytes=0)
         self.context_window = int(config.model_config.max_model_len)
-        self._sampling = Sampling(self.tokens.tokenizer, config.structured_outputs_config.backend)
-        self._reader = PromptReader(self.tokens, self.identity, self.chunk_index)
-        self._chunks = ServedChunks(
+        self.library = ServedChunks(
+            Path(model).name,
+            self.tokens,
             self.store,
             self.identity,
-            self.tokens,
-            self.chunk_index,
             settings.placed,
-            most_tokens=config.scheduler_config.max_num_batched_tokens - len(self.identity.prefix_ids),
+            config.model_config,
+            most_tokens=min(self.context_window, config.scheduler_config.max_num_batched_tokens)
+            - len(self.identity.prefix_ids),
             register=self._register,
         )
+        self._sampling = Sampling(self.tokenizer, config.structured_outputs_config.backend)
+        self._reader = PromptReader(self.tokens, self.identity, self.chunk_index)
+
+    @property
+    def chunk_index(self) -> ChunkIndex:
+        """Finds the texts of stored chunks in prompts."""
+        return self.library.chunk_index
 
     @property
     def has_chat_template(self) -> bool:
@@ -99,7 +88,7 @@ class VLLMEngine:
 
     def key_of(self, text: str) -> str:
         """Return the key of the chunk with this text, whether or not it is known."""
-        return self._chunks.key_of(text)
+        return self.library.key_of(text)
 
     def add_chunks(
         self,
@@ -107,27 +96,27 @@ class VLLMEngine:
         *,
         owner: str = "engine",
         behind: Sequence[Sequence[str]] | None = None,
+        refresh: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Have vLLM's workers encode and store what is missing; see `ServedChunks.add`."""
-        return self._chunks.add(texts, owner=owner, behind=behind, progress=progress)
+        """Have vLLM's workers encode and store what is missing; see `ProphetKVEngine.add_chunks`."""
+        return self.library.add(texts, owner=owner, behind=behind, refresh=refresh, progress=progress)
 
     def remove_chunks(self, keys: Iterable[str], *, owner: str = "engine") -> list[str]:
         """See `ProphetKVEngine.remove_chunks`."""
-        return self._chunks.remove(keys, owner=owner)
+        return self.library.remove(keys, owner=owner)
 
     def _register(self, said: Mapping[str, Any]) -> Mapping[str, Any]:
         """Send chunks in a request of their own, and return what it was answered."""
         sampling = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {NAME: said}})
         answered: Mapping[str, Any] = {}
-        for output in self._outputs({"prompt_token_ids": [0]}, sampling, None, None):
+        for output in self._vllm.outputs({"prompt_token_ids": [0]}, sampling):
             answered = (output.kv_transfer_params or {}).get(NAME, answered)
         return answered
 
     def read(self, prompt: AnyPrompt, *, query: str | None = None) -> PromptLayout:
         """Return a prompt's token ids and where its known chunks lie."""
-        for key, entry in self.store.new_entries(self.identity.fingerprint):
-            self.chunk_index.add(key, entry)
+        self.library.refresh()
         return self._reader.read(prompt, query=query)
 
     def stream(
@@ -185,7 +174,7 @@ class VLLMEngine:
         started, first_at = time.monotonic(), None
         salt = self.tenant_salts.once() if remember is False else self.tenant_salts.salt(tenant)
         prompt_ids = {"prompt_token_ids": layout.input_ids.tolist(), "cache_salt": salt}
-        for output in self._outputs(prompt_ids, sampling, cancel, ends_at):
+        for output in self._vllm.outputs(prompt_ids, sampling, cancel, ends_at):
             if isinstance(output, str):
                 if output == "deadline" and not token_ids:
                     msg = "the deadline passed before the prompt was prefilled"
@@ -204,61 +193,22 @@ class VLLMEngine:
             if reason is not None:
                 return
 
-    def _outputs(
-        self, prompt: Mapping[str, Any], sampling: Any, cancel: threading.Event | None, ends_at: float | None
-    ) -> Iterator[Any]:
-        """Yield vLLM's outputs of one request, and last "cancelled" or "deadline" if it ended so."""
-        outputs: queue.Queue[Any] = queue.Queue()
-        request_id = uuid.uuid4().hex
-        task = asyncio.run_coroutine_threadsafe(
-            _pump(self._llm.generate(prompt, sampling, request_id), outputs), self._loop
-        )
-        try:
-            while True:
-                if cancel is not None and cancel.is_set():
-                    yield "cancelled"
-                    return
-                if ends_at is not None and time.monotonic() >= ends_at:
-                    yield "deadline"
-                    return
-                try:
-                    item = outputs.get(timeout=_POLL_S)
-                except queue.Empty:
-                    continue
-                if item is None:
-                    return
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-        finally:
-            task.cancel()  # which aborts the request in vLLM, if it is not done
-
     def watch(self, ended: Callable[[], None]) -> None:
-        """Call `ended`, in a thread, should vLLM die: from then on every request is an error."""
+        """See `RunningVLLM.watch`."""
+        self._vllm.watch(ended)
 
-        def look() -> None:
-            while not self._closing.wait(_LOOK_S):
-                if self._llm.errored:
-                    self.has_died = True
-                    logger.critical("vLLM has died; its own log says why")
-                    ended()
-                    return
-
-        threading.Thread(target=look, name="prophetkv-vllm-watch", daemon=True).start()
+    @property
+    def has_died(self) -> bool:
+        """Whether `watch` has seen that."""
+        return self._vllm.has_died
 
     def more_metrics(self) -> bytes:
         """Return vLLM's own metrics, as Prometheus reads them."""
         return bytes(generate_latest(REGISTRY))
 
-    def _wait(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
     def close(self) -> None:
         """Stop vLLM and close the store."""
-        self._closing.set()
-        self._wait(_stopped(self._llm))
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._vllm.close()
         self.store.close()
 
 
@@ -270,20 +220,3 @@ _REASONS: dict[str, FinishReason] = {
     "repetition": "stop",
     "stop": "stop",
 }
-
-
-async def _started(arguments: Any) -> Any:
-    return AsyncLLM.from_engine_args(arguments)
-
-
-async def _stopped(llm: Any) -> None:
-    llm.shutdown()  # in its own loop, so that what waits for the core is told first
-
-
-async def _pump(source: AsyncIterator[Any], outputs: queue.Queue[Any]) -> None:
-    try:
-        async for output in source:
-            outputs.put(output)
-        outputs.put(None)
-    except Exception as error:
-        outputs.put(error)

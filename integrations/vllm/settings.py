@@ -18,10 +18,13 @@ from prophetkv_rag.config import (
 )
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.store import is_key
+from prophetkv_rag.store.blobs import check_format
+from prophetkv_rag.store.disk import DiskStore, must_be_unlocked, open_disk_store
 
 NAME = "prophetkv"
 """Our part of a request's and of an answer's `kv_transfer_params`."""
 
+_LEAST = {"min_chunk_tokens": 1, "max_stage_tokens": 1, "ram_bytes": 0, "max_bytes": 1, "namespace_max_bytes": 1}
 MAX_QUESTION_IDS = 1024
 MAX_REGISTERED = 4096
 
@@ -35,7 +38,7 @@ class ConnectorSettings:
         recompute_ratio: Share of the chunk tokens that is recomputed, where a request does not say; `None` as in
             `ProphetKVConfig`: by how the chunks were encoded.
         context_share: See `ProphetKVConfig`.
-        encoding: See `ProphetKVConfig`; not `neighbours`, which need embeddings.
+        encoding: See `ProphetKVConfig`. Neighbours are those that a request names.
         first_chunk: See `ProphetKVConfig`. What `"exact"` computes is found again, in vLLM's prefix cache, by prompts
             that begin with the same chunk.
         encoding_prefix: See `ProphetKVConfig`; a text, or `None` for what `prompt_template` says.
@@ -50,6 +53,10 @@ class ConnectorSettings:
         may_register: Whether requests may bring new chunks.
         ram_bytes: Caches held in RAM by every worker.
         max_bytes: Upper bound of all caches on disk; `None` for none.
+        namespace_max_bytes: The same for those of each namespace.
+        cache_format: How caches are written (`store.blobs.formats`).
+        key_file: Path of the file with the key that caches are encrypted with, the same for all processes; `None` for
+            what the environment variable `PROPHETKV_CACHE_KEY` says, if anything.
         model_fingerprint: Take the caches of this `CacheIdentity.model`, as `prophetkv_rag` computes it with
             transformers, instead of this checkpoint's own: for unquantised weights of the same dtype.
 
@@ -71,15 +78,18 @@ class ConnectorSettings:
     may_register: bool = True
     ram_bytes: int = 1 << 30
     max_bytes: int | None = None
+    namespace_max_bytes: int | None = None
+    cache_format: str = "exact"
+    key_file: str | None = None
     model_fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.directory, str) or not self.directory:
             msg = f"directory is {self.directory!r}; give the path where chunk caches are kept"
             raise InputError(msg)
-        for name, least in (("min_chunk_tokens", 1), ("max_stage_tokens", 1), ("ram_bytes", 0), ("max_bytes", 1)):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is None and name.startswith("max_"):
+            if value is None and "max_" in name:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 msg = f"{name} is {value!r}; it must be a whole number of at least {least}"
@@ -91,10 +101,8 @@ class ConnectorSettings:
         if not isinstance(self.may_register, bool):
             msg = f"may_register is {self.may_register!r}; it must be true or false"
             raise InputError(msg)
+        check_format(self.cache_format)
         self.engine_config()
-        if self.placed.num_neighbours:
-            msg = f"encoding is {self.encoding!r}; inside vLLM: auto, plain, or previous:2, without neighbours"
-            raise InputError(msg)
 
     @property
     def placed(self) -> Encoding:
@@ -139,10 +147,23 @@ class ConnectorSettings:
         """Return what differs from the defaults, as `of` reads it."""
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
 
-    @property
-    def path(self) -> Path:
-        """`directory`."""
-        return Path(self.directory).expanduser()
+    def open_store(self, *, ram_bytes: int) -> DiskStore:
+        """Open the store of one of the processes.
+
+        Raises:
+            InputError: If the key cannot be read, or is not the one that the caches are encrypted with.
+            StoreError: If the directory cannot be used.
+        """
+        store = open_disk_store(
+            Path(self.directory).expanduser(),
+            ram_bytes=ram_bytes,
+            max_bytes=self.max_bytes,
+            namespace_max_bytes=self.namespace_max_bytes,
+            blob_format=self.cache_format,
+            encryption_key=self.key_file,
+        )
+        must_be_unlocked(store.files)
+        return store
 
 
 def transfer_config(settings: ConnectorSettings) -> dict[str, Any]:
@@ -168,7 +189,10 @@ class RequestOptions:
         register: Token ids of chunks to encode and keep; the request itself is then answered by vLLM alone.
         in_order: Whether those are a document, in order, so that each is encoded behind those before it.
         behind: Or for each the keys of the chunks that it is encoded behind, the last one right before it: of those
-            that are stored, or come before it in `register`.
+            that are stored, or among `register`.
+        as_neighbours: Whether those are its nearest neighbours, each of which is encoded for itself alone.
+        refresh: Whether to encode anew what is stored behind others than most of those.
+        first_chunks: Whether what is computed are the second caches of known chunks, for prompts that begin with them.
     """
 
     recompute_ratio: float | None = None
@@ -178,6 +202,9 @@ class RequestOptions:
     register: tuple[tuple[int, ...], ...] = ()
     in_order: bool = False
     behind: tuple[tuple[str, ...], ...] = ()
+    as_neighbours: bool = False
+    refresh: bool = False
+    first_chunks: bool = False
 
     @classmethod
     def of(cls, params: Any, *, vocabulary: int) -> RequestOptions:
@@ -199,7 +226,7 @@ class RequestOptions:
                 msg = f"recompute_ratio is {ratio!r}; it must be a number from 0 to 1"
                 raise InputError(msg)
             check_recompute_ratio(ratio)
-        for name in ("enabled", "in_order"):
+        for name in ("enabled", "in_order", "as_neighbours", "refresh", "first_chunks"):
             if not isinstance(given.get(name, True), bool):
                 msg = f"{name} is {given[name]!r}; it must be true or false"
                 raise InputError(msg)
@@ -220,6 +247,7 @@ class RequestOptions:
             chunks,
             given.get("in_order", False),
             _behind(given.get("behind", ()), len(chunks)),
+            *(given.get(name, False) for name in ("as_neighbours", "refresh", "first_chunks")),
         )
 
 

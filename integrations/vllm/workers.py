@@ -10,9 +10,8 @@ from functools import partial
 
 import torch
 
-from prophetkv_rag.chunks import ChunkEncoder, EncodingPrefix, encode_prefix
-from prophetkv_rag.errors import ProphetKVError
-from prophetkv_rag.integrations.vllm.heads import whole_heads
+from prophetkv_rag.chunks import EncodingPrefix, encode_prefix
+from prophetkv_rag.integrations.vllm.encoding import StepEncoder
 from prophetkv_rag.integrations.vllm.identity import opening_of
 from prophetkv_rag.integrations.vllm.messages import LoadPlan, StepPlan, StepReport
 from prophetkv_rag.integrations.vllm.page_reader import page_readers
@@ -63,11 +62,12 @@ class WorkerStages:
         self._caches = RankCaches(store, runner, num_kv_heads)
         self._reads = RankReads(store)
         self._config = settings.engine_config()
-        self._encoding = settings.placed
+        self._encoder = StepEncoder(
+            runner, support, store, self._caches, settings.placed, max_rows=max_rows, num_kv_heads=num_kv_heads
+        )
         self._strategy = make_strategy("prophetkv")
         self._block_size = block_size
         self._max_rows = max_rows
-        self._num_kv_heads = num_kv_heads
         readers = page_readers(runner.layers, num_blocks, block_size)
         self._readers = readers if all(runner.all_agree([readers is not None])) else None
         self._prefixes: dict[str, EncodingPrefix | None] = {}
@@ -92,7 +92,7 @@ class WorkerStages:
             seconds = time.perf_counter() - started
             report.seconds = {load.request_id: seconds for load in plan.loads}
         if plan.encode:
-            self._encode(plan, report)
+            self._encoder.run(plan, self._prefix, report)
         elif plan.is_idle:
             self._reads.give_way()
         self._reads.tell(report)
@@ -141,58 +141,6 @@ class WorkerStages:
         if identity.fingerprint not in self._prefixes:
             self._prefixes[identity.fingerprint] = encode_prefix(self._runner, self.support, identity.prefix_ids)
         return self._prefixes[identity.fingerprint]
-
-    def _encode(self, plan: StepPlan, report: StepReport) -> None:
-        """Encode and store; what stands behind others by their caches, as they are stored."""
-        self._store.drop_from_memory(plan.encode)  # all ranks shall read what rank 0 writes now
-        error = run_together(partial(self._encode_and_keep, plan, report))
-        if error is not None:
-            logger.error("chunks could not be encoded", exc_info=error)
-            report.not_encoded |= {key: str(error) for key in plan.encode if key not in report.encoded}
-
-    def _encode_and_keep(self, plan: StepPlan, report: StepReport) -> None:
-        encoder = ChunkEncoder(
-            self._runner,
-            self.support,
-            self._prefix(plan.identity),
-            plan.identity,
-            self._encoding,
-            self._caches,
-            state=None,
-            context_window=self.support.context_window,
-            batch_tokens=self._max_rows,
-        )
-        jobs = {key: job for key, job in plan.encode.items() if not job.kept_with}
-        chunks = {key: job.input_ids for key, job in jobs.items()}
-        behind = {key: job.behind for key, job in jobs.items() if job.behind}
-        encoded = encoder.encode_behind(chunks, behind, is_chained=True) if behind else None
-        for index, part in encoded or encoder.encode(list(chunks.values())):
-            self._keep(list(jobs)[index], part, plan.identity, report)
-        jobs = {key: job for key, job in plan.encode.items() if job.kept_with}
-        for index, part in encoder.encode([job.input_ids for job in jobs.values()]):
-            key = list(jobs)[index]
-            self._keep(key, part, opening_of(plan.identity), report, kept_with=jobs[key].kept_with)
-
-    def _keep(
-        self, key: str, part: ChunkCache, identity: CacheIdentity, report: StepReport, *, kept_with: str = ""
-    ) -> None:
-        """Store a cache, of which this rank has a part."""
-        cache = whole_heads(part, self._runner, total=self._num_kv_heads)
-        if self._runner.rank != 0:
-            return
-        try:
-            if kept_with:  # not by the store's thread, which may be reading ahead
-                self._store.catalog.keep_with(key, kept_with)
-            self._store.put(key, cache.owned(), fingerprint=identity.fingerprint, if_referenced=bool(kept_with))
-            is_stored = key in self._store
-        except (ProphetKVError, OSError) as error:  # a full disk, for one; the other ranks go on, so this one does
-            logger.warning("the cache %s could not be stored: %s", key, error)
-            report.not_encoded[key] = str(error)
-            return
-        if is_stored:
-            report.encoded.append(key)
-        else:  # no room, or what it bears a trace of was deleted meanwhile
-            report.not_encoded[key] = "the store did not take it"
 
     def assembly(self, query: _Query, prefix: EncodingPrefix | None) -> Assembly:
         """Return what a query's layers are made of."""

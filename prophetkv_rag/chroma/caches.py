@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prophetkv_rag.chroma.records import PROPHETKV_ID, StoredRecord, cache_keys
-from prophetkv_rag.vector_stores import QUERY_SIZE, OwnedCaches, Progress, Record, batches
-
-if TYPE_CHECKING:
-    from prophetkv_rag.engine import ProphetKVEngine
+from prophetkv_rag.vector_stores import QUERY_SIZE, CachingEngine, OwnedCaches, Progress, Record, batches
 
 
 class CollectionCaches(OwnedCaches):
@@ -21,7 +18,7 @@ class CollectionCaches(OwnedCaches):
         owner: Who refers to them, in the store's words.
     """
 
-    def __init__(self, collection: Any, engine: ProphetKVEngine, owner: str) -> None:
+    def __init__(self, collection: Any, engine: CachingEngine, owner: str) -> None:
         super().__init__(engine, owner, f"collection {collection.name!r}")
         self.collection = collection
 

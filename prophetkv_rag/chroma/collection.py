@@ -11,7 +11,7 @@ import inspect
 import os
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from prophetkv_rag.chroma.caches import CollectionCaches
 from prophetkv_rag.chroma.locks import collection_lock
@@ -27,10 +27,7 @@ from prophetkv_rag.chroma.records import (
 )
 from prophetkv_rag.errors import InputError, StoreError
 from prophetkv_rag.store.disk import writing
-from prophetkv_rag.vector_stores import QUERY_SIZE, NeighbourPass, Progress, Record, batches
-
-if TYPE_CHECKING:
-    from prophetkv_rag.engine import ProphetKVEngine
+from prophetkv_rag.vector_stores import QUERY_SIZE, CachingEngine, NeighbourPass, Progress, Record, batches
 
 
 class KVCachingCollection:
@@ -51,7 +48,7 @@ class KVCachingCollection:
     """
 
     def __init__(
-        self, collection: Any, engine: ProphetKVEngine, *, progress: Progress = None, in_background: bool = True
+        self, collection: Any, engine: CachingEngine, *, progress: Progress = None, in_background: bool = True
     ) -> None:
         if isinstance(collection, KVCachingCollection):
             collection = collection.collection

@@ -1,34 +1,28 @@
-"""The chunks of one model that an engine knows: their texts, who refers to them, and the caches behind them."""
+"""The chunks of one model that an engine knows: how they are encoded, and the caches of those that prompts have."""
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prophetkv_rag.chunks.adding import AddProgress, AddsChunks
 from prophetkv_rag.chunks.encode import EncodingPrefix, check_length
 from prophetkv_rag.chunks.encoder import ChunkEncoder
 from prophetkv_rag.chunks.loader import LoadedChunks
-from prophetkv_rag.chunks.placing import Placing
 from prophetkv_rag.chunks.prompt_loader import PromptLoader
 from prophetkv_rag.chunks.writer import ChunkWriter, Wanted
 from prophetkv_rag.config import Encoding, FirstChunk
-from prophetkv_rag.errors import InputError, StoreError
-from prophetkv_rag.forks import around_fork
 from prophetkv_rag.model import ModelState, ModelSupport, TransformersRunner, own_state
-from prophetkv_rag.prompt import ChunkIndex, PromptLayout, Tokens, text_entry
+from prophetkv_rag.prompt import PromptLayout, Tokens
 from prophetkv_rag.store import CacheIdentity, ChunkCache, ChunkStore, TextEntry
 from prophetkv_rag.text import well_formed
 
-logger = logging.getLogger(__name__)
 
-
-class ChunkLibrary:
+class ChunkLibrary(AddsChunks):
     """Everything an engine knows about chunks; see `ProphetKVEngine.add_chunks` for the contract."""
 
     def __init__(
@@ -50,19 +44,10 @@ class ChunkLibrary:
         """Open the library: texts that the store knows for this identity are found in prompts from now on."""
         self.model = model
         self.support = support
-        self.tokens = tokens
-        self.store = store
-        self.identity = identity
         self.prefix = prefix
         self.state = state
         self.context_window = context_window
-        self.encoding = encoding
         self.model_lock = model_lock
-        self.chunk_index = ChunkIndex()
-        self._begin_anew()
-        around_fork(self, in_child=ChunkLibrary._begin_anew)
-        self._has_warned = False
-        self._registered: set[str] = set()  # keys whose text the index knows and the store does not
         if model.device.type == "cuda":
             store.pin_memory()
         self._encoder = ChunkEncoder(
@@ -76,180 +61,25 @@ class ChunkLibrary:
             context_window=support.context_window,
             batch_tokens=batch_tokens,
         )
-        self._writer = ChunkWriter(store, identity.fingerprint, model_lock)
-        self._placing = Placing(encoding, store, self._writer.tried, self.key_of)
         self._opening = replace(identity, prefix_ids=identity.prefix_ids[:opening_length], encoding="")
         self._loader = PromptLoader(store, self._encoder, self._opening)
+        super().__init__(tokens, store, identity, encoding, ChunkWriter(store, identity.fingerprint, model_lock))
+        name = well_formed(str(getattr(model.config, "_name_or_path", "") or model.config.model_type))
+        self._name = Path(name).name
         if self.has_second:
-            self._describe(self._opening)
-        self._describe(identity)
-        self.chunk_index.load(store.entry_columns(identity.fingerprint))
+            self._describe(self._name, self._opening)
+        self._describe(self._name, identity)
 
-    def _begin_anew(self) -> None:
-        # References and the index change together. A fork does not wait for it, as whoever has it may wait for other
-        # processes; what was being added in the parent, a child learns as it learns what any process adds.
-        self._owners_lock = threading.Lock()
+    def _check_length(self, name: str, input_ids: Sequence[int]) -> None:
+        check_length(name, input_ids, self.identity.prefix_ids, self.context_window)
 
-    def _describe(self, identity: CacheIdentity, seconds_per_token: float | None = None) -> None:
-        name = well_formed(str(getattr(self.model.config, "_name_or_path", "") or self.model.config.model_type))
-        try:
-            self.store.describe(
-                identity.fingerprint,
-                model=f"{Path(name).name} {identity.model[:8]}",
-                namespace=identity.namespace,
-                seconds_per_token=seconds_per_token,
-            )
-        except StoreError as error:
-            logger.debug("what the caches are of could not be noted: %s", error)
-
-    @own_state()
-    def refresh(self) -> None:
-        """Learn the texts that other processes have stored since; a store that fails is logged once.
-
-        Where somebody of this process is just adding or deleting, who may be waiting for another one, the next prompt
-        learns them: no query waits for a write.
-        """
-        self.store.forget_deleted()
-        if not self._owners_lock.acquire(blocking=False):
-            return
-        try:
-            for key, entry in self.store.new_entries(self.identity.fingerprint):
-                self.chunk_index.add(key, entry)
-        except StoreError as error:
-            if not self._has_warned:
-                logger.warning("chunks that other processes add are not found in prompts: %s", error)
-            self._has_warned = True
-        finally:
-            self._owners_lock.release()
-
-    @own_state()
-    def add(
-        self,
-        texts: Sequence[str | Sequence[int]],
-        *,
-        owner: str,
-        behind: Sequence[Sequence[str]] | None = None,
-        refresh: bool = False,
-        as_neighbours: bool = False,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> list[str]:
-        """Compute and store what is missing, refer to all of it, and find it in prompts from now on.
-
-        Where the store fails that is noted (`ChunkStore.failures`), and this process alone knows the chunks.
-        `as_neighbours` says that `behind` holds nearest neighbours: chunks behind others of their document stay so.
-        """
-        if isinstance(texts, str):
-            msg = "add_chunks got one string; give a list of chunks"
-            raise InputError(msg)
-        if behind is not None and len(behind) != len(texts):
-            msg = (
-                f"behind has {len(behind)} entries for {len(texts)} chunks; give one for each, empty where none stands"
-            )
-            raise InputError(msg)
-        keys, wanted, missing = [], Wanted(), Wanted()
-        for number, chunk in enumerate(texts):
-            input_ids, entry = self._chunk_ids(number, chunk)
-            key = self.identity.key(input_ids)
-            keys.append(key)
-            if key in wanted and entry is None:
-                continue
-            wanted[key] = (input_ids, entry)
-            is_unknown_text = entry is not None and (key not in self.chunk_index or key in self._registered)
-            is_stored = self._writer.tried(self.store.__contains__, key, otherwise=False)
-            if not is_stored or (is_unknown_text and not self._learn_text(key, input_ids, entry)):
-                missing[key] = (input_ids, entry)
-        as_neighbours = as_neighbours or self.encoding.kind == "neighbours"
-        before = self._placing.before(texts, keys, behind, as_neighbours=as_neighbours)
-        if behind is not None:
-            missing.update(
-                {key: wanted[key] for key in before if self._placing.is_wanted_anew(key, before[key], refresh)}
-            )
-        failed = self._compute(missing, before, progress, as_neighbours)
-        with self._owners_lock:
-            self._writer.refer(owner, wanted)
-            for key, (_, entry) in wanted.items():
-                if entry is not None:
-                    self.chunk_index.add(key, entry)
-                    self._registered.discard(key)
-        # Another owner may have dropped a cache between the look above and our reference, which holds it from now on.
-        known = {key for key in wanted if key in failed or self._writer.tried(self.store.knows, key, otherwise=True)}
-        self._compute({key: chunk for key, chunk in wanted.items() if key not in known}, before, None, as_neighbours)
-        return keys
-
-    @own_state()
-    def register(self, text: str, *, owner: str) -> str | None:
-        """Find a text in prompts from now on; its cache is computed, and stored, by the first prompt that holds it.
-
-        Unlike `add` this runs no model, and only this process learns the text. `remove` undoes it.
-
-        Returns:
-            The chunk's key; `None` for a text too short to be found, where the store fails (that is noted once), and
-            for one that is known already: whoever added that one says how long it lives.
-
-        Raises:
-            ContextWindowError: If the text is longer than the model's context window.
-        """
-        text = well_formed(text)
-        entry = text_entry(text)
-        if entry is None:
-            return None
-        input_ids = self.tokens.chunk(text.strip())
-        check_length("the text", input_ids, self.identity.prefix_ids, self.context_window)
-        key = self.identity.key(input_ids)
-        with self._owners_lock:
-            if key in self.chunk_index or not self._writer.refer_now(owner, key):
-                return None
-            self._registered.add(key)
-            self.chunk_index.add(key, entry)
-        return key
-
-    def _learn_text(self, key: str, input_ids: Sequence[int], entry: TextEntry | None) -> bool:
-        """Record the text of a chunk that was stored by its token ids alone; returns whether its cache is good."""
+    def _learn_text(self, key: str, input_ids: list[int], entry: TextEntry | None) -> bool:
         cache, _ = self.store.get(key, fingerprint=self.identity.fingerprint, input_ids=input_ids)
         return cache is not None and self._writer.put(key, cache, entry)
 
-    @own_state()
-    def remove(self, keys: Iterable[str], *, owner: str) -> list[str]:
-        """Drop `owner`'s references; what nobody refers to any more is deleted and returned."""
-        with self._owners_lock:
-            deleted = self._writer.release(owner, list(keys))
-            for key in deleted:
-                self.chunk_index.remove(key)
-                self._registered.discard(key)
-        return deleted
-
-    def _chunk_ids(self, number: int, chunk: str | Sequence[int]) -> tuple[list[int], TextEntry | None]:
-        entry = None
-        if isinstance(chunk, str):
-            text = well_formed(chunk).strip()
-            input_ids = self.tokens.chunk(text) if text else []
-            entry = text_entry(text) if text else None
-        else:
-            input_ids = [int(token) for token in chunk]
-        if not input_ids:
-            msg = f"chunk {number} is empty; leave it out"
-            raise InputError(msg)
-        check_length(f"chunk {number}", input_ids, self.identity.prefix_ids, self.context_window)
-        return input_ids, entry
-
-    def without_order(self, texts: Sequence[str]) -> list[str]:
-        """Return those that stand neither before nor behind others of their document, as far as that was asked for."""
-        keys = [self.key_of(text) for text in texts]
-        in_order = self._placing.in_order(keys)
-        return [text for text, key in zip(texts, keys, strict=True) if key not in in_order]
-
-    def key_of(self, text: str) -> str:
-        """Return the key of the chunk with this text, whether or not it is known."""
-        return self.identity.key(self.tokens.chunk(well_formed(text).strip()))
-
     def _compute(
-        self,
-        missing: Wanted,
-        before: Mapping[str, Sequence[str]],
-        progress: Callable[[int, int], None] | None,
-        as_neighbours: bool,
+        self, missing: Wanted, before: Mapping[str, Sequence[str]], progress: AddProgress, as_neighbours: bool
     ) -> set[str]:
-        """Compute and store what is missing; returns the keys that the store failed to take."""
         if before.keys().isdisjoint(missing):
             encode = self._encode_alone
         else:
@@ -259,7 +89,7 @@ class ChunkLibrary:
         renewed = before.keys() if as_neighbours else ()
         failed, seconds_per_token = self._writer.write(missing, encode, progress, renewed)
         if seconds_per_token is not None:
-            self._describe(self.identity, seconds_per_token)
+            self._describe(self._name, self.identity, seconds_per_token)
         return failed
 
     def _encode_alone(self, chunks: Mapping[str, Sequence[int]]) -> Iterator[tuple[int, ChunkCache]]:
@@ -277,11 +107,8 @@ class ChunkLibrary:
         return self._loader.load(layout, model_lock or self.model_lock, first_chunk)
 
     @own_state()
-    def add_second(self, texts: Iterable[str], *, progress: Callable[[int, int], None] | None = None) -> int:
-        """Store what known chunks are read from where a prompt begins with them; returns how many were missing.
-
-        Without this it is computed when a prompt first does.
-        """
+    def add_second(self, texts: Iterable[str], *, progress: AddProgress = None) -> int:
+        """See `AddsChunks.add_second`."""
         wanted: Wanted = {}
         for input_ids, _ in (self._chunk_ids(number, text) for number, text in enumerate(texts)):
             if (key := self._loader.missing_second(self.identity.key(input_ids), input_ids)) is not None:
@@ -291,8 +118,13 @@ class ChunkLibrary:
         return len(wanted)
 
     @property
+    def kv_widths(self) -> list[tuple[int, int, int]]:
+        """See `AddsChunks.kv_widths`."""
+        return [(one.num_key_value_heads, one.head_dim, one.value_head_dim) for one in self.support.layers]
+
+    @property
     def has_second(self) -> bool:
-        """Whether chunks of this library may have a second cache."""
+        """See `AddsChunks.has_second`."""
         return self._opening != self.identity
 
     def read_ahead(self, rows: Iterable[Sequence[str]]) -> None:

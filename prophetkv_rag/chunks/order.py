@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 
 def waves(
@@ -48,7 +48,7 @@ def _chains(lengths: Mapping[str, int], behind: Mapping[str, Sequence[str]]) -> 
     """Group what depends on each other; a chunk joins the group of the last one before it."""
     chain_of: dict[str, deque[str]] = {}
     chains: list[deque[str]] = []
-    for key in _in_order(lengths, behind):
+    for key in in_order(lengths, behind):
         joined = [chain_of[one] for one in behind.get(key, ()) if one in chain_of]
         if joined:
             chain = joined[-1]
@@ -60,15 +60,15 @@ def _chains(lengths: Mapping[str, int], behind: Mapping[str, Sequence[str]]) -> 
     return chains
 
 
-def _in_order(lengths: Mapping[str, int], behind: Mapping[str, Sequence[str]]) -> list[str]:
+def in_order(keys: Collection[str], behind: Mapping[str, Sequence[str]]) -> list[str]:
     """Order chunks so that what stands before a chunk comes first; a circle is cut where it is met."""
     ordered: dict[str, None] = {}
     met: set[str] = set()
-    for first in lengths:
+    for first in keys:
         stack = [first]
         while stack:
             key = stack[-1]
-            left = [one for one in behind.get(key, ()) if one in lengths and one not in met]
+            left = [one for one in behind.get(key, ()) if one in keys and one not in met]
             met.add(key)
             if left:
                 stack.append(left[0])

@@ -65,7 +65,7 @@ class ChunkWriter:
         here = self._store.bring(elsewhere, fingerprint=self._fingerprint) if elsewhere else set()
         left = {key: chunk for key, chunk in missing.items() if key not in here}
         seconds_per_token: float | None = None
-        if left and self._accepts_new():
+        if left and self.accepts_new():
             seconds_per_token = self._encode_and_store(dict(left), left, encode, progress)
         failed = set(left) if self._store.failures.is_failing and self._store.policy == "eager" else set()
         self._store.failures.count(len(failed))
@@ -104,7 +104,8 @@ class ChunkWriter:
             self._refer(owner, unsaved)
         return self._store.drop_references(owner, keys)
 
-    def _accepts_new(self, waiting: int = 0) -> bool:
+    def accepts_new(self, waiting: int = 0) -> bool:
+        """See `ChunkStore.accepts_new`; a store that fails does not."""
         accepts_new = partial(self._store.accepts_new, fingerprint=self._fingerprint)
         return self.tried(accepts_new, waiting, otherwise=False)
 
@@ -137,7 +138,7 @@ class ChunkWriter:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prophetkv-store") as writer:
             writes: deque[tuple[str, Future[bool]]] = deque()
             while True:
-                is_wanted = self._accepts_new(len(writes))
+                is_wanted = self.accepts_new(len(writes))
                 with self._model_lock:  # released between batches, so that queries are answered while indexing
                     started = time.perf_counter()
                     item = next(encoding, None) if is_wanted else None

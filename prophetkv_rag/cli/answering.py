@@ -80,7 +80,7 @@ def answer_question(
     from prophetkv_rag.integrations.llama_index import ProphetKVLLM
 
     llm = ProphetKVLLM(
-        engine=database.engine,
+        engine=database.own_engine,
         max_new_tokens=max_new_tokens,
         strategy=strategy,
         recompute_ratio=recompute_ratio,

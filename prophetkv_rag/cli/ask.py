@@ -10,7 +10,7 @@ import typer
 
 from prophetkv_rag.cli.console import print_error, print_json, quiet_libraries, results, status
 from prophetkv_rag.cli.database import check_packages, open_database
-from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE, require_settings
+from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE, require_settings, require_transformers
 from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, check_load_options, chosen_model, fetch_embedding
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.text import argument_text
@@ -54,6 +54,7 @@ def ask(
     if html is not None:
         check_file(html)
     settings = require_settings(db)
+    require_transformers(settings, db)
     from prophetkv_rag.reuse import make_strategy
 
     if strategy is not None:

@@ -11,7 +11,7 @@ import typer
 from prophetkv_rag.cli.bench.conditions import conditions_of
 from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries, results, status
 from prophetkv_rag.cli.database import check_packages, open_chroma, open_database
-from prophetkv_rag.cli.database_settings import lead_in_of, require_settings
+from prophetkv_rag.cli.database_settings import lead_in_of, require_settings, require_transformers
 from prophetkv_rag.cli.measuring import check_length, check_writable
 from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, chosen_model, fetch_embedding, load_options
 from prophetkv_rag.errors import InputError
@@ -145,6 +145,7 @@ def _on_database(
     from prophetkv_rag.evaluation.quality import arms_of, choose
 
     settings = require_settings(db)
+    require_transformers(settings, db)
     arms_of(strategies or [], [0.1])  # before a model is loaded
     check_packages(settings)
     check_writable(files=[out])

@@ -11,13 +11,14 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from prophetkv_rag.cli.console import progress_bar, status
-from prophetkv_rag.cli.database_settings import BLOB_DIRECTORY, DatabaseSettings, save_settings
+from prophetkv_rag.cli.console import progress_bar
+from prophetkv_rag.cli.database_settings import DatabaseSettings, save_settings
+from prophetkv_rag.cli.engines import DatabaseEngine, open_transformers, open_vllm
 from prophetkv_rag.cli.frameworks import import_chromadb, import_frameworks
-from prophetkv_rag.cli.model_choice import load_options
 from prophetkv_rag.cli.planning import CachePlan, announce, plan_caches
+from prophetkv_rag.cli.vllm_engine import check_vllm
 from prophetkv_rag.config import ProphetKVConfig
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.text import shown_name, well_formed
@@ -59,6 +60,8 @@ def check_packages(settings: DatabaseSettings) -> None:
     load_key(settings.key_file or None)
     if settings.remote:
         RemoteFiles(settings.remote)
+    if settings.engine == "vllm":
+        check_vllm()
 
 
 @dataclass(slots=True)
@@ -67,11 +70,18 @@ class Database:
 
     path: Path
     settings: DatabaseSettings
-    engine: ProphetKVEngine
+    engine: DatabaseEngine
     store: DiskStore
+    close_engine: Callable[[], None]
     collection: KVCachingCollection
     index: VectorStoreIndex
     client: Any
+
+    @property
+    def own_engine(self) -> ProphetKVEngine:
+        """The engine, where it is not vLLM."""
+        assert self.settings.engine == "transformers", "checked by the commands that need it"
+        return cast("ProphetKVEngine", self.engine)
 
     def bring_caches_up_to_date(self, beforehand: Callable[[Database], None] | None = None) -> int:
         """Compute the caches of all chunks again if they belong to another model or are gone; returns how many.
@@ -138,7 +148,7 @@ class Database:
 
     def close(self) -> None:
         """Release Chroma's and the caches' files."""
-        self.engine.store.close()
+        self.close_engine()
         if hasattr(self.client, "close"):  # newer releases of Chroma
             self.client.close()
 
@@ -150,10 +160,17 @@ def open_database(
     config: ProphetKVConfig | None = None,
     ram_bytes: int | None = None,
     device: str = "auto",
+    connector: dict[str, Any] | None = None,
 ) -> Database:
     """Open or make the database at `path` with the model that `settings` name; the model is loaded first.
 
-    `ram_bytes` bounds the RAM tier; by default by a quarter of the memory that is free then.
+    Args:
+        path: Of the database.
+        settings: Its own, or what it is to have.
+        config: Of the engine, but for what the database says.
+        ram_bytes: Bounds the RAM tier; by default a quarter of the memory that is free then.
+        device: Where the model runs.
+        connector: Fields of `ConnectorSettings`, where vLLM is the engine; the four before are not for it.
 
     Raises:
         InputError: If an optional package is missing, the caches are encrypted and their key is not there, or the
@@ -165,36 +182,22 @@ def open_database(
     check_writable(path)
     directory = path.resolve()  # Chroma tells databases of one process apart by the path as it is spelt
     from prophetkv_rag.chroma import KVCachingCollection
-    from prophetkv_rag.engine import ProphetKVEngine
-    from prophetkv_rag.model import load_model
-    from prophetkv_rag.store.disk import must_be_unlocked, open_disk_store
-    from prophetkv_rag.store.encryption import load_key
 
-    load = load_options(settings.dtype, device)
-    options: Any = settings.store_options()
-    options["ram_bytes"] = ram_bytes
-    options["encryption_key"] = load_key(options["encryption_key"])  # before a model is loaded
-    with status(f"loading {Path(settings.model).name}"):
-        model, tokenizer = load_model(settings.model, **load)
-        config = replace(
-            config or ProphetKVConfig(),
-            prompt_template=frameworks.prompt_template_of(tokenizer) if settings.behind_prompt else None,
-            lead_in=settings.lead_in or None,
-            lead_in_tokens=settings.lead_in_tokens,
-            encoding=settings.encoding,
-            strategy=settings.strategy,
-            recompute_ratio=settings.recompute_ratio,
-        )
-        store = open_disk_store(directory / BLOB_DIRECTORY, **options)
-        must_be_unlocked(store.files)
-        engine = ProphetKVEngine(model, tokenizer, config=config, store=store)
+    if settings.engine == "vllm":
+        opened = open_vllm(directory, settings, connector or {})
+    else:
+        opened = open_transformers(directory, settings, frameworks, config=config, ram_bytes=ram_bytes, device=device)
+    try:
         client, chroma_collection = open_chroma(directory)
-        collection = KVCachingCollection(chroma_collection, engine, in_background=False)
+        collection = KVCachingCollection(chroma_collection, opened.engine, in_background=False)
+    except BaseException:
+        opened.close()
+        raise
     vector_store = frameworks.vector_store(chroma_collection=collection)
     # LlamaIndex counts tokens with a global tokenizer; ours is the only model of this process.
-    frameworks.set_global_tokenizer(token_counter(tokenizer))
+    frameworks.set_global_tokenizer(token_counter(opened.engine.tokenizer))
     index = frameworks.index.from_vector_store(vector_store, embed_model=frameworks.embedding())
-    return Database(path, settings, engine, store, collection, index, client)
+    return Database(path, settings, *opened, collection, index, client)
 
 
 def token_counter(tokenizer: Any) -> Callable[[str], list[int]]:

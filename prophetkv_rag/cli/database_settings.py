@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class DatabaseSettings:
         remote_timeout: Seconds that a query waits for it; `None` for the default.
         key_file: Path of the file with the key that caches are encrypted with; "" for none (then the environment
             variable `PROPHETKV_CACHE_KEY` is looked at).
+        engine: Who computes the caches, and answers: `"transformers"` or `"vllm"`.
+        vllm_args: Keywords of vLLM's `AsyncEngineArgs`.
     """
 
     model: str
@@ -66,6 +68,8 @@ class DatabaseSettings:
     recompute_ratio: float | None = None
     limit_chosen: bool = False
     dtype: str = "auto"
+    engine: str = "transformers"
+    vllm_args: dict[str, Any] = field(default_factory=dict)
 
     def store_options(self) -> dict[str, Any]:
         """Return what `open_disk_store` is called with."""
@@ -130,6 +134,8 @@ def find_settings(path: Path) -> DatabaseSettings | None:
             recompute_ratio=None if values.get("recompute_ratio") is None else float(values["recompute_ratio"]),
             limit_chosen=bool(values.get("limit_chosen", False)),
             dtype=str(values.get("dtype", "auto")),
+            engine=str(values.get("engine", "transformers")),
+            vllm_args=dict(values.get("vllm_args", {})),
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -145,6 +151,17 @@ def require_settings(path: Path) -> DatabaseSettings:
         msg = f"there is no database at {path}; make one with: prophetkv-rag index DIR --db {path}"
         raise InputError(msg)
     return settings
+
+
+def require_transformers(settings: DatabaseSettings, path: Path) -> None:
+    """Raise `InputError` if a database's caches are vLLM's: all of them would be computed again."""
+    if settings.engine == "vllm":
+        msg = (
+            f"the KV caches of the database at {path} are vLLM's: serve it (prophetkv-rag serve --database {path}), or "
+            "have all of them computed again by transformers (prophetkv-rag index DIR --engine transformers --db "
+            f"{path})"
+        )
+        raise InputError(msg)
 
 
 def save_settings(path: Path, settings: DatabaseSettings) -> None:

@@ -78,7 +78,7 @@ def conditions(database: Database, indexing: dict[str, Any]) -> dict[str, str]:
 
     from prophetkv_rag.defaults import read_source
 
-    engine = database.engine
+    engine = database.own_engine
     model = database.settings.model
     caches = indexing["caches"]
     return {

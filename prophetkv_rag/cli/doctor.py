@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prophetkv_rag.cli.console import print_json, quiet_libraries, results, status
-from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, chosen_model, load_options, refuse_load_options
-from prophetkv_rag.cli.vllm_engine import VLLM_ARGS_HELP, before_vllm, check_engine
+from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, chosen_model, load_options
+from prophetkv_rag.cli.vllm_engine import VLLM_ARGS_HELP, before_vllm, check_engine, refuse_with_vllm
 from prophetkv_rag.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ def doctor(
     quiet_libraries()
     is_vllm, arguments = check_engine(engine, vllm_args)
     if is_vllm:
-        refuse_load_options(dtype, device)
+        refuse_with_vllm(
+            ("--dtype", dtype is not None, "give dtype in --vllm-args"),
+            ("--device", device != "auto", "give its own settings in --vllm-args"),
+        )
         _probe_in_vllm(model, arguments, as_json)
         return
     from prophetkv_rag.kernels import ops

@@ -11,8 +11,8 @@ import typer
 from prophetkv_rag.cli.cache.options import RemoteOptions, with_cache_options
 from prophetkv_rag.cli.cache.remote import finish_uploads
 from prophetkv_rag.cli.choosing import pick, print_choice, with_choice
-from prophetkv_rag.cli.console import print_json, quiet_libraries, results
-from prophetkv_rag.cli.database import Database, check_packages, check_writable, open_database
+from prophetkv_rag.cli.console import print_json, quiet_libraries
+from prophetkv_rag.cli.database import check_packages, check_writable, open_database
 from prophetkv_rag.cli.database_settings import (
     DEFAULT_CHUNK_SIZE,
     DEFAULT_DATABASE,
@@ -24,9 +24,11 @@ from prophetkv_rag.cli.database_settings import (
     save_settings,
 )
 from prophetkv_rag.cli.documents import Documents, read_documents
+from prophetkv_rag.cli.index_report import cache_totals, caches_not_kept, print_report
 from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, check_load_options, chosen_model, fetch_embedding
 from prophetkv_rag.cli.on_ray import JoinedCluster, check_ray, joined, workers_of
 from prophetkv_rag.cli.planning import NoRoomError, choose_limit
+from prophetkv_rag.cli.vllm_engine import ENGINES, VLLM_ARGS_HELP, check_engine, check_vllm_settings, refuse_with_vllm
 from prophetkv_rag.config import parse_encoding
 from prophetkv_rag.errors import InputError
 
@@ -120,6 +122,17 @@ def index(
     ray_workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="With --ray: how many; one a GPU, else one a machine.")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENGINE",
+            help="Who computes the KV caches, and then answers: transformers, or vllm (docs/vllm.md); by default the "
+            "database's, else transformers. Another one means that all KV caches are computed again.",
+        ),
+    ] = None,
+    vllm_args: Annotated[
+        str | None, typer.Option(metavar="JSON", help=f"{VLLM_ARGS_HELP} The database remembers them.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Split the text files of DIR into chunks, embed them into Chroma and compute their KV caches.
@@ -136,10 +149,22 @@ def index(
     documents = read_documents(directory, exclude=db)
     check_writable(db)
     remembered = find_settings(db)
+    is_vllm, arguments = check_engine(engine or (remembered.engine if remembered else ENGINES[0]), vllm_args)
+    has_remembered_engine = remembered is not None and (remembered.engine == "vllm") == is_vllm
+    if is_vllm:
+        refuse_with_vllm(
+            ("--ray", ray is not None, "vLLM's own workers compute (tensor_parallel_size in --vllm-args)"),
+            ("--fidelity", fidelity is not None, "it measures with transformers"),
+            ("--lead-in", lead_in not in (None, "none"), "chunks are encoded behind others (--encoding)"),
+            ("--dtype", dtype is not None, "give dtype in --vllm-args"),
+            ("--device", device != "auto", "give its own settings in --vllm-args"),
+            ("--remote", remote not in (None, "none"), "caches stay on this machine's disk"),
+            ("--cache-policy", cache_policy not in (None, "eager"), "caches are computed while it indexes"),
+        )
     size = chunk_size or (remembered.chunk_size if remembered else DEFAULT_CHUNK_SIZE)
     lead_in_tokens = remembered.lead_in_tokens if remembered else size
     chosen = str(parse_encoding(encoding or (remembered.encoding if remembered else DEFAULTS.encoding)))
-    default_lead_in = remembered.lead_in if remembered else ""
+    default_lead_in = remembered.lead_in if remembered and not is_vllm else ""
     if chosen != "plain" and (remembered is None or remembered.encoding != chosen):
         default_lead_in = ""  # the other chunks do what a lead-in is for
     settings = DatabaseSettings(
@@ -149,10 +174,12 @@ def index(
         lead_in=read_lead_in(lead_in, lead_in_tokens, default_lead_in),
         lead_in_tokens=lead_in_tokens,
         encoding=chosen,
-        behind_prompt=remembered.behind_prompt if remembered else True,
-        strategy=remembered.strategy if remembered else DEFAULTS.strategy,
-        recompute_ratio=remembered.recompute_ratio if remembered else None,
-        dtype=dtype or (remembered.dtype if remembered else "auto"),
+        behind_prompt=not is_vllm and (remembered.behind_prompt if remembered and has_remembered_engine else True),
+        strategy=remembered.strategy if remembered and has_remembered_engine else DEFAULTS.strategy,
+        recompute_ratio=remembered.recompute_ratio if remembered and has_remembered_engine else None,
+        dtype=dtype or (remembered.dtype if remembered and not is_vllm else "auto"),
+        engine="vllm" if is_vllm else "transformers",
+        vllm_args=(remembered.vllm_args if remembered and is_vllm else {}) | arguments,
     )
     check_load_options(settings.dtype, device)
     tier = RemoteOptions(remote, remote_limit, remote_timeout)
@@ -160,6 +187,8 @@ def index(
         settings, remembered, cache_limit, cache_format, cache_policy, tier, key_file, namespace_limit
     )
     check_ray(ray, ray_workers, settings)
+    if is_vllm:
+        check_vllm_settings(settings)
     quiet_libraries()
     check_packages(settings)
     if remembered is None and cache_limit is None:
@@ -181,7 +210,7 @@ def index(
     if as_json:
         print_json(report)
     else:
-        _print(report)
+        print_report(report)
 
 
 def _index(
@@ -204,7 +233,7 @@ def _index(
             database.bring_caches_up_to_date(None if workers is None else workers.complete)
             summary = index_documents(database, directory, documents, workers=workers)
         report = {"database": str(db), "model": settings.model, "chunk_size": settings.chunk_size}
-        report |= {"encoding": settings.encoding, **asdict(summary)}
+        report |= {"engine": settings.engine, "encoding": settings.encoding, **asdict(summary)}
         report["cache_limit"], report["limit_chosen"] = settings.cache_limit, settings.limit_chosen
         report["recompute_ratio"] = settings.recompute_ratio
         finish_uploads(database.engine.store)
@@ -224,60 +253,3 @@ def check_chunk_size(chunk_size: int, context_window: int) -> None:
     if chunk_size >= context_window:
         msg = f"chunks of {chunk_size} tokens do not fit the model's context window of {context_window} tokens"
         raise InputError(msg)
-
-
-def cache_totals(database: Database) -> dict[str, Any]:
-    """Number, tokens and bytes of the stored caches, and where they lie."""
-    stats = database.engine.store.stats()
-    return {"chunks": stats.chunks, "tokens": stats.tokens, "nbytes": stats.nbytes, "location": stats.location}
-
-
-def caches_not_kept(database: Database) -> dict[str, Any]:
-    """How many caches the store failed to take since it was opened (disk full, not writable), and why."""
-    failures = database.engine.store.failures
-    return {"caches_not_kept": failures.caches, "reason": failures.reason}
-
-
-def print_not_kept(report: dict[str, Any], db: Path) -> None:
-    """Say how many caches could not be kept, if any, and what to do."""
-    if report["caches_not_kept"]:
-        results().print(
-            f"{report['caches_not_kept']} KV caches could not be kept ({report['reason']}). Answers are the same, only "
-            f"later; when there is room: prophetkv-rag cache warm --db {db}",
-            markup=False,
-            soft_wrap=True,
-        )
-
-
-def _print(report: dict[str, Any]) -> None:
-    console = results()
-    for title, names in (("indexed", report["indexed"]), ("removed", report["removed"])):
-        for name in names:
-            console.print(f"{title:>9}  {name}", markup=False)
-    for name, reason in report["skipped"].items():
-        console.print(f"{'skipped':>9}  {name} ({reason})", markup=False)
-    if report["unchanged"]:
-        console.print(f"{'unchanged':>9}  {len(report['unchanged'])} files, skipped", markup=False)
-    caches = report["caches"]
-    console.print(
-        f"{report['total_chunks']} chunks in {report['database']}, {report['new_chunks']} of them new, "
-        f"in {report['seconds']:.1f} s; KV caches: {caches['tokens']:,} tokens, {caches['nbytes'] / 1e6:,.0f} MB, "
-        f"encoding {report['encoding']}",
-        markup=False,
-        soft_wrap=True,
-    )
-    if report["ray"] is not None:
-        done = report["ray"]
-        console.print(
-            f"{done['workers']} Ray workers computed {done['computed']} KV caches; {done['found']} were there already",
-            markup=False,
-        )
-    print_not_kept(report, Path(report["database"]))
-    if report["recompute_ratio"] is None:
-        console.print(
-            "What to recompute was not measured on these documents; that takes minutes: prophetkv-rag calibrate "
-            f"--db {report['database']} --apply",
-            markup=False,
-            soft_wrap=True,
-        )
-    console.print(f'Next: prophetkv-rag ask "your question" --db {report["database"]}', markup=False)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from prophetkv_rag.cli.console import progress_console, status
-from prophetkv_rag.errors import InputError, UnknownModelError
+from prophetkv_rag.errors import UnknownModelError
 from prophetkv_rag.home import expand_user, require_home
 
 HUB_TIMEOUT_S = 5.0
@@ -96,13 +96,6 @@ def check_load_options(dtype: str, device: str) -> None:
 
     dtype_of(dtype)
     device_of(device)
-
-
-def refuse_load_options(dtype: str | None, device: str) -> None:
-    """Raise `InputError` where vLLM runs the model, which has settings of its own."""
-    if dtype is not None or device != "auto":
-        msg = "--dtype and --device are not for --engine vllm; give its own by --vllm-args"
-        raise InputError(msg)
 
 
 def load_options(dtype: str | None, device: str) -> dict[str, Any]:

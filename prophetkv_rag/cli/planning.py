@@ -13,7 +13,7 @@ from prophetkv_rag.cli.database_settings import BLOB_DIRECTORY, DatabaseSettings
 from prophetkv_rag.errors import InputError
 
 if TYPE_CHECKING:
-    from prophetkv_rag.engine import ProphetKVEngine
+    from prophetkv_rag.cli.engines import DatabaseEngine
     from prophetkv_rag.store.disk import DiskStore
 
 _MEASURED_TOKENS = 128
@@ -60,10 +60,11 @@ def choose_limit(settings: DatabaseSettings, db: Path) -> DatabaseSettings:
     return replace(settings, cache_limit=limit, limit_chosen=True)
 
 
-def plan_caches(engine: ProphetKVEngine, store: DiskStore, texts: Iterable[str], *, is_timed: bool = True) -> CachePlan:
+def plan_caches(engine: DatabaseEngine, store: DiskStore, texts: Iterable[str], *, is_timed: bool = True) -> CachePlan:
     """Return what `engine` has to compute for these chunks, as far as `store` lacks them.
 
-    The model may run briefly, for the speed; not if others compute them (`is_timed`), whose speed nobody knows.
+    A model of this process may run briefly, for the speed; not if others compute them (`is_timed`), whose speed nobody
+    knows.
     """
     missing: dict[str, list[int]] = {}
     for text in texts:
@@ -79,7 +80,7 @@ def plan_caches(engine: ProphetKVEngine, store: DiskStore, texts: Iterable[str],
     slope = (high - low) / max(1, longest - shortest)
     nbytes = sum(low + slope * (length - shortest) for length in lengths)
     speed = store.catalog.seconds_per_token(engine.identity.fingerprint) if is_timed else None
-    if is_timed and speed is None and store.policy == "eager":
+    if is_timed and speed is None and store.policy == "eager" and hasattr(engine, "model"):
         speed = _measured_speed(engine, missing.values(), sum(lengths))
     passes = 2 if engine.library.encoding.kind == "neighbours" else 1  # alone first, then behind them
     seconds = None if speed is None or store.policy != "eager" else passes * speed * sum(lengths)
@@ -158,7 +159,8 @@ def _needs(plan: CachePlan) -> str:
 
 def _smaller(settings: DatabaseSettings) -> str:
     smaller = "" if settings.cache_format in ("int8", "int4", "fp8") else "write them smaller (--cache-format int8), "
-    return f"{smaller}compute them when they are first asked for (--cache-policy on_first_use), "
+    later = "compute them when they are first asked for (--cache-policy on_first_use), "
+    return smaller if settings.engine == "vllm" else f"{smaller}{later}"
 
 
 def _free(path: Path) -> int | None:
@@ -170,29 +172,29 @@ def _free(path: Path) -> int | None:
         return None
 
 
-def _blob_bytes(engine: ProphetKVEngine, store: DiskStore, num_tokens: int) -> int:
+def _blob_bytes(engine: DatabaseEngine, store: DiskStore, num_tokens: int) -> int:
     """Return the size of a chunk's blob, of a chunk that is all zeros."""
     import torch
 
     from prophetkv_rag.store import Behind, ChunkCache
     from prophetkv_rag.store.blobs import encode_blob
 
-    dtype = getattr(torch, engine.support.dtype)
+    dtype = getattr(torch, engine.identity.dtype)
 
     def rows(heads: int, width: int) -> torch.Tensor:
         return torch.zeros(heads, num_tokens, width, dtype=dtype)
 
-    key, layers = "0" * 64, engine.support.layers
+    key, widths = "0" * 64, engine.library.kv_widths
     cache = ChunkCache(
         torch.zeros(num_tokens, dtype=torch.int32),
-        tuple(rows(layer.num_key_value_heads, layer.head_dim) for layer in layers),
-        tuple(rows(layer.num_key_value_heads, layer.value_head_dim) for layer in layers),
+        tuple(rows(heads, width) for heads, width, _ in widths),
+        tuple(rows(heads, width) for heads, _, width in widths),
         Behind((key,) * max(engine.library.encoding.count, engine.library.encoding.num_neighbours)),
     )
     return len(store.files.seal(key, encode_blob(cache, key=key, fingerprint=key, blob_format=store.blob_format)))
 
 
-def _measured_speed(engine: ProphetKVEngine, chunks: Iterable[Sequence[int]], num_tokens: int) -> float | None:
+def _measured_speed(engine: Any, chunks: Iterable[Sequence[int]], num_tokens: int) -> float | None:
     """Return the seconds that a token takes, or `None` where measuring it would be a good part of the work."""
     wanted = _MEASURED_TOKENS if engine.model.device.type == "cpu" else engine.config.index_batch_tokens
     if num_tokens < 10 * wanted:
@@ -206,7 +208,7 @@ def _measured_speed(engine: ProphetKVEngine, chunks: Iterable[Sequence[int]], nu
     return (time.perf_counter() - started) / (width * len(rows))
 
 
-def _run(engine: ProphetKVEngine, rows: Sequence[Sequence[int]]) -> None:
+def _run(engine: Any, rows: Sequence[Sequence[int]]) -> None:
     import torch
 
     from prophetkv_rag.model import backbone, own_state

@@ -16,10 +16,10 @@ import typer
 from prophetkv_rag.cli.cache.options import parse_size
 from prophetkv_rag.cli.console import print_json, progress_console
 from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE
-from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, check_load_options, refuse_load_options
+from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, check_load_options
 from prophetkv_rag.cli.prompt_template import TEMPLATE_HELP, read_prompt_template
-from prophetkv_rag.cli.serving import ServedCaches, open_served
-from prophetkv_rag.cli.vllm_engine import VLLM_ARGS_HELP, check_engine, open_in_vllm
+from prophetkv_rag.cli.serving import ServedCaches, check_served_by_vllm, open_served, open_served_in_vllm
+from prophetkv_rag.cli.vllm_engine import ENGINES, VLLM_ARGS_HELP, check_engine, refuse_with_vllm
 from prophetkv_rag.errors import InputError
 from prophetkv_rag.extras import needs
 
@@ -108,8 +108,13 @@ def serve(
         str, typer.Option(metavar="SIZE", help="Longest conversation that clients may save and load.")
     ] = "512MB",
     engine: Annotated[
-        str, typer.Option(metavar="ENGINE", help="Who runs the model: transformers, or vllm, with --cache-dir.")
-    ] = "transformers",
+        str | None,
+        typer.Option(
+            metavar="ENGINE",
+            help="Who runs the model: transformers, or vllm, with --cache-dir or a database of `index --engine vllm`; "
+            "by default the database's.",
+        ),
+    ] = None,
     vllm_args: Annotated[str | None, typer.Option(metavar="JSON", help=VLLM_ARGS_HELP)] = None,
     max_stage_tokens: Annotated[
         int | None, typer.Option(min=1, help="With --engine vllm: rows that one step may spend on reuse.")
@@ -129,30 +134,26 @@ def serve(
     if remote is not None and cache_dir is None:
         msg = "--remote goes with --cache-dir; a database has the remote tier that `index` gave it"
         raise InputError(msg)
-    is_vllm, arguments = check_engine(engine, vllm_args)
-    if is_vllm and (cache_dir is None or database is not None or remote is not None):
-        msg = "--engine vllm takes --cache-dir, the directory of vLLM's own caches, and neither --database nor --remote"
-        raise InputError(msg)
-    if is_vllm and strategy != "prophetkv":
-        msg = f"--strategy is {strategy!r}; with --engine vllm it is prophetkv (a request may name others)"
-        raise InputError(msg)
-    if is_vllm and remember is not None:
-        msg = "--remember is not for --engine vllm, which keeps former prompts by itself"
-        raise InputError(msg)
-    if is_vllm and (max_batch or max_batch_tokens) is not None:
-        msg = "--max-batch and --max-batch-tokens are not for --engine vllm (max_num_seqs in --vllm-args)"
-        raise InputError(msg)
-    if is_vllm and ram_limit is not None:
-        msg = "--ram-limit is not for --engine vllm (ram_bytes in its connector's settings, docs/vllm.md)"
-        raise InputError(msg)
-    if is_vllm:
-        refuse_load_options(dtype, device)
-    check_load_options(dtype or "auto", device)
     served_caches = ServedCaches.asked(database, cache_dir, remote, cache_limit, ram_limit)
+    remembered = served_caches.settings
+    is_vllm, arguments = check_engine(engine or (remembered.engine if remembered else ENGINES[0]), vllm_args)
+    if is_vllm:
+        check_served_by_vllm(served_caches)
+        refuse_with_vllm(
+            ("--remote", remote is not None, "caches stay on this machine's disk"),
+            ("--strategy", strategy != "prophetkv", "it is prophetkv (a request may name full_reuse or full_prefill)"),
+            ("--remember", remember is not None, "it keeps former prompts by itself"),
+            ("--max-batch", max_batch is not None, "give max_num_seqs in --vllm-args"),
+            ("--max-batch-tokens", max_batch_tokens is not None, "give max_num_batched_tokens in --vllm-args"),
+            ("--ram-limit", ram_limit is not None, "ram_bytes is one of its connector's settings (docs/vllm.md)"),
+            ("--dtype", dtype is not None, "give dtype in --vllm-args"),
+            ("--device", device != "auto", "give its own settings in --vllm-args"),
+        )
     if prompt_template is not None and served_caches.database is not None:
         msg = "--prompt-template goes without a database, whose chunks stand behind what `index` put them behind"
         raise InputError(msg)
     template = read_prompt_template(prompt_template)
+    check_load_options(dtype or "auto", device)
     make_strategy(strategy)
     settings = ServerSettings(
         model_name="model",
@@ -172,6 +173,11 @@ def serve(
         max_batch=max_batch or _BATCH,
         max_batch_tokens=max_batch_tokens or BATCH_TOKENS,
     )
+    connector: dict[str, Any] = {"max_stage_tokens": max_stage_tokens}
+    if recompute_ratio is not None:
+        connector["recompute_ratio"] = recompute_ratio
+    if template is not None:
+        connector["prompt_template"] = template
     console = progress_console()
     if not settings.api_keys and not is_loopback(host):
         console.print(
@@ -191,7 +197,7 @@ def serve(
     with (
         _bound_socket(host, port) as listening,
         (
-            open_in_vllm(model, served_caches, config, max_stage_tokens, arguments)
+            open_served_in_vllm(served_caches, model, arguments, **connector)
             if is_vllm
             else open_served(served_caches, model, config, dtype=dtype, device=device)
         ) as (served, name),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -10,13 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from prophetkv_rag.cli.cache.options import parse_size
 from prophetkv_rag.cli.console import progress_console, quiet_libraries, shown_bytes, status
-from prophetkv_rag.cli.database import check_packages, open_database
-from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE, DatabaseSettings, find_settings, require_settings
+from prophetkv_rag.cli.database import Database, check_packages, open_database
+from prophetkv_rag.cli.database_settings import (
+    DEFAULT_DATABASE,
+    DatabaseSettings,
+    find_settings,
+    require_settings,
+    require_transformers,
+)
 from prophetkv_rag.cli.model_choice import chosen_model, load_options
-from prophetkv_rag.errors import InputError
+from prophetkv_rag.cli.vllm_engine import check_vllm, start_vllm
+from prophetkv_rag.errors import InputError, ProphetKVError
 
 if TYPE_CHECKING:
     from prophetkv_rag.engine import ProphetKVEngine
+    from prophetkv_rag.integrations.vllm import VLLMEngine
     from prophetkv_rag.store import ChunkStore
 
 
@@ -40,6 +50,11 @@ class ServedCaches:
     is_limited: bool
     ram_bytes: int | None
 
+    @property
+    def settings(self) -> DatabaseSettings | None:
+        """Of the database, if there is one; `InputError` if it is none."""
+        return None if self.database is None else require_settings(self.database)
+
     @classmethod
     def asked(
         cls, database: Path | None, cache_dir: Path | None, remote: str | None, limit: str | None, ram: str | None
@@ -61,14 +76,30 @@ class ServedCaches:
         return cls(database, cache_dir, remote, disk_bytes, limit is not None, ram_bytes)
 
 
+def check_served_by_vllm(caches: ServedCaches) -> None:
+    """Raise `InputError` where vLLM has no caches to serve from."""
+    remembered = caches.settings
+    if remembered is None and caches.cache_dir is None:
+        msg = "--engine vllm takes --cache-dir, or --database with one that `index --engine vllm` made"
+        raise InputError(msg)
+    if remembered is not None and remembered.engine != "vllm":
+        msg = (
+            f"the KV caches of the database at {caches.database} are transformers': serve it without --engine vllm, or "
+            f"have all of them computed again by vLLM (prophetkv-rag index DIR --engine vllm --db {caches.database}); "
+            "--cache-dir serves without a database"
+        )
+        raise InputError(msg)
+
+
 @contextmanager
 def open_served(
     caches: ServedCaches, model: str | None, config: Any, *, dtype: str | None = None, device: str = "auto"
 ) -> Iterator[tuple[ProphetKVEngine, str]]:
     """Open the engine: a database's, or one on a plain store; yields it with the model's name."""
-    remembered = require_settings(caches.database) if caches.database is not None else None
+    remembered = caches.settings
     quiet_libraries()
-    if remembered is not None:
+    if caches.database is not None and remembered is not None:
+        require_transformers(remembered, caches.database)
         check_packages(remembered)
     elif caches.remote is not None:
         from prophetkv_rag.store.remote import RemoteFiles
@@ -77,7 +108,8 @@ def open_served(
     chosen = chosen_model(model, remembered.model if remembered else None)
     if caches.database is not None and remembered is not None:
         settings = replace(remembered, model=chosen, dtype=dtype or remembered.dtype)
-        yield from _database(caches.database, settings, caches.ram_bytes, config, device)
+        opened = open_database(caches.database, settings, config=config, ram_bytes=caches.ram_bytes, device=device)
+        yield from _database(opened)
         return
     from prophetkv_rag.engine import ProphetKVEngine
     from prophetkv_rag.model import load_model
@@ -94,16 +126,61 @@ def open_served(
         engine.store.close()
 
 
-def _database(
-    path: Path, settings: DatabaseSettings, ram_bytes: int | None, config: Any, device: str
-) -> Iterator[tuple[ProphetKVEngine, str]]:
-    opened = open_database(path, settings, config=config, ram_bytes=ram_bytes, device=device)
+def _database(opened: Database) -> Iterator[tuple[Any, str]]:
     try:
         opened.bring_caches_up_to_date()
         say_what_caches_take(opened.store)
-        yield opened.engine, Path(settings.model).name
+        yield opened.engine, Path(opened.settings.model).name
     finally:
         opened.close()
+
+
+@contextmanager
+def open_served_in_vllm(
+    caches: ServedCaches, model: str | None, arguments: dict[str, Any], **connector: Any
+) -> Iterator[tuple[VLLMEngine, str]]:
+    """Start vLLM on a database's caches, or on those of chunks that clients register; see `open_served`.
+
+    Should vLLM die, this process gets SIGTERM, as whoever started it would send it.
+
+    Args:
+        caches: Where they are.
+        model: Path or hub name; `None` for the database's, or the default one.
+        arguments: Keywords of vLLM's `AsyncEngineArgs`.
+        **connector: Fields of `ConnectorSettings`.
+
+    Raises:
+        ProphetKVError: At the end, if vLLM has died.
+    """
+    with _served_in_vllm(caches, model, arguments, connector) as (engine, name):
+        engine.watch(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        yield engine, name
+    if engine.has_died:
+        msg = "vLLM has died: one of its processes ended, see above; start the server again"
+        raise ProphetKVError(msg)
+
+
+@contextmanager
+def _served_in_vllm(
+    caches: ServedCaches, model: str | None, arguments: dict[str, Any], connector: dict[str, Any]
+) -> Iterator[tuple[VLLMEngine, str]]:
+    remembered = caches.settings
+    if caches.database is not None and remembered is not None:
+        check_packages(remembered)
+        chosen, given = chosen_model(model, remembered.model), remembered.vllm_args | arguments
+        settings = replace(remembered, model=chosen, vllm_args=given)
+        yield from _database(open_database(caches.database, settings, connector=connector))
+        return
+    assert caches.cache_dir is not None, "checked by serve"
+    check_vllm()
+    chosen = chosen_model(model)
+    limit = caches.disk_bytes if caches.is_limited else chosen_limit(caches.cache_dir)
+    engine = start_vllm(chosen, caches.cache_dir, arguments, max_bytes=limit, **connector)
+    say_what_caches_take(engine.store)
+    try:
+        yield engine, Path(chosen).name
+    finally:
+        engine.close()
 
 
 def _open_store(caches: ServedCaches) -> ChunkStore:

@@ -1,24 +1,21 @@
-"""`--engine vllm`: what `serve` and `doctor` have in common of it."""
+"""`--engine vllm`: what the commands that take it have in common."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prophetkv_rag.cli.console import quiet_libraries, status
-from prophetkv_rag.cli.model_choice import chosen_model
-from prophetkv_rag.cli.serving import ServedCaches, chosen_limit, say_what_caches_take
-from prophetkv_rag.errors import InputError, ProphetKVError
+from prophetkv_rag.errors import InputError
 
 if TYPE_CHECKING:
-    from prophetkv_rag.config import ProphetKVConfig
+    from prophetkv_rag.cli.database_settings import DatabaseSettings
     from prophetkv_rag.integrations.vllm import VLLMEngine
 
+ENGINES = ("transformers", "vllm")
 VLLM_ARGS_HELP = "With --engine vllm: its settings, such as '{\"max_model_len\": 8192}'; see docs/vllm.md."
 _OURS = ("model", "kv_transfer_config")
 
@@ -29,8 +26,8 @@ def check_engine(engine: str, vllm_args: str | None) -> tuple[bool, dict[str, An
     Raises:
         InputError: For another engine, or settings that are no JSON object or not the user's to give.
     """
-    if engine not in ("transformers", "vllm"):
-        msg = f"--engine is {engine!r}; allowed: transformers, vllm"
+    if engine not in ENGINES:
+        msg = f"--engine is {engine!r}; allowed: {', '.join(ENGINES)}"
         raise InputError(msg)
     if vllm_args is None:
         return engine == "vllm", {}
@@ -48,6 +45,18 @@ def check_engine(engine: str, vllm_args: str | None) -> tuple[bool, dict[str, An
     return True, arguments
 
 
+def refuse_with_vllm(*options: tuple[str, bool, str]) -> None:
+    """Raise `InputError` for the first option that is not for vLLM and was given.
+
+    Args:
+        *options: Name, whether it was given, and what to do instead.
+    """
+    for name, is_given, instead in options:
+        if is_given:
+            msg = f"{name} is not for --engine vllm: {instead}"
+            raise InputError(msg)
+
+
 def before_vllm() -> None:
     """Set what vLLM reads when it is imported, where the user has not."""
     quiet_libraries()
@@ -55,41 +64,48 @@ def before_vllm() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
-@contextmanager
-def open_in_vllm(
-    model: str | None,
-    caches: ServedCaches,
-    config: ProphetKVConfig,
-    max_stage_tokens: int | None,
-    arguments: Mapping[str, Any],
-) -> Iterator[tuple[VLLMEngine, str]]:
-    """Start vLLM; yields what the server answers with, and the model's name.
+def check_vllm() -> None:
+    """Raise `MissingExtraError` where vLLM is not installed, before anything is fetched for it."""
+    before_vllm()
+    from prophetkv_rag.integrations.vllm import VLLMEngine  # noqa: F401
 
-    Should vLLM die, this process gets SIGTERM, as whoever started it would send it.
+
+def start_vllm(model: str, directory: Path, arguments: Mapping[str, Any], **connector: Any) -> VLLMEngine:
+    """Load a model in vLLM.
+
+    Args:
+        model: Path or hub name.
+        directory: Of the caches.
+        arguments: Keywords of vLLM's `AsyncEngineArgs`.
+        **connector: Other fields of `ConnectorSettings`.
 
     Raises:
-        ProphetKVError: At the end, if vLLM has died.
+        InputError: If vLLM is not installed, or cannot be set so.
+        UnsupportedModelError: For a model whose caches cannot be re-positioned exactly.
     """
-    before_vllm()
+    check_vllm()
     from prophetkv_rag.integrations.vllm import ConnectorSettings, VLLMEngine
 
-    assert caches.cache_dir is not None, "checked by serve"
-    settings = ConnectorSettings(
-        directory=str(caches.cache_dir.absolute()),
-        recompute_ratio=config.recompute_ratio,
-        prompt_template=config.prompt_template,
-        max_bytes=caches.disk_bytes if caches.is_limited else chosen_limit(caches.cache_dir),
-        max_stage_tokens=max_stage_tokens,
+    settings = ConnectorSettings(directory=str(directory.absolute()), **connector)
+    with status(f"loading {Path(model).name} in vLLM"):
+        return VLLMEngine(model, settings, arguments)
+
+
+def check_vllm_settings(settings: DatabaseSettings) -> None:
+    """Raise `InputError` for what a database that vLLM computes cannot be, such as one of transformers has become."""
+    refuse_with_vllm(
+        ("a remote tier", bool(settings.remote), "give --remote none"),
+        ("--cache-policy on_first_use", settings.cache_policy != "eager", "give --cache-policy eager"),
     )
-    chosen = chosen_model(model)
-    with status(f"loading {Path(chosen).name} in vLLM"):
-        engine = VLLMEngine(chosen, settings, arguments)
-    engine.watch(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    say_what_caches_take(engine.store)
-    try:
-        yield engine, Path(chosen).name
-    finally:
-        engine.close()
-    if engine.has_died:
-        msg = "vLLM has died: one of its processes ended, see above; start the server again"
-        raise ProphetKVError(msg)
+
+
+def connector_settings(settings: DatabaseSettings) -> dict[str, Any]:
+    """Return what `start_vllm` takes of a database, beside model, directory and vLLM's own settings."""
+    return {
+        "encoding": settings.encoding,
+        "recompute_ratio": settings.recompute_ratio,
+        "max_bytes": settings.cache_limit,
+        "namespace_max_bytes": settings.namespace_limit,
+        "cache_format": settings.cache_format,
+        "key_file": settings.key_file or None,
+    }

@@ -12,7 +12,7 @@ from prophetkv_rag.store import is_key
 from prophetkv_rag.vector_stores.document_order import Record, previous_texts, tells_order
 
 if TYPE_CHECKING:
-    from prophetkv_rag.engine import ProphetKVEngine
+    from prophetkv_rag.vector_stores.engine import CachingEngine
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class OwnedCaches(ABC):
         label: What to call the records' place in messages.
     """
 
-    def __init__(self, engine: ProphetKVEngine, owner: str, label: str) -> None:
+    def __init__(self, engine: CachingEngine, owner: str, label: str) -> None:
         self.engine = engine
         self.owner = owner
         self.label = label

@@ -22,7 +22,7 @@ from prophetkv_rag.vector_stores.records import Records, UnreadableError, read_s
 from prophetkv_rag.vector_stores.store_lock import StoreLock, store_lock
 
 if TYPE_CHECKING:
-    from prophetkv_rag.engine import ProphetKVEngine
+    from prophetkv_rag.vector_stores.engine import CachingEngine
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class StoreLink(OwnedCaches):
         records: Reads the vector store.
     """
 
-    def __init__(self, engine: ProphetKVEngine, name: str, records: Records) -> None:
+    def __init__(self, engine: CachingEngine, name: str, records: Records) -> None:
         super().__init__(engine, f"store:{name}", f"vector store {name!r}")  # a colon: `cache gc` leaves it alone
         self.name = name
         self.records = records
@@ -265,7 +265,7 @@ def _parts(first: list[Record], rest: Iterator[Record]) -> Iterator[list[Record]
         part = list(islice(rest, QUERY_SIZE))
 
 
-def store_name(given: str | None, found: str | None, engine: ProphetKVEngine) -> str:
+def store_name(given: str | None, found: str | None, engine: CachingEngine) -> str:
     """Return what to call a vector store whose caches this engine keeps.
 
     Args:

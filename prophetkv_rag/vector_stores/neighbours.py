@@ -18,7 +18,7 @@ from prophetkv_rag.forks import around_fork
 from prophetkv_rag.vector_stores.caches import Progress, batches
 
 if TYPE_CHECKING:
-    from prophetkv_rag.engine import ProphetKVEngine
+    from prophetkv_rag.vector_stores.engine import CachingEngine
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class NeighbourPass:
     """
 
     def __init__(
-        self, engine: ProphetKVEngine, owner: str, label: str, lock: Callable[[], AbstractContextManager[Any]]
+        self, engine: CachingEngine, owner: str, label: str, lock: Callable[[], AbstractContextManager[Any]]
     ) -> None:
         self._engine = engine
         self._owner = owner

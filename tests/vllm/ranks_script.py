@@ -8,12 +8,15 @@ import sys
 from vllm import LLM, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from prophetkv_rag.integrations.vllm.identity import open_identity
+from prophetkv_rag.integrations.vllm.settings import ConnectorSettings
 from tests.vllm.serving import ANSWER, transfer_config
 
 
 def main() -> None:
     job = json.loads(sys.stdin.read())
-    transfer = transfer_config(job["directory"])
+    extra = {"encoding": job.get("encoding", "auto")}
+    transfer = transfer_config(job["directory"], **extra)
     if "failing" in job:
         transfer |= {"kv_connector": "FailingConnector", "kv_connector_module_path": "tests.vllm.failing"}
     if "is_slow" in job:
@@ -44,10 +47,18 @@ def main() -> None:
     (registered,) = ask([[1]], [{"register": job["register"], "in_order": True}], 1)
     outputs = ask(job["prompts"], job["options"])
     found = {
+        "fingerprint": open_identity(
+            llm.llm_engine.vllm_config, ConnectorSettings(directory=job["directory"], **extra)
+        ).fingerprint,
         "registered": registered.kv_transfer_params["prophetkv"],
         "answers": [list(one.outputs[0].token_ids) for one in outputs],
         "said": [(one.kv_transfer_params or {}).get("prophetkv") for one in outputs],
     }
+    if "neighbours" in job:  # each behind all others
+        (output,) = ask([[1]], [{"register": job["neighbours"]}], 1)
+        found["neighbours"] = output.kv_transfer_params["prophetkv"]["registered"]
+        behind = [[one for one in found["neighbours"] if one != key] for key in found["neighbours"]]
+        ask([[1]], [{"register": job["neighbours"], "behind": behind, "as_neighbours": True}], 1)
     if "failing" in job:
         try:
             ask(job["prompts"][:1], [job["failing"]])

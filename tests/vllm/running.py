@@ -25,10 +25,21 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def serving(model: Path, directory: Path, *arguments: str, is_ended: bool = True, **settings: Any) -> Iterator[Server]:
-    """Serve a model; at the end SIGTERM must end it with status 0, but where `is_ended` is false."""
-    command = [PROGRAM, "serve", "--engine", "vllm", "--model", str(model), "--port", "0", "--json", *arguments]
-    command += ["--cache-dir", str(directory / "caches"), "--vllm-args", json.dumps(VLLM_ARGS | settings)]
+def serving(
+    model: Path,
+    directory: Path,
+    *arguments: str,
+    database: Path | None = None,
+    is_ended: bool = True,
+    **settings: Any,
+) -> Iterator[Server]:
+    """Serve a model, or a database; at the end SIGTERM must end it with status 0, but where `is_ended` is false."""
+    command = [PROGRAM, "serve", "--port", "0", "--json", *arguments]
+    if database is not None:
+        command += ["--database", str(database)]
+    else:
+        command += ["--engine", "vllm", "--model", str(model), "--cache-dir", str(directory / "caches")]
+        command += ["--vllm-args", json.dumps(VLLM_ARGS | settings)]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     log = directory / "log.txt"
     with (

@@ -6,9 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from prophetkv_rag import ProphetKVEngine
+from prophetkv_rag.store.disk import open_disk_store
 from tests.tiny import save_tiny, text_of
 from tests.vllm import failing
 from tests.vllm.serving import ANSWER, AS_IN_VLLM
@@ -45,9 +49,13 @@ def chat(texts, n):
 
 def test_two_ranks_answer_as_our_engine_and_their_blobs_serve_one(tmp_path):
     model = save_tiny(tmp_path / "model", **SHAPE)
-    engine = ProphetKVEngine.from_pretrained(model, config=AS_IN_VLLM)
-    texts = [text_of(70, seed=seed) for seed in range(4)]
+    encoding = "previous:2+neighbours:3"
+    engine = ProphetKVEngine.from_pretrained(model, config=replace(AS_IN_VLLM, encoding=encoding))
+    texts, single = ([text_of(70, seed=seed) for seed in range(first, first + 4)] for first in (0, 30))
     engine.add_chunks(texts, behind=[texts[:n] for n in range(4)])
+    engine.add_chunks(single)
+    others = [[other for other in single if other != text] for text in single]
+    engine.library.add(single, owner="engine", behind=others, as_neighbours=True)
     prompts = [chat(texts, n) for n in range(2)]
     ids = [engine.read(prompt).input_ids.tolist() for prompt in prompts]
     options = [{"recompute_ratio": 0.25}] * 2 + [{"recompute_ratio": 1.0}, {"enabled": False}]
@@ -57,8 +65,10 @@ def test_two_ranks_answer_as_our_engine_and_their_blobs_serve_one(tmp_path):
         "register": [engine.library.tokens.chunk(text) for text in texts],
         "prompts": [*ids, ids[0], ids[0]],
         "options": options,
+        "encoding": encoding,
     }
-    two = run(job | {"ranks": 2}, tmp_path)
+    singles = [engine.library.tokens.chunk(text) for text in single]
+    two = run(job | {"ranks": 2, "neighbours": singles}, tmp_path)
     expected = []
     for prompt, settings in zip(
         [*prompts, prompts[0], prompts[0]],
@@ -77,6 +87,16 @@ def test_two_ranks_answer_as_our_engine_and_their_blobs_serve_one(tmp_path):
         expected.append(output[0, result.input_ids.shape[1] :].tolist())
     assert two["answers"] == expected
     assert [one and one["status"] for one in two["said"]] == ["reused"] * 3 + [None]
+    store = open_disk_store(tmp_path / "caches", ram_bytes=0)
+    for key, text in zip(two["neighbours"], single, strict=True):
+        cache = store.find(key, fingerprint=two["fingerprint"], input_ids=None).cache
+        ours = engine.store.find(engine.key_of(text), fingerprint=engine.identity.fingerprint, input_ids=None).cache
+        assert [two["neighbours"].index(one) for one in cache.behind.keys] == [
+            list(map(engine.key_of, single)).index(one) for one in ours.behind.keys
+        ]
+        for mine, other in zip((*cache.keys, *cache.values), (*ours.keys, *ours.values), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    store.close()
     # Written by two ranks, read by one: the blobs are found, and give the same answers.
     one = run(job | {"ranks": 1, "register": job["register"][:1]}, tmp_path)
     assert one["answers"] == expected

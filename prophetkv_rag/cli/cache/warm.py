@@ -12,6 +12,7 @@ from prophetkv_rag.cli.console import print_json, progress_bar, quiet_libraries,
 from prophetkv_rag.cli.database import check_packages, open_database
 from prophetkv_rag.cli.database_settings import DEFAULT_DATABASE, require_settings
 from prophetkv_rag.cli.model_choice import DeviceOption
+from prophetkv_rag.cli.vllm_engine import refuse_with_vllm
 
 
 def warm(
@@ -36,9 +37,11 @@ def warm(
     was full or could not be written to, and caches could not be kept.
     """
     settings = require_settings(db)
+    if settings.engine == "vllm":
+        refuse_with_vllm(("--device", device != "auto", "the database has settings of its own (index --vllm-args)"))
     quiet_libraries()
     check_packages(settings)
-    from prophetkv_rag.cli.index import caches_not_kept, print_not_kept
+    from prophetkv_rag.cli.index_report import caches_not_kept, print_not_kept
     from prophetkv_rag.cli.model_choice import fetch_embedding
 
     fetch_embedding()
