@@ -68,7 +68,7 @@ def test_two_ranks_answer_as_our_engine_and_their_blobs_serve_one(tmp_path):
         "encoding": encoding,
     }
     singles = [engine.library.tokens.chunk(text) for text in single]
-    two = run(job | {"ranks": 2, "neighbours": singles}, tmp_path)
+    two = run(job | {"ranks": 2, "neighbours": singles, "is_slow": True}, tmp_path)
     expected = []
     for prompt, settings in zip(
         [*prompts, prompts[0], prompts[0]],
@@ -87,6 +87,10 @@ def test_two_ranks_answer_as_our_engine_and_their_blobs_serve_one(tmp_path):
         expected.append(output[0, result.input_ids.shape[1] :].tolist())
     assert two["answers"] == expected
     assert [one and one["status"] for one in two["said"]] == ["reused"] * 3 + [None]
+    # Requests wait until both ranks have the caches in RAM: the first stored them, the second reads for some steps.
+    ahead, in_step = zip(*((tmp_path / f"reads-{rank}.txt").read_text().split() for rank in range(2)), strict=True)
+    assert in_step == ("0", "0")
+    assert int(ahead[1]) > 0
     store = open_disk_store(tmp_path / "caches", ram_bytes=0)
     for key, text in zip(two["neighbours"], single, strict=True):
         cache = store.find(key, fingerprint=two["fingerprint"], input_ids=None).cache
@@ -101,27 +105,6 @@ def test_two_ranks_answer_as_our_engine_and_their_blobs_serve_one(tmp_path):
     one = run(job | {"ranks": 1, "register": job["register"][:1]}, tmp_path)
     assert one["answers"] == expected
     assert [[chunk["behind"] for chunk in said["chunks"]] for said in one["said"][:2]] == [[0, 2, 2, 0], [0, 2, 0, 1]]
-
-
-def test_a_request_waits_until_both_ranks_have_read_its_caches(tmp_path):
-    """The first rank has them in RAM, since it stored them; the second reads them, which takes it some steps."""
-    model = save_tiny(tmp_path / "model", **SHAPE)
-    engine = ProphetKVEngine.from_pretrained(model, config=AS_IN_VLLM)
-    texts = [text_of(70, seed=seed) for seed in range(4)]
-    job = {
-        "model": str(model),
-        "directory": str(tmp_path / "caches"),
-        "register": [engine.library.tokens.chunk(text) for text in texts],
-        "prompts": [engine.read(chat(texts, 1)).input_ids.tolist()],
-        "options": [{}],
-        "is_slow": True,
-        "ranks": 2,
-    }
-    found = run(job, tmp_path)
-    assert found["said"][0]["status"] == "reused"
-    ahead, in_step = zip(*((tmp_path / f"reads-{rank}.txt").read_text().split() for rank in range(2)), strict=True)
-    assert in_step == ("0", "0")
-    assert int(ahead[1]) > 0
 
 
 def test_a_rank_that_fails_alone_ends_vllm_and_ranks_that_fail_together_do_not(tmp_path):
