@@ -135,6 +135,10 @@ def serve(
         msg = "--remote goes with --cache-dir; a database has the remote tier that `index` gave it"
         raise InputError(msg)
     served_caches = ServedCaches.asked(database, cache_dir, remote, cache_limit, ram_limit)
+    if prompt_template is not None and served_caches.database is not None:
+        msg = "--prompt-template goes without a database, whose chunks stand behind what `index` put them behind"
+        raise InputError(msg)
+    template = read_prompt_template(prompt_template)
     remembered = served_caches.settings
     is_vllm, arguments = check_engine(engine or (remembered.engine if remembered else ENGINES[0]), vllm_args)
     if is_vllm:
@@ -149,10 +153,6 @@ def serve(
             ("--dtype", dtype is not None, "give dtype in --vllm-args"),
             ("--device", device != "auto", "give its own settings in --vllm-args"),
         )
-    if prompt_template is not None and served_caches.database is not None:
-        msg = "--prompt-template goes without a database, whose chunks stand behind what `index` put them behind"
-        raise InputError(msg)
-    template = read_prompt_template(prompt_template)
     check_load_options(dtype or "auto", device)
     make_strategy(strategy)
     settings = ServerSettings(
