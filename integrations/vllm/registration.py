@@ -65,12 +65,11 @@ class Registrations:
                 msg = f"chunk {number} has {len(chunk)} tokens; it must have 1 to {most}, so split it"
                 raise InputError(msg)
         keys = [self._identity.key(chunk) for chunk in options.register]
+        batch = self._batches[request_id] = _Batch(keys, {})
         try:
-            wanted = self._second if options.first_chunks else self._wanted
-            missing = wanted(keys, options)
+            batch.missing = self._second(keys, options) if options.first_chunks else self._wanted(keys, options)
         except StoreError as error:
-            raise InputError(str(error)) from error
-        self._batches[request_id] = _Batch(keys, missing)
+            batch.errors = dict.fromkeys(keys, str(error))
 
     def await_caches(self, request_id: str, missing: Mapping[str, EncodeJob]) -> None:
         """Have a prompt wait for what it found missing."""

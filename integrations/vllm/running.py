@@ -36,6 +36,7 @@ class RunningVLLM:
     Raises:
         InputError: If vLLM takes no such keyword, or cannot be set so.
         UnsupportedModelError: For a model whose caches cannot be re-positioned exactly.
+        ProphetKVError: If vLLM does not start; its log says why.
     """
 
     def __init__(self, model: str, settings: ConnectorSettings, engine_args: Mapping[str, Any]) -> None:
@@ -52,8 +53,11 @@ class RunningVLLM:
         self._thread.start()
         try:
             self._llm: Any = self._wait(_started(arguments))
-        except BaseException:
+        except BaseException as error:
             self._loop.call_soon_threadsafe(self._loop.stop)
+            if isinstance(error, (RuntimeError, TypeError, ValueError)) and not isinstance(error, ProphetKVError):
+                msg = f"vLLM does not start: {error}"
+                raise ProphetKVError(msg) from error
             raise
 
     @property

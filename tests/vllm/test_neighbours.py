@@ -125,6 +125,14 @@ def test_prompts_find_them_and_one_that_is_lost_is_encoded_as_it_was(served, eng
     assert tokens(output) == answer[0, result.input_ids.shape[1] :].tolist()
 
 
+def test_a_document_of_several_requests_in_any_order(engines):
+    in_vllm, _ = engines
+    texts = [text_of(12, seed=200 + number) for number in range(20)]
+    behind = [texts[max(0, number - 2) : number] for number in range(len(texts))]
+    in_vllm.library.add(texts[::-1], owner="long", behind=behind[::-1])
+    assert [len(in_vllm.cache(text).behind.keys) for text in texts] == [0, 1] + [2] * 18
+
+
 def test_second_caches_are_computed_when_they_are_asked_for(engines, collections):
     in_vllm, _ = engines
     opening, done = opening_of(in_vllm.identity), []

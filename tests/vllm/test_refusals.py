@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from transformers import BloomConfig, BloomForCausalLM
@@ -13,6 +14,7 @@ from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 from prophetkv_rag.errors import InputError, UnsupportedModelError
 from prophetkv_rag.integrations.vllm.settings import ConnectorSettings, RequestOptions
 from prophetkv_rag.integrations.vllm.support import check_release
+from prophetkv_rag.store.encryption import write_new_key
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.vllm.serving import transfer_config
 from tests.vllm.test_models import SHAPE
@@ -102,11 +104,25 @@ def test_speculative_decoding(model, tmp_path):
         ({"directory": "x", "read_ahead_s": float("inf")}, "number of seconds"),
         ({"directory": "x", "read_ahead_s": True}, "number of seconds"),
         ({"directory": "x", "may_register": 1}, "true or false"),
+        ({"directory": "x", "namespace_max_bytes": 0}, "at least 1"),
+        ({"directory": "x", "cache_format": "int5"}, "int5"),
+        ({"directory": "x", "encoding": "neighbours:99"}, "neighbours:99"),
     ],
 )
 def test_values_outside_what_is_allowed(given, reason):
     with pytest.raises(InputError, match=reason):
         ConnectorSettings.of(given)
+
+
+def test_caches_of_another_key_are_not_begun_with(tmp_path):
+    for name in "ab":
+        write_new_key(tmp_path / name)
+    settings = ConnectorSettings(directory=str(tmp_path / "caches"), key_file=str(tmp_path / "a"))
+    settings.open_store(ram_bytes=0).close()
+    with pytest.raises(InputError, match="key"):
+        replace(settings, key_file=str(tmp_path / "b")).open_store(ram_bytes=0)
+    with pytest.raises(InputError, match="none"):
+        replace(settings, key_file=str(tmp_path / "none")).open_store(ram_bytes=0)
 
 
 def test_settings_go_there_and_back():
@@ -118,3 +134,10 @@ def test_settings_go_there_and_back():
 def test_options_of_requests_that_say_nothing():
     for params in (None, {}, {"do_remote_decode": True}, "text"):
         assert RequestOptions.of(params, vocabulary=100) == RequestOptions()
+
+
+@pytest.mark.parametrize("name", ["in_order", "as_neighbours", "refresh", "first_chunks"])
+def test_options_of_requests_are_yes_or_no(name):
+    assert getattr(RequestOptions.of({"prophetkv": {name: True}}, vocabulary=100), name) is True
+    with pytest.raises(InputError, match=f"{name} is 1"):
+        RequestOptions.of({"prophetkv": {name: 1}}, vocabulary=100)

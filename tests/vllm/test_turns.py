@@ -107,3 +107,15 @@ def test_neighbours_may_be_encoded_with_a_chunk_and_so_take_room(tmp_path):
         neighbours.begin("new", options([10], behind=other, as_neighbours=True, refresh=refresh), most=99)
         assert len(neighbours.next_jobs(1000)) == expected
     store.close()
+
+
+def test_a_store_that_does_not_answer_is_said_of_every_chunk(registrations, tmp_path):
+    for file in tmp_path.glob("catalog.sqlite*"):
+        file.unlink()
+    (tmp_path / "catalog.sqlite").mkdir()
+    registrations._store.close()  # opened again with the next look
+    registrations.begin("some", options([10, 11], behind=((), (IDENTITY.key(ids_of(12)),))), most=100)
+    assert not registrations.is_waiting("some")
+    said = registrations.finish("some")
+    assert said["registered"] == []
+    assert list(said["errors"]) == [IDENTITY.key(ids_of(number)) for number in (10, 11)]
