@@ -47,6 +47,7 @@ class DatabaseSettings:
             variable `PROPHETKV_CACHE_KEY` is looked at).
         engine: Who computes the caches, and answers: `"transformers"` or `"vllm"`.
         vllm_args: Keywords of vLLM's `AsyncEngineArgs`.
+        prompt_template: With vLLM: what clients' prompts look like (`ProphetKVConfig.prompt_template`).
     """
 
     model: str
@@ -70,6 +71,7 @@ class DatabaseSettings:
     dtype: str = "auto"
     engine: str = "transformers"
     vllm_args: dict[str, Any] = field(default_factory=dict)
+    prompt_template: str | list[dict[str, str]] | None = None
 
     def store_options(self) -> dict[str, Any]:
         """Return what `open_disk_store` is called with."""
@@ -136,6 +138,7 @@ def find_settings(path: Path) -> DatabaseSettings | None:
             dtype=str(values.get("dtype", "auto")),
             engine=str(values.get("engine", "transformers")),
             vllm_args=dict(values.get("vllm_args", {})),
+            prompt_template=values.get("prompt_template"),
         )
     except (FileNotFoundError, NotADirectoryError):
         return None

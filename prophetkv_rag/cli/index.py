@@ -28,6 +28,7 @@ from prophetkv_rag.cli.index_report import cache_totals, caches_not_kept, print_
 from prophetkv_rag.cli.model_choice import DeviceOption, DtypeOption, check_load_options, chosen_model, fetch_embedding
 from prophetkv_rag.cli.on_ray import JoinedCluster, check_ray, joined, workers_of
 from prophetkv_rag.cli.planning import NoRoomError, choose_limit
+from prophetkv_rag.cli.prompt_template import choose_template
 from prophetkv_rag.cli.vllm_engine import ENGINES, VLLM_ARGS_HELP, check_engine, check_vllm_settings, refuse_with_vllm
 from prophetkv_rag.config import parse_encoding
 from prophetkv_rag.errors import InputError
@@ -133,6 +134,15 @@ def index(
     vllm_args: Annotated[
         str | None, typer.Option(metavar="JSON", help=f"{VLLM_ARGS_HELP} The database remembers them.")
     ] = None,
+    prompt_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --engine vllm: what clients' prompts look like, with {context} where the chunks stand (`serve "
+            "--prompt-template` says more), or 'none'; by default the database's, else none. Another one means that "
+            "all KV caches are computed again.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Split the text files of DIR into chunks, embed them into Chroma and compute their KV caches.
@@ -161,6 +171,9 @@ def index(
             ("--remote", remote not in (None, "none"), "caches stay on this machine's disk"),
             ("--cache-policy", cache_policy not in (None, "eager"), "caches are computed while it indexes"),
         )
+    elif prompt_template is not None:
+        msg = "--prompt-template goes with --engine vllm; else chunks are encoded behind the prompt of `ask`"
+        raise InputError(msg)
     size = chunk_size or (remembered.chunk_size if remembered else DEFAULT_CHUNK_SIZE)
     lead_in_tokens = remembered.lead_in_tokens if remembered else size
     chosen = str(parse_encoding(encoding or (remembered.encoding if remembered else DEFAULTS.encoding)))
@@ -179,6 +192,9 @@ def index(
         recompute_ratio=remembered.recompute_ratio if remembered and has_remembered_engine else None,
         dtype=dtype or (remembered.dtype if remembered and not is_vllm else "auto"),
         engine="vllm" if is_vllm else "transformers",
+        prompt_template=choose_template(
+            prompt_template, remembered.prompt_template if remembered and is_vllm else None
+        ),
         vllm_args=(remembered.vllm_args if remembered and is_vllm else {}) | arguments,
     )
     check_load_options(settings.dtype, device)

@@ -19,6 +19,13 @@ TEMPLATE_HELP = (
 )
 
 
+def choose_template(wanted: str | None, otherwise: PromptTemplate | None) -> PromptTemplate | None:
+    """Return what a file holds, nothing for 'none', or what it is otherwise; see `read_prompt_template`."""
+    if wanted is None:
+        return otherwise
+    return None if wanted == "none" else read_prompt_template(Path(wanted))
+
+
 def read_prompt_template(file: Path | None) -> PromptTemplate | None:
     """Return `ProphetKVConfig.prompt_template`.
 

@@ -215,6 +215,6 @@ def say_what_caches_take(store: ChunkStore) -> None:
     text = f"KV caches: {stats.chunks:,} chunks, {stats.tokens:,} tokens, {shown_bytes(stats.nbytes)}"
     most = "without a limit" if stats.max_nbytes is None else f"{shown_bytes(stats.max_nbytes)} at most"
     text += f" in {stats.location}, {most}"
-    if stats.ram_max_nbytes is not None:
+    if stats.ram_max_nbytes:
         text += f"; up to {shown_bytes(stats.ram_max_nbytes)} of them in memory"
     progress_console().print(text, markup=False, soft_wrap=True)

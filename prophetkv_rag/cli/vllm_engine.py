@@ -103,6 +103,7 @@ def connector_settings(settings: DatabaseSettings) -> dict[str, Any]:
     """Return what `start_vllm` takes of a database, beside model, directory and vLLM's own settings."""
     return {
         "encoding": settings.encoding,
+        "prompt_template": settings.prompt_template,
         "recompute_ratio": settings.recompute_ratio,
         "max_bytes": settings.cache_limit,
         "namespace_max_bytes": settings.namespace_limit,

@@ -59,6 +59,7 @@ def test_the_others_need_vllm(fails: Run, docs: Path, command: tuple[str, ...]) 
         (["--device", "cpu"], "--vllm-args"),
         (["--remote", "memory://bucket"], "disk"),
         (["--cache-policy", "on_first_use"], "while it indexes"),
+        (["--prompt-template", "missing"], "missing cannot be used: No such file"),
         (["--vllm-args", "[]"], "JSON object"),
         (["--vllm-args", '{"kv_transfer_config": {}}'], "without model and kv_transfer_config"),
     ],
@@ -84,17 +85,19 @@ def test_what_a_database_has_become_that_vllm_does_not_serve(
 def test_a_database_of_transformers_is_not_served_by_vllm(run: Run, fails: Run, docs: Path) -> None:
     assert index_tiny(run, docs)["engine"] == "transformers"
     assert "--vllm-args goes with --engine vllm" in fails("index", docs, "--vllm-args", "{}")
+    assert "--prompt-template goes with --engine vllm" in fails("index", docs, "--prompt-template", "docs/one.txt")
     assert f"index DIR --engine vllm --db {DATABASE}" in fails("serve", "--engine", "vllm", "--port", 0)
     assert "allowed: transformers, vllm" in fails("index", docs, "--engine", "sglang")
 
 
 def test_indexing_with_transformers_takes_a_database_back(run: Run, docs: Path) -> None:
     first = index_tiny(run, docs)
-    become_vllms(strategy="epic", recompute_ratio=0.5, dtype="auto")
+    become_vllms(prompt_template="Read:\n{context}", strategy="epic", recompute_ratio=0.5, dtype="auto")
     again = index_tiny(run, docs, "--engine", "transformers")
     assert (again["engine"], again["indexed"], again["caches"]) == ("transformers", [], first["caches"])
     settings = json.loads((DATABASE / "prophetkv-rag.json").read_text())
     assert (settings["engine"], settings["vllm_args"], settings["behind_prompt"]) == ("transformers", {}, True)
+    assert settings["prompt_template"] is None
     assert (settings["strategy"], settings["recompute_ratio"]) == ("prophetkv", None)
     assert run("ask", "Who?", "--max-new-tokens", 1, "--json")["report"]["chunks"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -26,6 +27,7 @@ def text(number):
     return " ".join(text_of(60, seed=10 * number + part) for part in range(4))
 
 
+BEGINNING = "Use this:\n\n"
 FILES = {"a.txt": text(0), "b.txt": text(1), "c.txt": text(2)}
 NEW = text(9)
 CHUNK_SIZE = 100
@@ -47,10 +49,12 @@ def place(tmp_path_factory):
     (place / "documents").mkdir()
     for name, text in FILES.items():
         (place / "documents" / name).write_text(text)
+    (place / "prompt.txt").write_text(BEGINNING + "{context}\n\n{question}")
     subprocess.run([PROGRAM, "cache", "new-key", str(place / "key")], check=True)
     report = index(
         place,
         *("--engine", "vllm", "--model", str(place / "model"), "--chunk-size", str(CHUNK_SIZE)),
+        *("--prompt-template", str(place / "prompt.txt")),
         *("--cache-format", "bf16", "--key-file", str(place / "key"), "--vllm-args", json.dumps(VLLM_ARGS)),
     )
     assert report["caches"]["chunks"] == report["planned"]["chunks"] == report["total_chunks"] > 9
@@ -71,7 +75,7 @@ def chunks_of(*names):
 
 
 def post(server, chunks, **ours):
-    content = "\n\n".join(chunks) + f"\n\n{text_of(8, seed=200)}"
+    content = BEGINNING + "\n\n".join(chunks) + f"\n\n{text_of(8, seed=200)}"
     body = {"model": "model", "messages": [{"role": "user", "content": content}], "max_tokens": 12, "temperature": 0}
     body["prophetkv"] = {"remember": False} | ours
     answer = httpx.post(f"{server}/chat/completions", json=body, timeout=None)
@@ -85,7 +89,9 @@ def text_of_answer(answer):
 
 def test_caches_are_our_engine_s_but_for_their_identity(place, tmp_path):
     ours = open_disk_store(tmp_path, ram_bytes=0, blob_format="bf16")
-    engine = ProphetKVEngine.from_pretrained(place / "model", config=AS_IN_VLLM, store=ours)
+    template = [{"role": "user", "content": BEGINNING + "{context}"}]
+    config = replace(AS_IN_VLLM, prompt_template=template)
+    engine = ProphetKVEngine.from_pretrained(place / "model", config=config, store=ours)
     documents = [chunks_of(name) for name in "abc"]
     chunks = [(text, one[max(0, number - 2) : number]) for one in documents for number, text in enumerate(one)]
     for start in range(0, len(chunks), NODES_PER_INSERT):  # what is in the store by then is rounded
