@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class DatabaseSettings:
     dtype: str = "auto"
     engine: str = "transformers"
     vllm_args: dict[str, Any] = field(default_factory=dict)
-    prompt_template: str | list[dict[str, str]] | None = None
+    prompt_template: str | Sequence[Mapping[str, str]] | None = None
 
     def store_options(self) -> dict[str, Any]:
         """Return what `open_disk_store` is called with."""
