@@ -198,6 +198,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         place.set_xlabel("clients")
         place.set_ylabel(label)
         place.set_xscale("log", base=2)
+        place.set_xticks(clients := sorted({row["clients"] for row in rows}), list(map(str, clients)))
         place.grid(alpha=0.3)
     places[0].legend()
     figure.tight_layout()
