@@ -10,16 +10,15 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from prophetkv_rag.integrations.vllm.identity import open_identity
 from prophetkv_rag.integrations.vllm.settings import ConnectorSettings
+from tests.vllm.failing import ON_ALL, ON_ONE
 from tests.vllm.serving import ANSWER, transfer_config
 
 
 def main() -> None:
     job = json.loads(sys.stdin.read())
-    extra = {"encoding": job.get("encoding", "auto")}
+    extra = {"encoding": job["encoding"], "read_ahead_s": 60.0}
     transfer = transfer_config(job["directory"], **extra)
-    if "failing" in job:
-        transfer |= {"kv_connector": "FailingConnector", "kv_connector_module_path": "tests.vllm.failing"}
-    if "is_slow" in job:
+    if job["ranks"] > 1:
         transfer |= {"kv_connector": "SlowConnector", "kv_connector_module_path": "tests.vllm.slow_reads"}
     llm = LLM(
         job["model"],
@@ -59,9 +58,13 @@ def main() -> None:
         found["neighbours"] = output.kv_transfer_params["prophetkv"]["registered"]
         behind = [[one for one in found["neighbours"] if one != key] for key in found["neighbours"]]
         ask([[1]], [{"register": job["neighbours"], "behind": behind, "as_neighbours": True}], 1)
-    if "failing" in job:
+    if job["ranks"] > 1:
+        failing = [{"recompute_ratio": ON_ALL}, {"enabled": False}]
+        for name, options in zip(("failed", "plain"), failing, strict=True):
+            (output,) = ask(job["prompts"][:1], [options])
+            found[name] = [list(output.outputs[0].token_ids), (output.kv_transfer_params or {}).get("prophetkv")]
         try:
-            ask(job["prompts"][:1], [job["failing"]])
+            ask(job["prompts"][:1], [{"recompute_ratio": ON_ONE}])
         except EngineDeadError as error:
             found["died"] = str(error)
     with open(job["output"], "w") as file:

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from prophetkv_rag.integrations.vllm import ProphetKVConnector
+from tests.vllm.failing import FailingConnector
 
 STEPS = 5
 """That a read takes on the second rank of `SlowConnector`."""
@@ -50,8 +50,8 @@ class SlowReads:
         self._files.read, self._stages._load = self._read, self._load
 
 
-class SlowConnector(ProphetKVConnector):
-    """Reading ahead takes the second rank some steps; for test_ranks.py."""
+class SlowConnector(FailingConnector):
+    """Reading ahead takes the second rank some steps, and some requests fail; for test_ranks.py."""
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """See vLLM."""
