@@ -6,16 +6,21 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import Any
 
 from prophetkv_rag.config import FirstChunk
 from prophetkv_rag.integrations.vllm.lookup import Found
 from prophetkv_rag.integrations.vllm.messages import EncodeJob, LoadPlan
-from prophetkv_rag.integrations.vllm.plans import layout_of, num_recomputed, stage_one_rows, stage_two_rows
+from prophetkv_rag.integrations.vllm.plans import (
+    follows_opening,
+    layout_of,
+    num_recomputed,
+    stage_one_rows,
+    stage_two_rows,
+)
 from prophetkv_rag.integrations.vllm.turns import ChunkRows, Former
 from prophetkv_rag.once import once
-from prophetkv_rag.prompt import PromptLayout
+from prophetkv_rag.prompt import PromptLayout, shared_length
 from prophetkv_rag.reuse import ratio_by_encoding, token_budget
 
 
@@ -78,14 +83,12 @@ class KnownRequest:
     @once
     def num_opening(self) -> int:
         """Tokens that the prompt shares with what chunks are encoded behind, whose rows every worker has."""
-        before = zip(self.input_ids[: self.found.matches[0].start], self.prefix_ids, strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], before))
+        return shared_length(self.input_ids[: self.found.matches[0].start], self.prefix_ids)
 
     @once
     def is_behind_opening(self) -> bool:
         """Whether the first chunk's rows are exact as they are cached: nothing else than the opening is before it."""
-        first = self.found.matches[0]
-        is_first = not first.skipped and self.input_ids[: first.start] == self.prefix_ids
+        is_first = follows_opening(self.input_ids, self.found.matches[0], self.prefix_ids)
         return is_first and not self.found.behind[0]
 
     @once

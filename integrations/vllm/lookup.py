@@ -10,6 +10,7 @@ from prophetkv_rag.config import FirstChunk
 from prophetkv_rag.errors import StoreError
 from prophetkv_rag.integrations.vllm.identity import opening_of
 from prophetkv_rag.integrations.vllm.messages import EncodeJob
+from prophetkv_rag.integrations.vllm.plans import follows_opening
 from prophetkv_rag.prompt import TokenIndex, TokenMatch
 from prophetkv_rag.store import CacheIdentity
 from prophetkv_rag.store.disk import DiskStore
@@ -122,7 +123,7 @@ class ChunkLookup:
             return None
         behind = tuple(missing[m.key].behind if m.key in missing else self._behind(m.key) for m in matches)
         found = Found(tuple(matches), behind, missing=missing)
-        is_first = not matches[0].skipped and prompt[: matches[0].start] == self._opening.prefix_ids
+        is_first = follows_opening(prompt, matches[0], self._opening.prefix_ids)
         if behind[0] and (first_chunk == "opening" or (first_chunk == "exact" and is_first)):
             self._take_second(found)
         found.versions = tuple(map(self.version, found.keys))

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import takewhile
 from typing import TypeVar
 
 import torch
 
 from prophetkv_rag.config import FirstChunk
 from prophetkv_rag.integrations.vllm.messages import LoadPlan
-from prophetkv_rag.prompt import ChunkSpan, PromptLayout, TokenMatch
+from prophetkv_rag.prompt import ChunkSpan, PromptLayout, TokenMatch, shared_length
 from prophetkv_rag.reuse import token_budget
 
 T = TypeVar("T")
+
+
+def follows_opening(input_ids: tuple[int, ...], first: TokenMatch, prefix_ids: tuple[int, ...]) -> bool:
+    """Whether a prompt's first chunk stands, whole, right behind what chunks are encoded behind."""
+    return not first.skipped and input_ids[: first.start] == prefix_ids
 
 
 def make_layout(
@@ -22,14 +26,12 @@ def make_layout(
 ) -> PromptLayout:
     """Lay a prompt out by the chunks that were found in its token ids."""
     ids = tuple(input_ids)
-    prefix = ids[: matches[0].start]
-    shared = takewhile(lambda pair: pair[0] == pair[1], zip(prefix, prefix_ids, strict=False))
     return PromptLayout(
         input_ids=torch.tensor(ids, dtype=torch.int64),
         chunks=tuple(ChunkSpan(match.key, match.start, ids[match.start : match.stop]) for match in matches),
         probe_ids=question_ids,
-        known_prefix=sum(1 for _ in shared),
-        exact_first_chunk=prefix == prefix_ids and matches[0].skipped == 0,
+        known_prefix=shared_length(ids[: matches[0].start], prefix_ids),
+        exact_first_chunk=follows_opening(ids, matches[0], prefix_ids),
     )
 
 

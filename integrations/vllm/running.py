@@ -26,18 +26,7 @@ _POLL_S, _LOOK_S = 0.05, 1.0
 
 
 class RunningVLLM:
-    """vLLM, which any number of threads may ask.
-
-    Args:
-        model: Path or hub name.
-        settings: Of the connector.
-        engine_args: Keywords of vLLM's `AsyncEngineArgs`.
-
-    Raises:
-        InputError: If vLLM takes no such keyword, or cannot be set so.
-        UnsupportedModelError: For a model whose caches cannot be re-positioned exactly.
-        ProphetKVError: If vLLM does not start; its log says why.
-    """
+    """vLLM, which any number of threads may ask; it takes and raises what `VLLMEngine` does."""
 
     def __init__(self, model: str, settings: ConnectorSettings, engine_args: Mapping[str, Any]) -> None:
         given = {"model": model, "kv_transfer_config": transfer_config(settings)}

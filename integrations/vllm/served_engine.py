@@ -40,6 +40,7 @@ class VLLMEngine:
     Raises:
         InputError: If vLLM takes no such keyword, or cannot be set so.
         UnsupportedModelError: For a model whose caches cannot be re-positioned exactly.
+        ProphetKVError: If vLLM does not start; its log says why.
     """
 
     max_concurrent = 64

@@ -40,6 +40,8 @@ class WrittenRows:
 
     def are_there(self, request: Any, count: int) -> bool:
         """Whether the first `count` rows, which the prefix cache has found for this request, are written by now."""
+        if not count:
+            return True
         mine = request.block_hashes
         for name, other in self._requests.items():
             if other is request or other.status != RequestStatus.RUNNING:

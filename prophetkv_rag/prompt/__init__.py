@@ -14,7 +14,7 @@ from prophetkv_rag.prompt.chunk_index import ChunkIndex, text_entry
 from prophetkv_rag.prompt.layout import ChunkSpan, MovedSpan, PromptLayout
 from prophetkv_rag.prompt.prompt import AnyPrompt, Prompt
 from prophetkv_rag.prompt.question import question_of
-from prophetkv_rag.prompt.reader import PromptReader
+from prophetkv_rag.prompt.reader import PromptReader, shared_length
 from prophetkv_rag.prompt.token_index import TokenIndex, TokenMatch
 from prophetkv_rag.prompt.tokenizer_probe import probe_chat
 from prophetkv_rag.prompt.tokens import Tokens
@@ -34,5 +34,6 @@ __all__ = [
     "plain_messages",
     "probe_chat",
     "question_of",
+    "shared_length",
     "text_entry",
 ]

@@ -145,12 +145,12 @@ class PromptReader:
             chunks=tuple(pieces.chunks),
             question_rows=question_rows,
             probe_ids=probe_ids,
-            known_prefix=_shared_length(prefix, self.identity.prefix_ids),
+            known_prefix=shared_length(prefix, self.identity.prefix_ids),
             exact_first_chunk=bool(pieces.chunks) and prefix == self.identity.prefix_ids,
             marks=self.tokens.marks(pieces.ids),
         )
 
 
-def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
+def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
     """Return how many tokens two sequences have in common at their starts."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,16 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 DATABASE = Path(".prophetkv")
 AS_VLLM = {"engine": "vllm", "vllm_args": {"dtype": "float32"}, "behind_prompt": False, "cached_for": "f" * 64}
+
+
+class WithoutVLLM:
+    """An import system that finds no vLLM, wherever the test runs."""
+
+    def find_spec(self, name: str, *arguments: object) -> None:
+        """Raise what Python raises of a package that is not installed."""
+        if name == "vllm":
+            msg = "No module named 'vllm'"
+            raise ModuleNotFoundError(msg, name=name)
 
 
 def become_vllms(**more: object) -> None:
@@ -40,11 +50,13 @@ def test_commands_of_transformers_say_what_to_do(fails: Run, command: tuple[obje
     assert f"index DIR --engine transformers --db {DATABASE}" in said
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 @pytest.mark.parametrize(
     "command", [("index", "docs"), ("serve", "--port", 0), ("cache", "warm"), ("cache", "warm", "--device", "cpu")]
 )
-def test_the_others_need_vllm(fails: Run, docs: Path, command: tuple[str, ...]) -> None:
+def test_the_others_need_vllm(
+    fails: Run, docs: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "meta_path", [WithoutVLLM(), *sys.meta_path])
     become_vllms()
     assert ("--device is not for" if "--device" in command else "prophetkv-rag[vllm]") in fails(*command)
 

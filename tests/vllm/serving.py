@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from prophetkv_rag import ProphetKVConfig, ProphetKVEngine
 from prophetkv_rag.integrations.vllm import settings
+from prophetkv_rag.integrations.vllm.turns import Turns
 
 ANSWER = 12
 """Tokens of every answer."""
@@ -155,6 +156,11 @@ class Served:
     def forget_prefixes(self) -> None:
         """Empty vLLM's prefix cache."""
         assert self.llm.reset_prefix_cache()
+
+    def forget_prompts(self) -> None:
+        """Empty it, and our memory of former prompts."""
+        self.forget_prefixes()
+        self.planner._turns = Turns(self.planner._block_size)
 
     def close(self) -> None:
         if not hasattr(self, "llm"):

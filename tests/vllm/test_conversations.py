@@ -11,7 +11,6 @@ import copy
 import pytest
 import torch
 
-from prophetkv_rag.integrations.vllm.turns import Turns
 from prophetkv_rag.model import CACHE_NAME, TransformersRunner
 from prophetkv_rag.prompt import ChunkSpan, PromptLayout
 from prophetkv_rag.reuse import QueryContext, assemble_caches, make_strategy, rows_job, token_budget
@@ -34,8 +33,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _without_former_prompts(served):
-    served.forget_prefixes()
-    served.planner._turns = Turns(BLOCK)
+    served.forget_prompts()
 
 
 def first_turn(served, number=0):
@@ -235,8 +233,7 @@ def test_blocks_that_vllm_dropped_meanwhile_are_filled_anew(served):
     (output,) = served.run([second], [{"recompute_ratio": 0.25}])
     assert remembered(output) == 0
     assert [chunk["status"] for chunk in reuse(output)["chunks"]] == ["hit"] * 4
-    served.planner._turns = Turns(BLOCK)
-    served.forget_prefixes()
+    served.forget_prompts()
     assert tokens(output) == tokens(served.run([second], [{"recompute_ratio": 0.25}])[0])
 
 
@@ -248,8 +245,7 @@ def test_turns_at_once_answer_as_one_by_one(served):
     together = [tokens(one) for one in served.run(turns, [{}] * 4)]
     alone = []
     for turn in turns:
-        served.forget_prefixes()
-        served.planner._turns = Turns(BLOCK)
+        served.forget_prompts()
         served.run([first], [{}])
         alone.append(tokens(served.run([turn], [{}])[0]))
     assert together == alone
@@ -262,8 +258,7 @@ def test_a_turn_waits_for_rows_that_another_one_writes(served):
     answer = tokens(served.run([first], [{}], max_tokens=80)[0])
     turns = [next_turn(served, first, answer, text_of(40, seed=81)), next_turn(served, first, answer, CHUNKS[3])]
     expected = [tokens(served.run([turn], [{}])[0]) for turn in turns]
-    served.forget_prefixes()
-    served.planner._turns = Turns(BLOCK)
+    served.forget_prompts()
     served.run([first], [{}], max_tokens=80)
     ((turn,),) = (served.planner._turns._turns.values(),)
     dropped = [pool.block_pool.get_cached_block(one, [0])[0].block_id for one in turn.hashes[-2:]]

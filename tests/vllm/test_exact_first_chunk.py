@@ -7,7 +7,6 @@ import pytest
 from prophetkv_rag.config import BEHIND_RATIO
 from prophetkv_rag.integrations.vllm.identity import open_identity
 from prophetkv_rag.integrations.vllm.settings import ConnectorSettings
-from prophetkv_rag.integrations.vllm.turns import Turns
 from prophetkv_rag.reuse import token_budget
 from tests.tiny import save_tiny, text_of
 from tests.vllm.serving import Served, reuse, tokens
@@ -30,8 +29,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _without_former_prompts(served):
-    served.forget_prefixes()
-    served.planner._turns = Turns(BLOCK)
+    served.forget_prompts()
 
 
 def prompt(served, *texts, rules="Read this.", number=0):

@@ -19,7 +19,7 @@ from tests.vllm.running import serving
 from tests.vllm.serving import AS_IN_VLLM
 from tests.vllm.test_models import SHAPE
 
-REQUESTS = int(os.environ.get("PROPHETKV_CLIENT_REQUESTS", "12"))
+REQUESTS = int(os.environ.get("PROPHETKV_CLIENT_REQUESTS", "20"))
 """Of each client; 50 for a longer look."""
 
 DOCUMENT = [text_of(70, seed=seed) for seed in range(4)]

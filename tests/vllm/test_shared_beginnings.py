@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 
-from prophetkv_rag.integrations.vllm.turns import Turns
 from prophetkv_rag.integrations.vllm.written import WrittenRows
 from tests.tiny import save_tiny, text_of
 from tests.vllm.serving import Served, reuse, tokens
@@ -31,12 +30,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _without_former_prompts(served):
-    forget(served)
-
-
-def forget(served):
-    served.forget_prefixes()
-    served.planner._turns = Turns(BLOCK)
+    served.forget_prompts()
 
 
 def prompt(*chunks, rules=RULES, number=0):
@@ -76,7 +70,7 @@ def test_plain_requests_share_it_both_ways_and_nothing_more(served):
     assert (reuse(output)["status"], reuse(output)["remembered_tokens"]) == ("reused", held)
     stale = tokens(output)
     assert stale == served.engine_answer(ours, recompute_ratio=0.0) != exact
-    forget(served)
+    served.forget_prompts()
     assert served.answers([ours], 0.0) == [stale]
     (plain,) = served.run([ids], [{"enabled": False}])  # ours, up to the first chunk
     assert (tokens(plain), plain.num_cached_tokens) == (exact, held)
@@ -98,7 +92,7 @@ def test_a_turn_with_chunks_goes_on_from_one_without(served):
     whole = (len(served.ids(chat)) + len(tokens(first)) - 1) // BLOCK * BLOCK
     assert (reuse(output)["status"], reuse(output)["remembered_tokens"]) == ("reused", whole)
     again = tokens(output)
-    forget(served)
+    served.forget_prompts()
     assert [again] == [tokens(one) for one in served.run([ids], [{"recompute_ratio": 0.25}])]
 
 
@@ -109,7 +103,7 @@ def at_once_and_one_by_one(served, seed):
     ids = [served.ids(prompt(*chunks, rules=rules, number=number)) for number, chunks in enumerate(asked)]
     options = [{"enabled": False}, *[{"recompute_ratio": 0.25}] * 3]
     outputs = served.run(ids, options)
-    forget(served)
+    served.forget_prompts()
     return outputs, [tokens(served.run([one], [said])[0]) for one, said in zip(ids, options, strict=True)]
 
 
@@ -120,7 +114,7 @@ def test_nobody_reads_what_is_not_written_yet(served, monkeypatch):
     assert [reuse(output)["status"] for output in outputs[1:]] == ["reused"] * 3
     assert min(reuse(output)["remembered_tokens"] for output in outputs[1:]) > STEP
 
-    forget(served)
+    served.forget_prompts()
     monkeypatch.setattr(WrittenRows, "are_there", lambda *args: True)  # else this proves nothing
     outputs, one_by_one = at_once_and_one_by_one(served, 65)
     assert [tokens(output) for output in outputs] != one_by_one
